@@ -1,0 +1,1 @@
+"""hzo: train deep networks with forward passes only."""

@@ -1,0 +1,41 @@
+"""Every error that hzo raises on purpose: each says what was expected, what came, and what to do next."""
+
+
+class HzoError(Exception):
+    """Base of all errors raised by hzo."""
+
+
+class TraceError(HzoError):
+    """The model could not be recorded as a chain of operations."""
+
+
+class PlanError(HzoError, ValueError):
+    """A plan cannot be made as asked, or was made for something else than it is used for."""
+
+
+class InputError(HzoError, ValueError):
+    """An argument (input, target, cotangent, option) has the wrong shape, type or value."""
+
+
+class NonFiniteError(HzoError, ArithmeticError):
+    """NaN or infinity in an input, an activation, a query or the loss."""
+
+
+class NondeterministicError(HzoError, RuntimeError):
+    """A stage gave two results for one input."""
+
+
+class CoupledSamplesError(HzoError, RuntimeError):
+    """Samples of a batch influence each other where they are perturbed at the same time."""
+
+
+class StepError(HzoError, ArithmeticError):
+    """A finite-difference step vanishes in the dtype of what it perturbs."""
+
+
+class DataError(HzoError, ValueError):
+    """A data file is missing, truncated or not what it should be."""
+
+
+class CheckpointError(HzoError, RuntimeError):
+    """A run directory or checkpoint cannot be used."""

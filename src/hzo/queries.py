@@ -1,0 +1,81 @@
+"""Counting: what a gradient costs, counted where the model is run and nowhere else.
+
+The words are those of the design: a *query* is one evaluation of a segment on one sample at a perturbed state; a
+*stage evaluation* is one stage on one sample; *forward equivalents* are the operations of all queries over those of
+one forward pass of the batch. Base passes, checks, loss evaluations and the local products that turn a cotangent into
+a parameter gradient are counted apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+
+@dataclass
+class QueryCount:
+    """What was run while the counter was open. All but ``forward_equivalents`` are whole numbers.
+
+    Attributes:
+        queries: evaluations of a segment on one sample at a perturbed state.
+        stage_evaluations: stages run in those queries, on one sample each; a part of a stage counts as one.
+        adjoints: applications of a measured or closed-form adjoint to the cotangents of a batch.
+        parameter_rules: local products of an activity and a cotangent (closed-form parameter gradients).
+        loss_evaluations: evaluations of the loss on one sample beyond the one that the caller is given.
+        base_evaluations: stages run on one sample without a perturbation (base passes, recomputation).
+        check_evaluations: stages run on one sample to test determinism, structure or shapes.
+    """
+
+    queries: int = 0
+    stage_evaluations: int = 0
+    adjoints: int = 0
+    parameter_rules: int = 0
+    loss_evaluations: int = 0
+    base_evaluations: int = 0
+    check_evaluations: int = 0
+    exact_forward_equivalents: Fraction = field(default_factory=Fraction)
+
+    @property
+    def forward_equivalents(self) -> float:
+        """Operations of all queries over those of one forward pass of the batch."""
+        return float(self.exact_forward_equivalents)
+
+
+_open: ContextVar[tuple[QueryCount, ...]] = ContextVar("hzo_open_counts", default=())
+
+
+@contextmanager
+def count_queries() -> Iterator[QueryCount]:
+    """Count all that hzo runs inside the ``with`` block; blocks may be nested, each sees its own total."""
+    count = QueryCount()
+    token = _open.set((*_open.get(), count))
+    try:
+        yield count
+    finally:
+        _open.reset(token)
+
+
+def add(
+    *,
+    queries: int = 0,
+    stage_evaluations: int = 0,
+    adjoints: int = 0,
+    parameter_rules: int = 0,
+    loss_evaluations: int = 0,
+    base_evaluations: int = 0,
+    check_evaluations: int = 0,
+    forward_equivalents: Fraction | int = 0,
+) -> None:
+    """Add to every open counter. Called by whatever runs a part of the model."""
+    for count in _open.get():
+        count.queries += queries
+        count.stage_evaluations += stage_evaluations
+        count.adjoints += adjoints
+        count.parameter_rules += parameter_rules
+        count.loss_evaluations += loss_evaluations
+        count.base_evaluations += base_evaluations
+        count.check_evaluations += check_evaluations
+        count.exact_forward_equivalents += forward_equivalents
