@@ -1,0 +1,64 @@
+# Sourced by train.sh and test.sh: gives the checkout a virtual environment of its own, .venv, and keeps it up to date.
+#
+#   use_environment EXTRA    install hzo with its extra EXTRA (train or dev) into .venv, unless that was done already;
+#                            afterwards "$venv/bin" has it
+#
+# Expects $root, the directory of the checkout. PYTHON names the interpreter to start from; without it, the first one
+# on the path that is recent enough.
+
+say() { printf '%s\n' "hzo: $*" >&2; }
+
+is_recent() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; }
+
+version_of() { "$1" -c 'import sys; print(*sys.version_info[:3], sep=".")' 2>/dev/null || true; }
+
+# Prints the interpreter to start from.
+find_python() {
+    if [ -n "${PYTHON:-}" ]; then set -- "$PYTHON"; else set -- python3 python3.13 python3.12 python3.11 python3.10 python; fi
+    for candidate in "$@"; do
+        if is_recent "$candidate"; then
+            printf '%s\n' "$candidate"
+            return 0
+        fi
+    done
+    say "needs Python 3.10 or newer, found none as: $*. Name one: PYTHON=/path/to/python3 sh $0"
+    return 1
+}
+
+# Whether .venv is there, whole, and made by the Python that was asked for.
+is_usable() {
+    is_recent "$venv/bin/python" || return 1
+    "$venv/bin/python" -m pip --version >/dev/null 2>&1 || return 1
+    [ -z "${PYTHON:-}" ] || [ "$(version_of "$venv/bin/python")" = "$(version_of "$PYTHON")" ]
+}
+
+# What an installation depends on: a change of any of it asks for a new one. The path is part of it because an
+# editable installation breaks when the checkout is moved or copied.
+fingerprint() {
+    printf '%s %s\n' "$root" "$(version_of "$venv/bin/python")"
+    cksum <"$root/pyproject.toml"
+    cksum <"$root/constraints.txt"
+}
+
+use_environment() {
+    extra=$1
+    venv=$root/.venv
+    # The extra "dev" holds all of "train".
+    for stamp in "$venv/installed-$extra" "$venv/installed-dev"; do
+        if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$(fingerprint)" ] && is_usable; then return 0; fi
+    done
+    if ! is_usable; then
+        python=$(find_python)
+        say "creating $venv with $python ($(version_of "$python"))"
+        # --clear: what an interrupted creation or another Python left there is of no use.
+        if ! "$python" -m venv --clear "$venv"; then
+            say "could not create it; on Debian and Ubuntu the venv module is a package of its own, python3-venv"
+            return 1
+        fi
+    fi
+    say "installing hzo[$extra] there (minutes the first time)"
+    # The constraints pin torch: left open, pip takes the newest build there is, on Linux one for CUDA.
+    (cd "$root" && "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+        -c constraints.txt -e ".[$extra]")
+    fingerprint >"$venv/installed-$extra"
+}

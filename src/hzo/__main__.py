@@ -1,0 +1,5 @@
+"""``python -m hzo``."""
+
+from hzo.cli import main
+
+main()

@@ -1,0 +1,253 @@
+"""What the baselines share: the loss at a perturbed state, without side effects, counted and checked.
+
+A baseline sees the whole network as one thing. Its queries are full forward passes: a pass over a batch of B
+samples counts B queries, one forward equivalent, and B stage evaluations for every stage that the model has:
+one for a plain module, ``len(chain)`` for an ``hzo.Chain``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from hzo import queries
+from hzo.chain import Chain, tensors_in
+from hzo.errors import InputError, NonFiniteError, StepError
+from hzo.losses.checks import check_finite, check_loss
+from hzo.side_effects import restore_snapshot, take_snapshot
+from hzo.tracing import batch_size, call_arguments
+
+Model = nn.Module | Chain
+LossFn = Callable[..., Any]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One batch of a training problem: what every baseline is called with, checked."""
+
+    module: nn.Module
+    stages: int
+    loss_fn: LossFn
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    target: Any
+    batch: int
+    parameters: dict[str, nn.Parameter]  # those with requires_grad, tied ones once
+
+
+def problem(model: Model, loss_fn: LossFn, x: Any, y: Any) -> Problem:
+    """Check the arguments of a baseline.
+
+    Raises:
+        InputError: no tensor in ``x``, an empty batch, a complex parameter.
+        NonFiniteError: NaN or infinity in ``x``.
+    """
+    module = model.model if isinstance(model, Chain) else model
+    args, kwargs = call_arguments(x)
+    batch = batch_size(args, kwargs)
+    if not all(bool(t.isfinite().all()) for t in tensors_in((args, kwargs)) if t.is_floating_point()):
+        raise NonFiniteError("the input x holds NaN or infinity; clean the data before training on it")
+    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    for name, p in parameters.items():
+        if not p.is_floating_point():
+            raise InputError(
+                f"parameter {name} is {p.dtype}; expected a real floating dtype. Freeze it or split it."
+            )
+    stages = len(model) if isinstance(model, Chain) else 1
+    return Problem(module, stages, loss_fn, args, kwargs, y, batch, parameters)
+
+
+def mean_loss(p: Problem, output: Any) -> Tensor:
+    """The loss of an output, checked: a scalar, the mean where ``loss_fn`` returns values per sample.
+
+    Raises:
+        InputError: neither a number, nor a tensor of shape () or (B, ...).
+        NonFiniteError: NaN or infinite.
+    """
+    values = p.loss_fn(output) if p.target is None else p.loss_fn(output, p.target)
+    if isinstance(values, (int, float)):
+        values = torch.tensor(float(values), dtype=torch.float64)
+    if not isinstance(values, Tensor):
+        raise InputError(
+            f"expected loss_fn to return a tensor or a number, got {type(values).__name__}; return the mean"
+        )
+    check_loss(values, p.batch)
+    check_finite(values, "at the parameters or within a step of them")
+    # A count of errors and the like: a loss of whole numbers.
+    return (values if values.is_floating_point() else values.double()).mean()
+
+
+def precise(p: Problem, call: Callable[..., Any]) -> Callable[[], Tensor]:
+    """A function that returns the loss of ``call``, with outputs below single precision raised to it first.
+
+    Queries differ by little: in bfloat16 a loss of 2.3 moves in steps of 0.016, and most differences would be
+    zero. A loss with low-precision tensors of its own (class weights) is left alone: it could not take such
+    an output.
+    """
+    own = [*p.loss_fn.parameters(), *p.loss_fn.buffers()] if isinstance(p.loss_fn, nn.Module) else []
+
+    def raised(leaf: Any) -> Any:
+        low = isinstance(leaf, Tensor) and leaf.dtype in (torch.bfloat16, torch.float16)
+        return leaf.float() if low else leaf
+
+    if any(raised(tensor) is not tensor for tensor in own):
+        return lambda: mean_loss(p, call(*p.args, **p.kwargs))
+    with_target = replace(p, target=tree_map(raised, p.target))
+    return lambda: mean_loss(with_target, tree_map(raised, call(*p.args, **p.kwargs)))
+
+
+@contextmanager
+def replayed(module: nn.Module) -> Iterator[Callable[[Callable[[], T]], T]]:
+    """Yield ``run``, which calls what runs the model each time from the same buffers and random state.
+
+    Afterwards both are as the first call left them: as after one ordinary forward pass. If anything raises,
+    they and the training flags are as before the first.
+    """
+    before = take_snapshot([module])
+    after = None
+
+    def run(function: Callable[[], T]) -> T:
+        nonlocal after
+        if after is not None:
+            restore_snapshot(before)
+        result = function()
+        if after is None:
+            after = take_snapshot([module])
+        return result
+
+    try:
+        yield run
+    except BaseException:
+        restore_snapshot(before)
+        raise
+    restore_snapshot(after or before)
+
+
+LossAt = Callable[[], float]
+
+
+@contextmanager
+def queried(p: Problem) -> Iterator[tuple[Tensor, LossAt]]:
+    """Run the base pass; yield its loss, and a function that queries the loss at what parameters then hold.
+
+    Parameters may be written inside (``parameter.data``, see ``held``); buffers, random state and training
+    flags are taken care of. Cost: one base pass; each query one full forward pass.
+    """
+    evaluate = precise(p, p.module)
+    with torch.no_grad(), replayed(p.module) as run:
+        loss = run(evaluate)
+        queries.add(base_evaluations=p.batch * p.stages)
+
+        def loss_at() -> float:
+            value = float(run(evaluate))
+            count_pass(p)
+            return value
+
+        yield loss, loss_at
+
+
+def count_pass(p: Problem, equivalents: int = 1) -> None:
+    """Count one pass over the batch at a perturbed state."""
+    queries.add(
+        queries=p.batch,
+        stage_evaluations=p.batch * p.stages,
+        loss_evaluations=p.batch,
+        forward_equivalents=equivalents,
+    )
+
+
+@contextmanager
+def held(parameters: Sequence[nn.Parameter]) -> Iterator[list[Tensor]]:
+    """Yield copies of the parameters, which may be overwritten inside and hold the same bits afterwards.
+
+    From a copy, because adding and subtracting a perturbation leaves rounding behind at every step. The
+    copies take no more memory than the gradients that a baseline fills in. Written through ``.data``: a graph
+    that autograd holds on these parameters sees the same values afterwards, and may not be told that they
+    changed.
+    """
+    copies = [parameter.data.clone() for parameter in parameters]
+    try:
+        yield copies
+    finally:
+        for parameter, copy in zip(parameters, copies, strict=True):
+            parameter.data.copy_(copy)
+
+
+def accumulate(parameter: nn.Parameter, gradient: Tensor) -> None:
+    """Add to ``.grad``, as ``loss.backward()`` does."""
+    with torch.no_grad():
+        if parameter.grad is None:
+            parameter.grad = torch.empty_like(parameter).copy_(gradient)
+        else:
+            parameter.grad += gradient.to(parameter.grad.dtype)
+
+
+def accumulator(parameter: Tensor) -> Tensor:
+    """Zeros of the parameter's shape to sum estimates in: float32 for lower precisions."""
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+
+
+def draw_seeds(generator: torch.Generator | None, samples: int) -> list[int]:
+    """One seed per sample: from ``generator``, or from torch's global random state, which that moves."""
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+        raise InputError(f"expected samples to be a whole number of at least 1, got {samples!r}")
+    device = generator.device if generator is not None else torch.device("cpu")
+    seeds = torch.randint(2**63 - 1, (samples,), generator=generator, device=device)
+    return [int(seed) for seed in seeds]
+
+
+Draw = Callable[[Tensor, torch.Generator], Tensor]
+
+
+def gaussian(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Independent standard normal numbers."""
+    return torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator)
+
+
+def rademacher(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Independent signs, each +1 or −1 with probability 1/2."""
+    bits = torch.randint(0, 2, like.shape, device=like.device, generator=generator)
+    return (2 * bits - 1).to(like.dtype)
+
+
+def directions(tensors: Sequence[Tensor], draw: Draw, seed: int) -> Iterator[Tensor]:
+    """A direction for every tensor, one at a time; the same for the same seed."""
+    generators: dict[torch.device, torch.Generator] = {}
+    for tensor in tensors:
+        if tensor.device not in generators:
+            generators[tensor.device] = torch.Generator(tensor.device).manual_seed(seed)
+        yield draw(tensor, generators[tensor.device])
+
+
+def rounding(tensors: Sequence[Tensor]) -> float:
+    """The coarsest rounding unit (distance from 1 to the next number) among these tensors."""
+    return max((torch.finfo(tensor.dtype).eps for tensor in tensors), default=torch.finfo(torch.float32).eps)
+
+
+def checked_step(step: float | None, default: float, parameters: Mapping[str, Tensor]) -> float:
+    """The step to use: ``step``, or ``default`` where that is None.
+
+    Raises:
+        InputError: not a positive finite number.
+        StepError: so small that a typical element of some parameter would not change at all.
+    """
+    step = default if step is None else step
+    if isinstance(step, bool) or not isinstance(step, (int, float)) or not (math.isfinite(step) and step > 0):
+        raise InputError(f"expected a step above 0 and finite, got {step!r}; None chooses one from the dtype")
+    for name, parameter in parameters.items():
+        size = float(parameter.detach().abs().mean()) if parameter.numel() else 0.0
+        if step < torch.finfo(parameter.dtype).eps / 4 * size:
+            raise StepError(
+                f"a step of {step:g} vanishes in parameter {name}: {parameter.dtype}, elements of about "
+                f"{size:.2g}. Give a larger step, or the model a wider dtype."
+            )
+    return float(step)

@@ -1,0 +1,54 @@
+"""The estimator that SPSA and MeZO share: differences along random directions in parameter space."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hzo.baselines import _evaluate as ev
+
+
+def two_point(
+    model: ev.Model,
+    loss_fn: ev.LossFn,
+    x: Any,
+    y: Any,
+    *,
+    draw: ev.Draw,
+    samples: int,
+    mu: float | None,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Accumulate the mean over ``samples`` directions z of ``(L(θ + μz) − L(θ − μz)) / 2μ · z``.
+
+    Directions are made from their seed each time they are needed, tensor by tensor, and never kept.
+    """
+    p = ev.problem(model, loss_fn, x, y)
+    parameters = list(p.parameters.values())
+    mu = ev.checked_step(mu, ev.rounding(parameters) ** (1 / 3) / 5, p.parameters)
+    seeds = ev.draw_seeds(generator, samples)
+    with ev.queried(p) as (loss, loss_at):
+        slopes = [_slope(parameters, draw, seed, mu, loss_at) for seed in seeds] if parameters else []
+    gradients = [ev.accumulator(parameter) for parameter in parameters]
+    for seed, slope in zip(seeds, slopes, strict=bool(parameters)):
+        for gradient, z in zip(gradients, ev.directions(parameters, draw, seed), strict=True):
+            gradient.add_(z, alpha=slope / samples)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        ev.accumulate(parameter, gradient)
+    return loss
+
+
+def _slope(
+    parameters: list[torch.nn.Parameter], draw: ev.Draw, seed: int, mu: float, loss_at: ev.LossAt
+) -> float:
+    """The loss's central difference along the direction of one seed."""
+    values = []
+    with ev.held(parameters) as copies:
+        for signed in (mu, -mu):
+            moved = zip(parameters, copies, ev.directions(parameters, draw, seed), strict=True)
+            for parameter, copy, z in moved:
+                torch.add(copy, z, alpha=signed, out=parameter.data)
+            values.append(loss_at())
+    return (values[0] - values[1]) / (2 * mu)

@@ -1,0 +1,54 @@
+"""MeZO: SPSA with Gaussian directions that exist only as seeds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hzo.baselines import _evaluate as ev
+from hzo.baselines._two_point import two_point
+
+
+def mezo(
+    model: ev.Model,
+    loss_fn: ev.LossFn,
+    x: Any,
+    y: Any = None,
+    *,
+    samples: int = 1,
+    mu: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Memory-efficient zeroth-order gradient; adds its estimate to ``.grad`` and returns the loss.
+
+    Estimates: ``ĝ = (L(θ + μz) − L(θ − μz)) / 2μ · z``, z standard normal; the mean over ``samples`` draws.
+    Parameters are perturbed in place, and z is made from its seed whenever it is needed.
+
+    Expectation: the gradient of the loss smoothed by N(0, μ²I), which is the gradient up to O(μ²); exactly
+    the gradient for a quadratic loss.
+
+    Variance: with d parameters and gradient g, one draw has E|ĝ|² = (d + 2)|g|² and Var ĝᵢ = |g|² + gᵢ² (μ →
+    0); n draws have 1/n of the variance.
+
+    Cost: a base pass and 2·samples full forward passes. The base pass serves the returned loss and the
+    buffers; the paper does without.
+
+    Where this differs from the paper: it goes from θ + μz to θ − μz and back to θ by subtracting, which
+    leaves rounding in the weights at every step; here θ comes back from a copy, bit for bit. The copy takes
+    no more memory than ``.grad``, which every estimator here fills and MeZO's own update does without.
+
+    Args:
+        model: module or ``hzo.Chain``.
+        loss_fn: called as ``loss_fn(model(x), y)``; returns a scalar, or values whose mean is the loss.
+        x: tensor, tuple (``model(*x)``) or dict (``model(**x)``).
+        y: target; None calls ``loss_fn(output)``.
+        samples: directions averaged.
+        mu: the step; default u^(1/3)/5 for the rounding unit u (1e-3 in float32, the paper's).
+        generator: draws one seed per direction; default: torch's global random state, which that moves.
+
+    Source: S. Malladi, T. Gao, E. Nichani, A. Damian, J. D. Lee, D. Chen, S. Arora, Fine-tuning language
+    models with just forward passes, NeurIPS 2023.
+    """
+    return two_point(model, loss_fn, x, y, draw=ev.gaussian, samples=samples, mu=mu, generator=generator)

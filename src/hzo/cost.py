@@ -1,0 +1,58 @@
+"""What a node costs: the one formula that planner, meter and documentation share.
+
+Per sample, a probe with D directions costs D queries (2 D for central differences) of the operations between its
+boundary and its source. execution.py counts the same numbers while they run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+
+from hzo.chain import Graph
+from hzo.differences import Scheme, evaluations
+from hzo.plan import Cost, Node
+from hzo.probes import Probe
+
+
+def node_cost(graph: Graph, probe: Probe, operations: Sequence[int], scheme: Scheme) -> Cost:
+    """The queries of one node, for one sample."""
+    if not operations:
+        return Cost()
+    queries = probe.directions * evaluations(scheme)
+    return Cost(
+        queries,
+        queries * graph.stages_in(operations),
+        Fraction(queries * graph.cost_of(operations), graph.cost),
+    )
+
+
+def parameter_cost(graph: Graph, operation: int, elements: int, scheme: Scheme) -> Cost:
+    """Perturbing every element of one operation's parameter, for one sample."""
+    queries = elements * evaluations(scheme)
+    return Cost(queries, queries, Fraction(queries * graph.operations[operation].cost, graph.cost))
+
+
+def bytes_per_direction(graph: Graph, node: Node, batch: int) -> int:
+    """Memory that one direction of a node takes while its queries run: perturbed copies, tiled base values, the
+    largest set of values alive at once, and the differences of the outputs.
+    """
+    values = graph.values
+
+    def size(value: int) -> int:
+        return values[value].per_sample * values[value].dtype.itemsize if values[value].batched else 0
+
+    written = {v for k in node.operations for v in graph.operations[k].writes}
+    read = {v for k in node.operations for v in graph.operations[k].reads}
+    tiled = sum(size(v) for v in read - written - {node.value})
+    last_use = {v: k for k in node.operations for v in graph.operations[k].reads}
+    alive, peak = {node.value}, 0
+    for k in node.operations:
+        op = graph.operations[k]
+        alive.update(op.writes)
+        copied = sum(size(v) for v in op.reads) if op.mutates else 0
+        peak = max(peak, sum(size(v) for v in alive) + copied)
+        alive -= {v for v in op.reads if last_use[v] == k and v not in node.outputs}
+    wide = sum(values[v].per_sample * 8 for v in node.outputs)
+    above_and_below = 2 * sum(size(v) for v in node.outputs) + wide
+    return batch * (size(node.value) + tiled + peak + above_and_below)

@@ -1,0 +1,246 @@
+"""Running a graph: the base pass, and slices of it at perturbed states. Counting happens here and nowhere else.
+
+A slice runs on ``copies`` perturbed copies of the batch at once, folded into the batch dimension, copy-major: the rows
+of copy 0 come first. Values that a slice reads and does not compute are those of the base pass, tiled alike.
+Operations that draw random numbers run copy by copy, each time from the random state of the base pass, so that every
+query sees the same dropout mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from hzo import queries
+from hzo.chain import Attribute, Extent, Graph, Operation, ParameterUse, Ref, leaves, map_arguments, tensors_in
+from hzo.errors import InputError
+from hzo.side_effects import RandomState, devices_of, random_state, set_random_state
+
+
+@dataclass
+class Activities:
+    """What the base pass leaves for the queries: values, and the states that operations started from."""
+
+    batch: int
+    values: dict[int, Tensor] = field(default_factory=dict)
+    random: dict[int, RandomState] = field(default_factory=dict)
+    buffers: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
+
+
+def resolve(op: Operation, lookup: Callable[[int], Tensor], batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call, with values, parameters and batch sizes filled in."""
+
+    def fill(leaf: Any) -> Any:
+        if isinstance(leaf, Ref):
+            return lookup(leaf.value)
+        if isinstance(leaf, Attribute):
+            return leaf.get()
+        if isinstance(leaf, Extent):
+            return leaf.per_sample * batch
+        return leaf
+
+    args, kwargs = map_arguments(fill, (op.args, op.kwargs))
+    return args, kwargs
+
+
+def call(op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+    """Run one operation; what it would change in place is a copy, returned behind its results."""
+    changed: list[Tensor] = []
+    if op.mutates:
+        position = -1
+
+        def copy(leaf: Any) -> Any:
+            nonlocal position
+            position += 1
+            if position in op.mutates:
+                leaf = leaf.clone()
+                changed.append(leaf)
+            return leaf
+
+        args, kwargs = map_arguments(copy, (args, kwargs))
+    result = op.target(*args, **kwargs)
+    if isinstance(result, Tensor) and not changed:
+        return (result,)
+    results = tensors_in(result)
+    return (*results, *(c for c in changed if all(c is not r for r in results)))
+
+
+def base_pass(graph: Graph, inputs: Sequence[Tensor]) -> Activities:
+    """Run the whole graph once, as an ordinary forward pass does, and keep what queries will need.
+
+    Cost: one forward pass (``base_evaluations``). Buffers and random state move as in one ordinary forward pass.
+    """
+    devices = devices_of(inputs)
+    activities = Activities(batch=batch_of(graph, inputs))
+    values = activities.values
+    for index, tensor in zip(graph.inputs, inputs, strict=True):
+        values[index] = tensor.detach()
+    for op in graph.operations:
+        if op.random:
+            activities.random[op.index] = random_state(devices)
+        if op.stateful:
+            activities.buffers[op.index] = tuple(buffer.get().clone() for buffer in op.stateful)
+        args, kwargs = resolve(op, values.__getitem__, activities.batch)
+        for value, tensor in zip(op.writes, call(op, args, kwargs), strict=True):
+            values[value] = tensor
+        write_back(op, values)
+    queries.add(base_evaluations=activities.batch * len(graph.stages))
+    return activities
+
+
+def batch_of(graph: Graph, inputs: Sequence[Tensor]) -> int:
+    """The batch size that these inputs have, all of them alike."""
+    sizes = set()
+    for index, tensor in zip(graph.inputs, inputs, strict=True):
+        value = graph.values[index]
+        if value.batch_dim is not None:
+            sizes.add(tensor.shape[value.batch_dim])
+    if len(sizes) != 1:
+        raise InputError(f"expected inputs with one batch size, got {sorted(sizes)}; give every input the same samples")
+    return sizes.pop()
+
+
+def write_back(op: Operation, values: dict[int, Tensor]) -> None:
+    """A function that changed a buffer in place changed a copy; carry it over, as one forward pass does."""
+    if not op.mutates:
+        return
+    all_leaves = list(leaves((op.args, op.kwargs)))
+    changed = [all_leaves[position] for position in op.mutates]
+    for leaf, value in zip(reversed(changed), reversed(op.writes), strict=False):
+        if isinstance(leaf, Attribute):
+            leaf.get().copy_(values[value])
+
+
+def run_slice(
+    graph: Graph,
+    operations: Sequence[int],
+    activities: Activities,
+    perturbed: dict[int, Tensor],
+    outputs: Sequence[int],
+    copies: int,
+    tiles: dict[int, Tensor],
+) -> list[Tensor]:
+    """Run some operations with some values replaced by ``copies`` perturbed copies; return the values ``outputs``.
+
+    ``tiles`` keeps base values repeated ``copies`` times from one call to the next.
+    Cost: ``copies × batch`` queries.
+    """
+    batch = activities.batch * copies
+    local = dict(perturbed)
+    last_use = {value: k for k in operations for value in graph.operations[k].reads}
+
+    def lookup(value: int) -> Tensor:
+        if value in local:
+            return local[value]
+        if copies == 1 or not graph.values[value].batched:
+            return activities.values[value]
+        if value not in tiles:
+            tiles[value] = tile(activities.values[value], graph.values[value].batch_dim or 0, copies)
+        return tiles[value]
+
+    for k in operations:
+        op = graph.operations[k]
+        results = query(graph, op, activities, lookup, batch, copies)
+        local.update(zip(op.writes, results, strict=True))
+        for value in op.reads:  # what no later operation reads is freed at once
+            if last_use[value] == k and value not in outputs:
+                local.pop(value, None)
+    queries.add(
+        queries=batch,
+        stage_evaluations=batch * graph.stages_in(operations),
+        forward_equivalents=Fraction(copies * graph.cost_of(operations), graph.cost),
+    )
+    return [lookup(value) for value in outputs]
+
+
+def query(
+    graph: Graph,
+    op: Operation,
+    activities: Activities,
+    lookup: Callable[[int], Tensor],
+    batch: int,
+    copies: int,
+) -> tuple[Tensor, ...]:
+    """One operation inside a query: same random numbers and same buffers as in the base pass, none of them moved."""
+    with _as_in_base_pass(op, activities):
+        if not op.random or copies == 1:
+            if op.random:
+                set_random_state(activities.random[op.index])
+            return call(op, *resolve(op, lookup, batch))
+        parts = []
+        for copy in range(copies):
+            set_random_state(activities.random[op.index])
+
+            def one(value: int, copy: int = copy) -> Tensor:
+                tensor = lookup(value)
+                dim = graph.values[value].batch_dim
+                if dim is None:
+                    return tensor
+                size = tensor.shape[dim] // copies
+                return tensor.narrow(dim, copy * size, size)
+
+            parts.append(call(op, *resolve(op, one, activities.batch)))
+    dims = [graph.values[value].batch_dim for value in op.writes]
+    return tuple(
+        part[0] if dim is None else torch.cat(part, dim)
+        for dim, part in zip(dims, zip(*parts, strict=True), strict=True)
+    )
+
+
+@contextmanager
+def _as_in_base_pass(op: Operation, activities: Activities) -> Iterator[None]:
+    """Buffers that the operation moves hold, inside, what they held when the base pass reached it."""
+    if not op.stateful:
+        yield
+        return
+    current = tuple(buffer.get().clone() for buffer in op.stateful)
+    for buffer, saved in zip(op.stateful, activities.buffers[op.index], strict=True):
+        buffer.get().copy_(saved)
+    try:
+        yield
+    finally:
+        for buffer, after in zip(op.stateful, current, strict=True):
+            buffer.get().copy_(after)
+
+
+def tile(tensor: Tensor, dim: int, copies: int) -> Tensor:
+    """Repeat along the batch dimension, copy-major."""
+    shape = list(tensor.shape)
+    expanded = tensor.unsqueeze(dim).expand(*shape[:dim], copies, *shape[dim:])
+    return expanded.reshape(*shape[:dim], copies * shape[dim], *shape[dim + 1 :])
+
+
+def run_with_parameter(
+    graph: Graph, op: Operation, activities: Activities, use: ParameterUse, parameter: Tensor
+) -> tuple[Tensor, ...]:
+    """Run one operation on the batch with one of its parameters replaced.
+
+    Cost: one query per sample.
+    """
+    values = activities.values
+    if isinstance(use.where, Ref):
+        values = {**values, use.where.value: parameter}
+    elif op.module is not None:
+        module, changed = op.module, {str(use.slot): parameter}
+        op = replace(op, target=lambda *args, **kwargs: functional_call(module, changed, args, kwargs))
+    else:
+        op = replace(op, args=_substitute(op.args, use.where, parameter))
+        op = replace(op, kwargs=_substitute(op.kwargs, use.where, parameter))
+    results = query(graph, op, activities, values.__getitem__, activities.batch, copies=1)
+    queries.add(
+        queries=activities.batch,
+        stage_evaluations=activities.batch,
+        forward_equivalents=Fraction(op.cost, graph.cost),
+    )
+    return results
+
+
+def _substitute(arguments: Any, where: Attribute, tensor: Tensor) -> Any:
+    return map_arguments(lambda leaf: tensor if leaf == where else leaf, arguments)

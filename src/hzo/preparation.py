@@ -1,0 +1,61 @@
+"""From what a user hands over to a traced chain and a plan that fits it, made once and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from hzo.chain import Chain
+from hzo.errors import PlanError
+from hzo.plan import Plan
+from hzo.planner import plan as make_plan
+from hzo.tracing import batch_size, call_arguments, signature, trace
+
+_KEPT = 8  # traces a module: shapes and modes that alternate (train and eval, the last smaller batch) stay
+_chains: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], Chain]] = WeakKeyDictionary()
+_plans: WeakKeyDictionary[Chain, dict[tuple[Any, ...], Plan]] = WeakKeyDictionary()
+
+
+def prepare(model: Chain | nn.Module, x: Any, plan: Plan | None, options: Mapping[str, Any]) -> tuple[Chain, Plan]:
+    """The chain traced for inputs like ``x``, and the plan given or made with ``options``.
+
+    Raises:
+        PlanError: the plan was made for another chain, shape, dtype or mode.
+    """
+    chain = traced_for(model, x, strict=plan is not None)
+    if plan is not None:
+        if plan.fingerprint != chain.traced.fingerprint:
+            raise PlanError(
+                "this plan was made for another chain, input shape, dtype or set of trainable parameters; make one "
+                "for this: chain = hzo.trace(model, x); plan = hzo.plan(chain)"
+            )
+        return chain, plan
+    kept = _plans.setdefault(chain, {})
+    key = tuple(sorted(options.items()))
+    if key not in kept:
+        kept[key] = make_plan(chain, **options)
+    return chain, kept[key]
+
+
+def traced_for(model: Chain | nn.Module, x: Any, *, strict: bool) -> Chain:
+    """``model`` itself where it is a chain traced for inputs like ``x``, else a trace of it, from memory if there."""
+    module = model.model if isinstance(model, Chain) else model
+    batch_size(*call_arguments(x))
+    wanted = signature(module, x)
+    if isinstance(model, Chain) and model.graph is not None:
+        if model.graph.signature == wanted:
+            return model
+        if strict:
+            raise PlanError(
+                "the chain was traced for another input shape, dtype, device or mode (train, eval, autocast, trainable "
+                "parameters) than it is used with; trace and plan again: chain = hzo.trace(model, x)"
+            )
+    kept = _chains.setdefault(module, {})
+    if wanted not in kept:
+        while len(kept) >= _KEPT:
+            kept.pop(next(iter(kept)))
+        kept[wanted] = trace(model, x)
+    return kept[wanted]

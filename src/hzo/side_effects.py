@@ -1,0 +1,98 @@
+"""Everything that running a model changes besides its result, in one place: save it, put it back.
+
+Queries, traces and checks run a model many times where its user asked for one forward pass or none. Buffers (the
+statistics of BatchNorm move even under ``no_grad``), random state and training flags are put back from copies; adding
+and subtracting a perturbation would drift in low precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+RandomState = dict[str, Tensor]
+
+
+def random_state(devices: Iterable[torch.device]) -> RandomState:
+    """The state of the random generators that code on these devices may draw from; the CPU's always."""
+    state = {"cpu": torch.get_rng_state()}
+    for device in devices:
+        if device.type == "cuda":
+            state[str(device)] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: RandomState) -> None:
+    """Go back to a state saved by ``random_state``."""
+    for device, saved in state.items():
+        if device == "cpu":
+            torch.set_rng_state(saved)
+        else:
+            torch.cuda.set_rng_state(saved, device)
+
+
+def devices_of(tensors: Iterable[object]) -> tuple[torch.device, ...]:
+    """The devices on which tensors among these objects live, each once."""
+    return tuple(dict.fromkeys(item.device for item in tensors if isinstance(item, Tensor)))
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Copies of what a model may change while it runs."""
+
+    random: RandomState
+    buffers: tuple[tuple[nn.Module, str, Tensor, Tensor], ...]  # owner, name, the tensor itself, a copy
+    training: tuple[tuple[nn.Module, bool], ...]
+
+
+def take_snapshot(modules: Iterable[nn.Module]) -> Snapshot:
+    """Copy buffers, training flags and random state of these modules and all below them."""
+    unique = list(dict.fromkeys(inner for module in modules for inner in module.modules()))
+    buffers = tuple(
+        (module, name, buffer, buffer.clone())
+        for module in unique
+        for name, buffer in module.named_buffers(recurse=False)
+    )
+    parameters = (parameter for module in unique for parameter in module.parameters(recurse=False))
+    devices = devices_of([*parameters, *(buffer for _, _, buffer, _ in buffers)])
+    return Snapshot(random_state(devices), buffers, tuple((module, module.training) for module in unique))
+
+
+@torch.no_grad()
+def restore_snapshot(snapshot: Snapshot) -> None:
+    """Put everything back as it was, the identity of the buffers included."""
+    for module, name, buffer, copy in snapshot.buffers:
+        # Writing only what differs keeps version counters, and with them a graph that autograd holds, intact.
+        if buffer.shape != copy.shape:
+            buffer.set_(copy)  # type: ignore[call-overload]
+        elif not torch.equal(buffer, copy):
+            buffer.copy_(copy)
+        module._buffers[name] = buffer
+    for module, training in snapshot.training:
+        module.training = training
+    set_random_state(snapshot.random)
+
+
+@contextmanager
+def contained(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Nothing that runs inside leaves a trace in the modules or the random state."""
+    snapshot = take_snapshot(modules)
+    try:
+        yield
+    finally:
+        restore_snapshot(snapshot)
+
+
+@contextmanager
+def undone_on_error(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """What runs inside takes effect, unless it raises: then everything is as before."""
+    snapshot = take_snapshot(modules)
+    try:
+        yield
+    except BaseException:
+        restore_snapshot(snapshot)
+        raise

@@ -1,0 +1,225 @@
+"""Checkpoints: all that a run needs to go on as if it had never stopped.
+
+One directory a checkpoint, ``checkpoints/step-00000042``, written under another name and renamed when it is
+whole: a run that is killed at any moment finds complete checkpoints and nothing else. Weights and tensors of
+    the optimizer
+are safetensors, the rest is JSON: nothing in a checkpoint can run code when it is read. ``state.json`` holds
+the hashes of the other files, so damage is found when it is read and not much later.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from hzo.errors import CheckpointError
+from hzo.train.files import disk_errors, sync_directory, write_synced
+from hzo.train.seeds import generator_states, restore_generators
+
+FOLDER = "checkpoints"
+WEIGHTS = "weights.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+STATE = "state.json"
+FORMAT = "hzo-checkpoint-1"
+KEEP = 2  # the newest, and one to fall back on by hand
+
+
+@dataclass
+class Counters:
+    """Where a run is and what it has spent. ``position`` is the next batch of epoch ``epoch`` (both from
+    0)."""
+
+    step: int = 0
+    epoch: int = 0
+    position: int = 0
+    queries: int = 0
+    stage_evaluations: int = 0
+    forward_equivalents: Fraction = field(default_factory=Fraction)
+    last_cost: Fraction = field(default_factory=Fraction)
+    seconds: float = 0.0
+    log_lines: int = 0
+    log_bytes: int = 0
+
+
+def save(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, counters: Counters) -> Path:
+    """Write a checkpoint of this moment and drop the oldest ones. The previous one stays whole whatever
+    happens."""
+    folder = run / FOLDER
+    final = folder / f"step-{counters.step:08d}"
+    if final.is_dir():  # the same step of the same run: the same content
+        return final
+    partial = folder / f".writing-{counters.step:08d}"
+    weights = {name: _plain(tensor) for name, tensor in model.state_dict().items()}
+    tensors, values = _split_optimizer(optimizer.state_dict())
+    random_tensors, random_values = generator_states()
+    contents = {
+        WEIGHTS: save_tensors(weights, metadata={"format": "pt", "step": str(counters.step)}),
+        OPTIMIZER: save_tensors({**tensors, **random_tensors}),
+    }
+    state = {
+        "format": FORMAT,
+        "counters": {**vars(counters), **{name: str(getattr(counters, name)) for name in _FRACTIONS}},
+        "optimizer": values,
+        "random": random_values,
+        "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()},
+    }
+    contents[STATE] = (json.dumps(state) + "\n").encode()
+    older = f"the checkpoint before it is whole, go on from it with `hzo train --resume {run}`"
+    with disk_errors(f"writing the checkpoint of step {counters.step} in {folder}", older):
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            for name, content in contents.items():
+                write_synced(partial / name, content)
+            sync_directory(partial)
+            os.rename(partial, final)
+            sync_directory(folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    for old in _steps(run)[:-KEEP]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+_FRACTIONS = ("forward_equivalents", "last_cost")
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().clone()  # a copy each: tied weights share memory, files may not
+
+
+def _steps(run: Path) -> list[Path]:
+    """Checkpoints of a run, oldest first."""
+    return sorted(p for p in (run / FOLDER).glob("step-*") if p.is_dir())
+
+
+def latest(run: Path) -> Path | None:
+    """The newest checkpoint of a run; None if it was stopped before its first. Clears what a kill left half
+    written."""
+    for partial in (run / FOLDER).glob(".writing-*"):
+        shutil.rmtree(partial, ignore_errors=True)
+    found = _steps(run)
+    return found[-1] if found else None
+
+
+def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Counters:
+    """Put model, optimizer and the global random generators back to a checkpoint; returns its counters.
+
+    Everything is read and compared with the model before anything of it is changed.
+    """
+    state = _read_state(checkpoint)
+    try:
+        hashes, values, random_values = state["sha256"], state["optimizer"], state["random"]
+        plain = {name: value for name, value in state["counters"].items() if name not in _FRACTIONS}
+        exact = {name: Fraction(state["counters"][name]) for name in _FRACTIONS}
+        counters = Counters(**plain, **exact)
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(checkpoint / STATE, f"it lacks or garbles {error}") from error
+    weights = _read_tensors(checkpoint / WEIGHTS, hashes)
+    tensors = _read_tensors(checkpoint / OPTIMIZER, hashes)
+    _compare(checkpoint / WEIGHTS, weights, model)
+    try:
+        optimizer.load_state_dict(_join_optimizer(tensors, values, optimizer))
+        model.load_state_dict(weights)
+        restore_generators(tensors, random_values)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{checkpoint} does not fit this run's configuration: {error}. Resume the run that it was written by."
+        ) from error
+    return counters
+
+
+def read_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """The weights of a checkpoint alone, checked against its hashes."""
+    return _read_tensors(checkpoint / WEIGHTS, _read_state(checkpoint).get("sha256", {}))
+
+
+def _damaged(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is damaged or not of a checkpoint by hzo: {what}. Remove the directory {path.parent} "
+        "to go on "
+        "from the checkpoint before it."
+    )
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise _damaged(path, error.strerror or str(error)) from error
+
+
+def _read_state(checkpoint: Path) -> dict[str, Any]:
+    path = checkpoint / STATE
+    try:
+        state = json.loads(_read_bytes(path))
+    except ValueError as error:
+        raise _damaged(path, f"not JSON ({error})") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+        raise _damaged(path, f"expected the format {FORMAT!r}, found {found!r}")
+    return state
+
+
+def _read_tensors(path: Path, hashes: dict[str, str]) -> dict[str, Tensor]:
+    content = _read_bytes(path)
+    if hashlib.sha256(content).hexdigest() != hashes.get(path.name):
+        raise _damaged(path, f"its {len(content)} bytes are not those that were written (SHA-256 differs)")
+    try:
+        return load_tensors(content)
+    except (SafetensorError, ValueError) as error:
+        raise _damaged(path, str(error)) from error
+
+
+def _compare(path: Path, weights: dict[str, Tensor], model: nn.Module) -> None:
+    expected = {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
+    found = {name: (tuple(t.shape), t.dtype) for name, t in weights.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise CheckpointError(
+                f"{path} is of another network: expected {name} to be {expected.get(name, 'absent')}, found "
+                f"{found.get(name, 'nothing')}. Resume with the configuration that the checkpoint was "
+                "written by."
+            )
+
+
+def _split_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of an optimizer's state and everything else of it, the latter fit for JSON."""
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, dict[str, Any]] = {}
+    for index, entries in state["state"].items():
+        for name, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"state.{index}.{name}"] = _plain(value)
+            else:
+                values.setdefault(str(index), {})[name] = value
+    return tensors, {"state": values, "param_groups": state["param_groups"]}
+
+
+def _join_optimizer(
+    tensors: dict[str, Tensor], values: dict[str, Any], optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    state: dict[int, dict[str, Any]] = {int(index): dict(entries) for index, entries in values["state"].items()}
+    for key, tensor in tensors.items():
+        if key.startswith("state."):
+            _, index, name = key.split(".", 2)
+            state.setdefault(int(index), {})[name] = tensor
+    groups = [dict(group) for group in values["param_groups"]]
+    for group, own in zip(groups, optimizer.param_groups, strict=True):
+        for name, value in group.items():  # JSON knows lists only, Adam's betas are a tuple
+            if isinstance(own.get(name), tuple):
+                group[name] = tuple(value)
+    return {"state": state, "param_groups": groups}

@@ -1,0 +1,183 @@
+"""The training loop: gradient, step, log, checkpoint; stopped anywhere, it goes on as if it had not been."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hzo.train.environment import environment
+from hzo.train.files import CURVES, METRICS, SUMMARY, MetricsLog, disk_errors, read_metrics, replace_file
+from hzo.train.images import batch_indices
+from hzo.train.plots import run_curves
+from hzo.train.run import Run
+from hzo.train.schedule import relative_rate, set_rate
+from hzo.train.seeds import generator
+
+CHECKPOINT_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a display may show after a step. ``total`` is None where a budget ends the run; values not
+    measured yet are None, and so is ``seconds_left`` before the first step is done."""
+
+    step: int
+    total: int | None
+    done: float
+    epoch: int
+    epochs: int | None
+    loss: float
+    train_accuracy: float | None
+    test_accuracy: float | None
+    cosine: float | None
+    queries: int
+    forward_equivalents: float
+    seconds: float
+    seconds_left: float | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended: ``finished`` is False where it was stopped before its end and can be resumed."""
+
+    out: Path
+    finished: bool
+    step: int
+    loss: float
+    test_loss: float
+    test_accuracy: float
+    queries: int
+    forward_equivalents: float
+    seconds: float
+    checkpoint: Path
+
+
+def train(
+    run: Run,
+    *,
+    max_steps: int | None = None,
+    watch: Callable[[Progress], object] = lambda _: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Result:
+    """Train to the end of the run, to step ``max_steps``, or until ``stop()``; leaves a checkpoint in any
+    case."""
+    counters = run.counters
+    began, before, at_start = time.monotonic(), counters.seconds, run.done
+    seen: dict[str, Any] = {"loss": math.nan, "train_accuracy": None, "test_accuracy": None, "cosine": None}
+    saved_at = time.monotonic()
+    with MetricsLog(run.out / METRICS, lines=counters.log_lines, size=counters.log_bytes) as log:
+        while run.done < 1 and not stop() and (max_steps is None or counters.step < max_steps):
+            record = one_step(run)
+            counters.seconds = before + time.monotonic() - began
+            seen.update({name: record[name] for name in seen if record.get(name) is not None})
+            if len(record) > 1:
+                log.append({**record, "seconds": round(counters.seconds, 3)})
+            watch(_progress(run, seen, time.monotonic() - began, at_start))
+            every = run.config.checkpoint_every
+            due = counters.step % every == 0 if every else counters.position == 0
+            if due or time.monotonic() - saved_at > CHECKPOINT_SECONDS:
+                run.save(log)
+                saved_at = time.monotonic()
+        newest = run.save(log)
+    test_loss, test_accuracy = run.test()
+    result = Result(
+        out=run.out,
+        finished=run.done >= 1,
+        step=counters.step,
+        loss=seen["loss"],
+        test_loss=test_loss,
+        test_accuracy=test_accuracy,
+        queries=counters.queries,
+        forward_equivalents=float(counters.forward_equivalents),
+        seconds=counters.seconds,
+        checkpoint=newest,
+    )
+    write_summary(run, result)
+    if records := read_metrics(run.out / METRICS):
+        title = f"{run.config.model} on {run.config.data} by {run.config.method}, seed {run.config.seed}"
+        run_curves(records, run.out / CURVES, title=title, method=run.config.method)
+    return result
+
+
+def one_step(run: Run) -> dict[str, Any]:
+    """One gradient and one update. Returns the record to log; of a step that is not logged, the loss alone.
+
+    Loss, training accuracy and cosine are of the weights before the update, the accuracy on the test split
+    after it.
+    """
+    config, counters = run.config, run.counters
+    position = counters.position
+    indices = batch_indices(len(run.data.train), run.batch_size, config.seed, counters.epoch, position)
+    augment = generator(config.seed, "augment", counters.epoch, position) if config.augment else None
+    x, y = run.batch(run.data.train, indices, augment)
+    rate = config.lr * relative_rate(config.schedule, run.done)
+    set_rate(run.optimizer, rate)
+    loss = run.gradient(x, y)
+
+    measure_cosine = (
+        config.cosine_every > 0 and config.method != "backprop" and counters.step % config.cosine_every == 0
+    )
+    cosine = run.cosine() if measure_cosine else None
+    epoch_ends = position + 1 == run.steps_per_epoch
+    epoch = counters.epoch + 1
+    counters.step += 1
+    counters.epoch, counters.position = (epoch, 0) if epoch_ends else (counters.epoch, position + 1)
+    due = counters.step == 1 or counters.step % config.log_every == 0
+    logged = due or measure_cosine or epoch_ends or run.done >= 1
+    train_accuracy = run.accuracy(x, y) if logged else None
+    run.optimizer.step()
+    if not logged:
+        return {"loss": loss}
+    test_loss, test_accuracy = run.test() if epoch_ends or run.done >= 1 else (None, None)
+    return {
+        "step": counters.step,
+        "epoch": epoch,
+        "lr": rate,
+        "loss": loss,
+        "train_accuracy": train_accuracy,
+        "test_loss": test_loss,
+        "test_accuracy": test_accuracy,
+        "cosine": cosine,
+        "queries": counters.queries,
+        "stage_evaluations": counters.stage_evaluations,
+        "forward_equivalents": float(counters.forward_equivalents),
+    }
+
+
+def _progress(run: Run, seen: dict[str, Any], elapsed: float, at_start: float) -> Progress:
+    counters, done = run.counters, run.done
+    left = elapsed * (1 - done) / (done - at_start) if done > at_start else None
+    return Progress(
+        step=counters.step,
+        total=run.total,
+        done=done,
+        epoch=counters.epoch + (counters.position > 0),
+        epochs=None if run.config.budget is not None else run.config.epochs,
+        queries=counters.queries,
+        forward_equivalents=float(counters.forward_equivalents),
+        seconds=counters.seconds,
+        seconds_left=left,
+        **seen,
+    )
+
+
+def write_summary(run: Run, result: Result) -> None:
+    values = {
+        "finished": result.finished,
+        "step": result.step,
+        "test_accuracy": result.test_accuracy,
+        "test_loss": result.test_loss,
+        "queries": result.queries,
+        "stage_evaluations": run.counters.stage_evaluations,
+        "forward_equivalents": result.forward_equivalents,
+        "seconds": round(result.seconds, 3),
+        "checkpoint": str(result.checkpoint.relative_to(run.out)),
+        "environment": environment(run.device),
+    }
+    with disk_errors(f"writing {run.out / SUMMARY}", f"`hzo train --resume {run.out}`"):
+        replace_file(run.out / SUMMARY, (json.dumps(values, indent=2) + "\n").encode())

@@ -1,0 +1,75 @@
+"""Trees over n segments in a row: which boundary's cotangent is estimated from which.
+
+A tree is a list of edges ``(target, source)`` over the boundaries 0..n, ``source > target``; boundary n has its
+cotangent from the loss, boundary 0 is left out (nobody needs it, unless asked). Edges come in an order in which every
+source is known before it is used. Names and recurrences: paper (bisection) and ours.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from hzo.errors import PlanError
+
+Edge = tuple[int, int]
+Tree = Literal["planned", "flat", "bisect", "stagewise"] | int
+
+
+def check_tree(tree: Tree) -> Tree:
+    """The tree, or an error that lists what there is."""
+    if tree in ("planned", "flat", "bisect", "stagewise"):
+        return tree
+    if isinstance(tree, int) and not isinstance(tree, bool) and tree >= 2:
+        return tree
+    raise PlanError(f"expected tree 'planned', 'flat', 'bisect', 'stagewise' or a whole number ≥ 2, got {tree!r}")
+
+
+def flat(n: int) -> list[Edge]:
+    """Every boundary straight from the end: L(L−1)/2 segments, paths of one estimate."""
+    return [(target, n) for target in range(n - 1, 0, -1)]
+
+
+def stagewise(n: int) -> list[Edge]:
+    """Every boundary from the next: L−1 segments, paths of up to L−1 estimates."""
+    return [(target, target + 1) for target in range(n - 1, 0, -1)]
+
+
+def b_ary(n: int, b: int) -> list[Edge]:
+    """Split into b parts, each boundary between them straight from the right end, and again in every part.
+
+    For b = 2 this is HZO's bisection: T(n) = ⌈n/2⌉ + T(⌊n/2⌋) + T(⌈n/2⌉), the left part ⌊n/2⌋.
+    """
+    edges: list[Edge] = []
+
+    def split(start: int, stop: int) -> None:
+        cuts = sorted({start + q * (stop - start) // b for q in range(1, b)} - {start})
+        edges.extend((cut, stop) for cut in reversed(cuts))
+        for left, right in zip([start, *cuts], [*cuts, stop], strict=True):
+            if right - left > 1:
+                split(left, right)
+
+    if n > 1:
+        split(0, n)
+    return sorted(edges, key=lambda edge: -edge[0])
+
+
+def fixed_tree(tree: Tree, n: int) -> list[Edge]:
+    """The edges of a tree that does not depend on costs."""
+    if tree == "flat":
+        return flat(n)
+    if tree == "stagewise":
+        return stagewise(n)
+    return b_ary(n, 2 if tree == "bisect" else int(tree))
+
+
+def total_length(edges: list[Edge]) -> int:
+    """Segments that one query of every edge runs; times the width, the stage evaluations of a uniform chain."""
+    return sum(source - target for target, source in edges)
+
+
+def longest_path(edges: list[Edge]) -> int:
+    """The largest number of estimates that compose."""
+    depth: dict[int, int] = {}
+    for target, source in edges:
+        depth[target] = depth.get(source, 0) + 1
+    return max(depth.values(), default=0)

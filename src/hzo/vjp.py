@@ -1,0 +1,225 @@
+"""One node: the cotangent of one tensor from those of the outputs, by finite differences.
+
+``vjp_rows`` is the only estimator; ``estimate_vjp`` offers it for any callable, the gradient engine for slices of a
+graph.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hzo import queries
+from hzo.chain import tensors_in
+from hzo.differences import Scheme, accumulation_dtype, check_scheme, check_step, default_step, stepped
+from hzo.errors import InputError, NonFiniteError
+from hzo.probes import Probe, decode, select
+
+Run = Callable[[Tensor, int], list[Tensor]]
+"""Rows (copies × B, n) and the number of copies -> rows (copies × B, m) of every output."""
+
+# Larger chunks do not run faster on a CPU, they only leave its caches.
+_LARGEST_DEFAULT = {"cpu": 64 * 2**20}
+
+
+def default_memory(device: torch.device) -> int:
+    """Bytes that the perturbed copies of a chunk may take: a quarter of what is free, on a CPU at most 64 MiB."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+    else:
+        try:
+            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (ValueError, OSError, AttributeError):
+            free = 2**30
+    return min(free // 4, _LARGEST_DEFAULT.get(device.type, free))
+
+
+def directions_per_chunk(bytes_per_direction: int, memory: int | None, device: torch.device) -> int:
+    """How many directions fit into the budget; at least one."""
+    if memory is not None and memory <= 0:
+        raise InputError(
+            f"expected a positive memory budget in bytes, got {memory}; None takes a share of what is free"
+        )
+    return max(1, (memory or default_memory(device)) // max(bytes_per_direction, 1))
+
+
+def vjp_rows(
+    run: Run,
+    rows: Tensor,
+    cotangents: Sequence[Tensor],
+    *,
+    probe: Probe,
+    scheme: Scheme,
+    step: float | None = None,
+    chunk: int = 1,
+    base: Sequence[Tensor] | None = None,
+    where: str = "the perturbed tensor",
+) -> Tensor:
+    """Estimate ``Σ Jᵀ g`` over the outputs, sample by sample.
+
+    Args:
+        run: evaluates perturbed rows.
+        rows: (B, n), the state.
+        cotangents: (B, m) for every output.
+        base: the unperturbed outputs (B, m), for the forward scheme.
+        chunk: directions evaluated at once.
+
+    Returns (B, n) in the accumulation dtype. Cost: probe.directions × B queries, twice that for central differences.
+    Source: paper, the estimate of a node; the true distance between the rounded states as divisor: ours.
+
+    Raises:
+        NonFiniteError: the state, or what a query returned, is NaN or infinite.
+        StepError: the step is lost in rounding.
+    """
+    wide = accumulation_dtype(rows.dtype)
+    cotangents = [g.to(wide) for g in cotangents]
+    step = step if step is not None else default_step(rows, scheme, where)
+    upper, lower, distance = stepped(rows, step, scheme, where)
+    result = torch.empty(rows.shape, dtype=wide, device=rows.device)
+    start = 0
+    while start < probe.directions:
+        stop = min(start + chunk, probe.directions)
+        try:
+            above = run(select(probe, start, stop, rows, upper).flatten(0, 1), stop - start)
+            if scheme == "central":
+                below = run(select(probe, start, stop, rows, lower).flatten(0, 1), stop - start)
+            else:
+                assert base is not None
+                below = [b.unsqueeze(0) for b in base]
+            products = [
+                (_difference(a, b, wide, stop - start), g) for a, b, g in zip(above, below, cotangents, strict=True)
+            ]
+            found = decode(probe, products)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if chunk == 1 or not _out_of_memory(error):
+                raise
+            chunk = max(1, chunk // 2)  # the work of this chunk is done again in halves
+            continue
+        if probe.kind == "elementwise":
+            result = found / distance
+        else:
+            result[:, start:stop] = found / distance[:, start:stop]
+        start = stop
+    if not bool(result.isfinite().all()):
+        raise NonFiniteError(f"a query that perturbed {where} returned NaN or infinity; check the model at this input")
+    return result
+
+
+def _difference(above: Tensor, below: Tensor, wide: torch.dtype, copies: int) -> Tensor:
+    """(copies, B, m) from rows above (copies × B, m) and rows below, perturbed alike or one batch (1, B, m)."""
+    outputs = above.shape[-1]
+    return above.to(wide).view(copies, -1, outputs) - below.to(wide).view(-1, above.shape[0] // copies, outputs)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+@torch.no_grad()
+def estimate_vjp(
+    f: Callable[..., Any],
+    a: Tensor | tuple[Tensor, ...],
+    cotangent: Tensor | tuple[Tensor, ...],
+    *,
+    scheme: Scheme = "central",
+    step: float | None = None,
+    elementwise: bool = False,
+    batched: bool = True,
+    memory: int | None = None,
+) -> Any:
+    """Estimate ``Jᵀ g`` of any callable at ``a`` by finite differences, one sample independent of the other.
+
+    Args:
+        f: from tensor(s) with the batch in dimension 0 to tensor(s) alike. It must not mix samples.
+        a: the input, or a tuple of inputs (``f(*a)``).
+        cotangent: g, shaped like the output (a tuple where f returns one).
+        step: distance h of the perturbation; None takes one from dtype and scale of each input.
+        elementwise: promise that an output element depends on the input element of the same place alone.
+        batched: False where ``f`` cannot take more samples than ``a`` has; directions then run one by one.
+        memory: bytes that the perturbed copies of one call may take; None takes a share of what is free.
+
+    Returns the cotangent of ``a``: shaped like it, float32 for narrower dtypes; None for an integer input of several.
+
+    Cost: for n floating elements a sample (1 if elementwise) 2 n B queries (central) or n B and one base evaluation
+    (forward). Peak memory: the budget plus what ``f`` itself allocates.
+    Source: paper, the estimate of a node; chunks and the measured distance: ours.
+
+    Raises:
+        InputError: shapes that do not fit, an integer input alone, a changed output shape.
+        NonFiniteError: NaN or infinity in ``a``, g or a query. StepError: the step is lost in rounding.
+    """
+    check_scheme(scheme)
+    step = check_step(step)
+    inputs = a if isinstance(a, tuple) else (a,)
+    cotangents = cotangent if isinstance(cotangent, tuple) else (cotangent,)
+    batch = _check_vjp_arguments(inputs, cotangents)
+
+    def evaluate(state: Sequence[Tensor], copies: int, perturbed: bool) -> list[Tensor]:
+        outputs = tensors_in(f(*state))
+        _check_outputs(outputs, cotangents, batch * copies)
+        if perturbed:
+            queries.add(queries=batch * copies, stage_evaluations=batch * copies, forward_equivalents=copies)
+        else:
+            queries.add(base_evaluations=batch)
+        return [output.reshape(batch * copies, -1) for output in outputs]
+
+    base = evaluate(inputs, 1, perturbed=False) if scheme == "forward" else None
+    rows_of_g = [g.reshape(batch, -1) for g in cotangents]
+    size = sum(t.numel() * t.element_size() for t in (*inputs, *cotangents, *cotangents))
+    chunk = directions_per_chunk(size, memory, inputs[0].device) if batched else 1
+    found: list[Tensor | None] = []
+    for k, tensor in enumerate(inputs):
+        if not tensor.is_floating_point():
+            found.append(None)
+            continue
+
+        def run(rows: Tensor, copies: int, k: int = k, shape: torch.Size = tensor.shape[1:]) -> list[Tensor]:
+            state = [t if copies == 1 else t.repeat(copies, *[1] * (t.dim() - 1)) for t in inputs]
+            state[k] = rows.reshape(batch * copies, *shape)
+            return evaluate(state, copies, perturbed=True)
+
+        probe = Probe("elementwise" if elementwise else "coordinate", tensor.numel() // batch)
+        rows = vjp_rows(
+            run,
+            tensor.reshape(batch, -1),
+            rows_of_g,
+            probe=probe,
+            scheme=scheme,
+            step=step,
+            chunk=chunk,
+            base=base,
+            where=f"input {k} of {getattr(f, '__name__', type(f).__name__)}",
+        )
+        found.append(rows.reshape(tensor.shape))
+    return tuple(found) if isinstance(a, tuple) else found[0]
+
+
+def _check_vjp_arguments(inputs: tuple[Tensor, ...], cotangents: tuple[Tensor, ...]) -> int:
+    if not any(t.is_floating_point() for t in inputs):
+        kinds = ", ".join(str(t.dtype) for t in inputs)
+        raise InputError(f"expected a floating input to perturb, got {kinds}; embed integers first, in their own stage")
+    sizes = {tuple(t.shape[:1]) for t in (*inputs, *cotangents)}
+    if len(sizes) != 1 or sizes <= {(), (0,)}:
+        shapes = [tuple(t.shape) for t in (*inputs, *cotangents)]
+        raise InputError(f"expected inputs and cotangents with one batch size ≥ 1 in dimension 0, got shapes {shapes}")
+    for name, tensors in (("input", inputs), ("cotangent", cotangents)):
+        for t in tensors:
+            if t.is_floating_point() and not bool(t.isfinite().all()):
+                raise NonFiniteError(
+                    f"an {name} holds NaN or infinity" if name == "input" else "g holds NaN or infinity"
+                )
+    return int(inputs[0].shape[0])
+
+
+def _check_outputs(outputs: list[Tensor], cotangents: tuple[Tensor, ...], batch: int) -> None:
+    expected = [(batch, *g.shape[1:]) for g in cotangents]
+    got = [tuple(output.shape) for output in outputs]
+    if expected != got:
+        raise InputError(
+            f"expected outputs of shape {expected} for {batch} samples (the cotangents' shapes), got {got}; a callable "
+            "that cannot take a larger batch says batched=False"
+        )
