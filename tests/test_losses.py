@@ -195,9 +195,7 @@ def test_changed_losses_are_perturbed(loss_fn):
     if target is None:
         loss_fn = partial(loss_fn.func, **loss_fn.keywords)
     _, cotangent = loss_and_cotangent(loss_fn, normal(3, 2), target)
-    torch.testing.assert_close(
-        cotangent, oracle(loss_fn, normal(3, 2), target)[1], rtol=DIFFERENCE, atol=DIFFERENCE
-    )
+    torch.testing.assert_close(cotangent, oracle(loss_fn, normal(3, 2), target)[1], rtol=DIFFERENCE, atol=DIFFERENCE)
 
 
 def test_global_hooks_rule_out_closed_forms():
@@ -282,9 +280,7 @@ def test_pytrees_of_outputs_and_targets(reduce):
     assert cotangent["spread"][1] is None
     assert cotangent["spread"][0].dtype == torch.float32
     torch.testing.assert_close(cotangent["mean"], expected["mean"], rtol=DIFFERENCE, atol=DIFFERENCE)
-    torch.testing.assert_close(
-        cotangent["spread"][0].double(), expected["spread"][0], rtol=1e-6, atol=DIFFERENCE
-    )
+    torch.testing.assert_close(cotangent["spread"][0].double(), expected["spread"][0], rtol=1e-6, atol=DIFFERENCE)
 
 
 def test_no_target_and_numbers():

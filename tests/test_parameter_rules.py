@@ -44,9 +44,7 @@ def check_module(module, *args, **kwargs):
     names = [name for name, _ in module.named_parameters()]
     output = module(*args, **kwargs)
     cotangent = normal(*output.shape, seed=9).to(output.dtype)
-    expected = dict(
-        zip(names, torch.autograd.grad(output, list(module.parameters()), cotangent), strict=True)
-    )
+    expected = dict(zip(names, torch.autograd.grad(output, list(module.parameters()), cotangent), strict=True))
     before = {name: buffer.clone() for name, buffer in module.named_buffers()}
     for wanted in (frozenset(names), *(frozenset([name]) for name in names)):
         rule = find_rule(module, args, kwargs, wanted)
@@ -169,7 +167,7 @@ def test_keyword_arguments():
     extra=st.integers(0, 2),
     size=st.integers(3, 6),
 )
-def test_convolution_of_any_shape(  # noqa: PLR0917
+def test_convolution_of_any_shape(
     axes, groups, per_group, kernel, stride, dilation, padding, mode, transposed, extra, size
 ):
     channels = groups * per_group[0], groups * per_group[1]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -95,6 +96,7 @@ class Value:
     batch_dim: int | None
     producer: int  # operation that writes it; -1 for an input of the model
     batch: int  # batch size of the trace
+    finite: bool = True  # a mask of minus infinities is not, and cannot be perturbed
 
     @property
     def batched(self) -> bool:
@@ -195,7 +197,8 @@ class Graph:
     inputs: tuple[int, ...]
     output: Any  # the model's output with values in place of tensors
     stages: tuple[Stage, ...]
-    batch: int
+    batch: int  # of the samples that the trace ran, to which all shapes refer
+    nominal_batch: int  # of the input that was handed over, to which predicted totals refer
     signature: tuple[Any, ...]  # what must not change for the trace to stay valid
 
     @cached_property
@@ -271,6 +274,11 @@ class Graph:
     def cost_of(self, operations: Sequence[int]) -> int:
         """Operations that one sample costs when these run."""
         return sum(self.operations[k].cost for k in operations)
+
+    def cost_alone(self, operation: int, value: int, elements: int) -> Fraction:
+        """Forward passes of one sample that an operation costs when its operand ``value`` has so many elements."""
+        whole = max(1, self.values[value].per_sample)
+        return Fraction(self.operations[operation].cost * elements, whole * self.cost)
 
     def describe(self, position: int) -> str:
         """Where a position lies, in words for messages and tables."""
@@ -364,7 +372,7 @@ class Chain:
     def __str__(self) -> str:
         if self.graph is None:
             return f"Chain of {len(self)} stages, not traced"
-        lines = [f"Chain of {len(self)} stages, traced with a batch of {self.graph.batch}"]
+        lines = [f"Chain of {len(self)} stages, traced for a batch of {self.graph.nominal_batch}"]
         for k, (start, stop) in enumerate(pairwise(self.graph.boundaries)):
             tensors = ", ".join("×".join(map(str, self.graph.values[v].sample_shape)) for v in self.graph.live[stop])
             names = ", ".join(op.name for op in self.graph.operations[start:stop])

@@ -1,5 +1,4 @@
-"""The command ``hzo``: says what to install where the parts that it needs are missing, and runs it where
-they are not."""
+"""The command ``hzo``: runs, or says what to install where the parts that it needs are missing."""
 
 from __future__ import annotations
 

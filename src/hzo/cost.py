@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
+from math import prod
 
 from hzo.chain import Graph
 from hzo.differences import Scheme, evaluations
@@ -24,6 +25,15 @@ def node_cost(graph: Graph, probe: Probe, operations: Sequence[int], scheme: Sch
         queries,
         queries * graph.stages_in(operations),
         Fraction(queries * graph.cost_of(operations), graph.cost),
+    )
+
+
+def adjoint_cost(graph: Graph, operation: int, value: int, probes: Sequence[tuple[int, ...]]) -> Cost:
+    """One application of an operation's adjoint, and the probes that measure what it needs."""
+    return Cost(
+        measurements=sum(shape[0] for shape in probes),
+        measured=sum((graph.cost_alone(operation, value, prod(shape)) for shape in probes), start=Fraction(0)),
+        adjoints=1,
     )
 
 

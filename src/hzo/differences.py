@@ -46,7 +46,7 @@ def default_step(tensor: Tensor, scheme: Scheme, where: str = "the perturbed ten
         raise NonFiniteError(f"{where} holds NaN or infinity; find out why before estimating a gradient there")
     power = 1 / 3 if scheme == "central" else 1 / 2
     unit = float(torch.finfo(tensor.dtype).eps)
-    return (scale or 1.0) * (unit**power)
+    return float((scale or 1.0) * unit**power)
 
 
 def check_step(step: float | None) -> float | None:

@@ -217,6 +217,21 @@ def tile(tensor: Tensor, dim: int, copies: int) -> Tensor:
     return expanded.reshape(*shape[:dim], copies * shape[dim], *shape[dim + 1 :])
 
 
+def run_alone(graph: Graph, op: Operation, activities: Activities, value: int, probe: Tensor) -> tuple[Tensor, ...]:
+    """Run one operation with one operand replaced by a probe of its own size, to measure the operation.
+
+    Cost: one query for each sample of the probe; operations in proportion to its elements.
+    """
+    values = {**activities.values, value: probe}
+    results = query(graph, op, activities, values.__getitem__, probe.shape[0], copies=1)
+    queries.add(
+        queries=probe.shape[0],
+        stage_evaluations=probe.shape[0],
+        forward_equivalents=graph.cost_alone(op.index, value, probe.numel()) / activities.batch,
+    )
+    return results
+
+
 def run_with_parameter(
     graph: Graph, op: Operation, activities: Activities, use: ParameterUse, parameter: Tensor
 ) -> tuple[Tensor, ...]:

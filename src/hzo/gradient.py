@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from hzo import queries
+from hzo.adjoints import Call, find_adjoint
 from hzo.chain import Attribute, Chain, Graph, Operation, ParameterUse, Ref, tensors_in
 from hzo.cost import bytes_per_direction
 from hzo.differences import accumulation_dtype, default_step, stepped
 from hzo.errors import InputError, NonFiniteError
-from hzo.execution import Activities, base_pass, resolve, run_slice, run_with_parameter
+from hzo.execution import Activities, base_pass, resolve, run_alone, run_slice, run_with_parameter
 from hzo.losses import loss_and_cotangent
 from hzo.parameter_rules import find_rule
 from hzo.plan import Node, Plan
@@ -41,6 +42,7 @@ class _Task:
     plan: Plan
     activities: Activities
     memory: int | None
+    along: dict[int, dict[int | str, Tensor]]  # parameter gradients that an adjoint gave along, by operation and slot
 
 
 def backward(
@@ -152,7 +154,7 @@ def _estimate(
         output = pytree.tree_map_only(Ref, lambda ref: activities.values[ref.value], graph.output)
         loss, cotangent = _loss(graph, activities, loss_fn, output, y)
         with contained(modules):
-            task = _Task(graph, plan, activities, memory)
+            task = _Task(graph, plan, activities, memory, {})
             found = _fold(task, _at_the_end(graph, cotangent))
             gradients = _apply_rules(task, found)
     return gradients, loss, (graph, found)
@@ -209,6 +211,8 @@ def _estimate_node(task: _Task, node: Node, at_source: dict[int, Tensor]) -> Ten
     outputs = [v for v in node.outputs if v in at_source]
     if not outputs:
         return None
+    if node.probe.kind == "adjoint":
+        return _apply_adjoint(task, node, {v: at_source[v] for v in outputs})
     values = graph.values
     value = values[node.value]
     rows = value.rows(activities.values[node.value], batch)
@@ -232,6 +236,33 @@ def _estimate_node(task: _Task, node: Node, at_source: dict[int, Tensor]) -> Ten
         where=f"the activity at {graph.describe(node.target)}",
     )
     return value.from_rows(estimate, batch)
+
+
+def _apply_adjoint(task: _Task, node: Node, cotangents: dict[int, Tensor]) -> Tensor:
+    """Carry a cotangent back through one operation by its structure."""
+    graph, activities = task.graph, task.activities
+    op = graph.operations[node.operations[0]]
+    rule = find_adjoint(graph, op, node.value)
+    if rule is None:
+        raise AssertionError(f"{op.name}: an adjoint was planned and none is found")
+
+    def measure(value: int, probe: Tensor) -> Tensor:
+        return run_alone(graph, op, activities, value, probe)[0]
+
+    args, kwargs = resolve(op, activities.values.__getitem__, activities.batch)
+    outputs = tuple(activities.values[v] for v in op.writes)
+    queries.add(adjoints=1)
+    call = Call(graph, op, args, kwargs, outputs, cotangents, measure)
+    if rule.with_parameters is None or not _has_closed_parameters(task, op):
+        return rule.apply(call, node.value)
+    estimate, parameters = rule.with_parameters(call, node.value)
+    task.along[op.index] = dict(parameters.items())
+    return estimate
+
+
+def _has_closed_parameters(task: _Task, op: Operation) -> bool:
+    """Whether the operation has trainable parameters, all of them with closed rules."""
+    return bool(op.parameters) and all(probe.operation != op.index for probe in task.plan.perturbed)
 
 
 def _apply_rules(task: _Task, found: Cotangents) -> Gradients:
@@ -268,6 +299,10 @@ def _by_rule(
     slots = {use.slot: use for use in uses if use.slot is not None}
     if not slots:
         return []
+    queries.add(parameter_rules=len(slots))
+    along = task.along.get(op.index, {})
+    if slots.keys() <= along.keys():
+        return [(use, along[slot]) for slot, use in slots.items()]
     args, kwargs = resolve(op, task.activities.values.__getitem__, task.activities.batch)
     wanted = frozenset(slots)
     rule = find_rule(op.target, args, kwargs, wanted)
@@ -275,7 +310,6 @@ def _by_rule(
         raise AssertionError(f"{op.name}: a rule was planned for {sorted(map(str, wanted))} and none is found")
     (cotangent,) = given.values()
     gradients = rule(op.target, args, kwargs, cotangent, wanted)
-    queries.add(parameter_rules=len(slots))
     return [(use, gradients[slot]) for slot, use in slots.items()]
 
 

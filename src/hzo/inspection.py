@@ -24,9 +24,11 @@ def inspect_operations(graph: Graph, inputs: Sequence[Tensor]) -> Graph:
         learned, results = _inspect(graph, op, values, devices_of(inputs))
         values.update(zip(op.writes, results, strict=True))
         operations.append(learned)
+    finite = {v: not t.is_floating_point() or bool(t.isfinite().all()) for v, t in values.items()}
     # Two recordings of batch and batch + 1 samples, two runs of the batch here and one of two batches.
     queries.add(check_evaluations=len(graph.stages) * (6 * graph.batch + 1))
-    return replace(graph, operations=tuple(operations))
+    learned_values = tuple(replace(value, finite=finite[value.index]) for value in graph.values)
+    return replace(graph, operations=tuple(operations), values=learned_values)
 
 
 def _inspect(
@@ -58,8 +60,7 @@ def _inspect(
     for tensor, copy in zip(held, after[1], strict=True):
         tensor.copy_(copy)
     flops = counter.get_total_flops()
-    views = {tensor.untyped_storage().data_ptr() for v in op.reads for tensor in [values[v]]}
-    written = sum(t.numel() for t in results if t.untyped_storage().data_ptr() not in views)
+    written = sum(t.numel() for t in results)
     cost = -(-(flops + written) // graph.batch)
     return replace(op, stateful=stateful, deterministic=same, coupled=coupled, cost=cost), results
 

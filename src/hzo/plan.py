@@ -5,7 +5,7 @@ Nothing here knows the values of a network: a plan can be printed, compared and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from fractions import Fraction
 
 from hzo.differences import Scheme, evaluations
@@ -45,18 +45,29 @@ class ParameterProbe:
 
 @dataclass(frozen=True)
 class Cost:
-    """What queries cost: of one sample, but for ``forward_equivalents``, which is the same for any batch size."""
+    """What queries cost: those that every sample needs, and those that measure an operation once for the batch.
+
+    Attributes:
+        queries, stage_evaluations: of one sample.
+        forward_equivalents: of the batch by those queries, the same for any batch size.
+        measurements: queries (and stage evaluations) that measure an operation, whatever the batch size.
+        measured: what they cost, in forward passes of one sample.
+        adjoints: applications of an adjoint to the batch.
+    """
 
     queries: int = 0
     stage_evaluations: int = 0
     forward_equivalents: Fraction = Fraction(0)
+    measurements: int = 0
+    measured: Fraction = Fraction(0)
+    adjoints: int = 0
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(
-            self.queries + other.queries,
-            self.stage_evaluations + other.stage_evaluations,
-            self.forward_equivalents + other.forward_equivalents,
-        )
+        return Cost(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def forward_equivalents_of(self, batch: int) -> Fraction:
+        """Operations of all queries over those of one forward pass of a batch."""
+        return self.forward_equivalents + self.measured / batch
 
 
 @dataclass(frozen=True)
@@ -92,49 +103,59 @@ class Plan:
     @property
     def queries(self) -> int:
         """Queries of one gradient of the batch traced."""
-        return self.cost.queries * self.batch
+        return self.cost.queries * self.batch + self.cost.measurements
 
     @property
     def stage_evaluations(self) -> int:
         """Stage evaluations of one gradient of the batch traced."""
-        return self.cost.stage_evaluations * self.batch
+        return self.cost.stage_evaluations * self.batch + self.cost.measurements
 
     @property
     def forward_equivalents(self) -> float:
         """Operations of all queries of one gradient over those of one forward pass."""
-        return float(self.cost.forward_equivalents)
+        return float(self.cost.forward_equivalents_of(self.batch))
+
+    @property
+    def adjoints(self) -> int:
+        """Adjoints of single operations that one gradient applies to the batch."""
+        return self.cost.adjoints
 
     def __str__(self) -> str:
         return describe(self)
 
 
 def describe(plan: Plan, rows: int = 40) -> str:
-    """The plan as text: totals, then one line for each node that costs something, the first ``rows`` of them."""
-    total = plan.cost
+    """The plan as text: totals, what each kind of probe costs, then the costly nodes, the first ``rows`` of them."""
     step = "from dtype and scale" if plan.step is None else f"{plan.step:g}"
+    whole = plan.cost.forward_equivalents_of(plan.batch) or Fraction(1)
+
+    def price(cost: Cost) -> str:
+        fe = cost.forward_equivalents_of(plan.batch)
+        return f"{float(fe):.2f} forward equivalents ({float(fe / whole):.1%})"
+
     lines = [
         f"tree {plan.tree}, assume {plan.assume}, {plan.scheme} differences, step {step}",
-        f"one gradient of {plan.batch} samples: {plan.queries:,} queries, "
-        f"{plan.stage_evaluations:,} stage evaluations, {plan.forward_equivalents:,.1f} forward equivalents",
+        f"one gradient of {plan.batch} samples: {plan.queries:,} queries, {plan.stage_evaluations:,} stage "
+        f"evaluations, {plan.adjoints:,} adjoints, {plan.forward_equivalents:,.2f} forward equivalents",
     ]
-    costly = [node for node in plan.nodes if node.cost.queries]
-    whole = total.forward_equivalents or Fraction(1)
+    by_probe: dict[str, Cost] = {}
+    for node in plan.nodes:
+        if node.operations:
+            name = f"{node.probe.kind} ({node.probe.promise})" if node.probe.promise else node.probe.kind
+            by_probe[name] = by_probe.get(name, Cost()) + node.cost
+    lines += [f"  {name} probes: {price(cost)}" for name, cost in by_probe.items()]
+    costly = [node for node in plan.nodes if node.probe.kind != "adjoint" and node.operations]
     for node in costly[:rows]:
-        share = float(node.cost.forward_equivalents / whole)
         lines.append(
             f"  {plan.labels[node.target]} from {plan.labels[node.source]}: {node.probe.kind} probe, "
-            f"{node.probe.directions} directions × {evaluations(plan.scheme)}, "
-            f"{float(node.cost.forward_equivalents):.2f} forward equivalents ({share:.1%})"
+            f"{node.probe.directions} directions × {evaluations(plan.scheme)}, {price(node.cost)}"
         )
     if len(costly) > rows:
         rest = sum((node.cost for node in costly[rows:]), start=Cost())
-        lines.append(
-            f"  … and {len(costly) - rows} more nodes, {float(rest.forward_equivalents):.2f} forward equivalents"
-        )
+        lines.append(f"  … and {len(costly) - rows} more nodes, {price(rest)}")
     for probe in plan.perturbed:
-        share = float(probe.cost.forward_equivalents / whole)
         lines.append(
             f"  parameters of {plan.labels[probe.operation]}: perturbed, {probe.elements} elements × "
-            f"{evaluations(plan.scheme)}, {float(probe.cost.forward_equivalents):.2f} forward equivalents ({share:.1%})"
+            f"{evaluations(plan.scheme)}, {price(probe.cost)}"
         )
     return "\n".join(lines)

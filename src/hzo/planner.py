@@ -13,8 +13,9 @@ from itertools import pairwise
 
 import torch
 
+from hzo.adjoints import find_adjoint
 from hzo.chain import Attribute, Chain, Graph, Operation, ParameterUse, Ref, map_arguments
-from hzo.cost import node_cost, parameter_cost
+from hzo.cost import adjoint_cost, node_cost, parameter_cost
 from hzo.differences import Scheme, check_scheme, check_step
 from hzo.errors import CoupledSamplesError, InputError, NondeterministicError, PlanError
 from hzo.parameter_rules import find_rule
@@ -81,7 +82,7 @@ def plan(
         nodes=nodes_of(graph, edges, wanted, assume, scheme, everything=boundaries == "all"),
         perturbed=tuple(perturbed_parameters(graph, scheme)),
         trainable=trainable,
-        batch=graph.batch,
+        batch=graph.nominal_batch,
         labels=tuple(graph.describe(position) for position in range(len(graph.operations) + 1)),
     )
 
@@ -123,49 +124,60 @@ def tree_edges(graph: Graph, tree: Tree, wanted: Wanted, assume: Assume, scheme:
             inside.setdefault(stage, []).append(position)
             outer.add(graph.stages[stage].stop)
     first = graph.stages[graph.stage_of[max(needed[0] - 1, 0)]].start
+    if tree == "planned":
+        path = shortest_path(graph, [first, *(p for p in needed if p > first), end], assume, scheme)
+        return path if first not in needed else [*path, (first, path[-1][0] if path else end)]
     groups = [[first, *sorted(outer - {first})]]
     groups += [[graph.stages[s].start, *points, graph.stages[s].stop] for s, points in inside.items()]
     edges: list[Edge] = []
-    for k, points in enumerate(groups):
-        if tree == "planned":
-            candidates = graph.boundaries if k == 0 else range(points[0], points[-1] + 1)
-            edges += shortest_path(graph, points, candidates, assume, scheme)
-        else:
-            edges += [(points[t], points[s]) for t, s in fixed_tree(tree, len(points) - 1)]
+    for points in groups:
+        edges += [(points[t], points[s]) for t, s in fixed_tree(tree, len(points) - 1)]
     if first in outer:  # the left end itself is asked for: from the boundary next to it
         edges += [(first, groups[0][1])]
     return sorted(edges, key=lambda edge: -edge[0])
 
 
-def shortest_path(
-    graph: Graph, points: Sequence[int], candidates: Sequence[int], assume: Assume, scheme: Scheme
-) -> list[Edge]:
-    """The cheapest way to estimate all ``points`` but the first, over any candidates between them.
+def shortest_path(graph: Graph, points: Sequence[int], assume: Assume, scheme: Scheme) -> list[Edge]:
+    """The cheapest way to estimate all ``points`` but the first, over any positions between them.
 
     With exact differences no path is too long, so each point takes its cotangent from the next on the path, and only
     points that nobody asked for may be passed over.
     """
     edges: list[Edge] = []
     for left, right in pairwise(points[1:]):
-        between = [left, *(c for c in candidates if left < c < right), right]
-        best = {right: (Fraction(0), 0, right)}  # operations, then queries, then the next boundary on the path
+        between = range(left, right + 1)
+        best: dict[int, Path] = {right: (0, Fraction(0), 0, right)}
         for target in reversed(between[:-1]):
             best[target] = min(_through(graph, target, s, best[s], assume, scheme) for s in between if s > target)
         position = left
         while position != right:
-            edges.append((position, best[position][2]))
-            position = best[position][2]
-    return edges
+            edges.append((position, best[position][3]))
+            position = best[position][3]
+    return sorted(edges, key=lambda edge: -edge[0])
 
 
-def _through(
-    graph: Graph, target: int, source: int, onward: tuple[Fraction, int, int], assume: Assume, scheme: Scheme
-) -> tuple[Fraction, int, int]:
+Path = tuple[int, Fraction, int, int]
+"""Nodes that cannot be estimated, forward equivalents, queries, and the next boundary: compared in this order."""
+
+
+def _through(graph: Graph, target: int, source: int, onward: Path, assume: Assume, scheme: Scheme) -> Path:
     """The cost of a path that takes everything alive at ``target`` from ``source``."""
-    alive = [v for v in graph.live[target] if graph.requires[v]]
-    nodes = (make_node(graph, value, target, source, assume, scheme) for value in alive)
-    cost = sum((node.cost for node in nodes if node), start=Cost())
-    return onward[0] + cost.forward_equivalents, onward[1] + cost.queries, source
+    blocked, cost = 0, Cost()
+    for value in graph.live[target]:
+        node = make_node(graph, value, target, source, assume, scheme) if graph.requires[value] else None
+        if node is not None:
+            blocked += not _possible(graph, node)
+            cost += node.cost
+    total = cost.forward_equivalents_of(graph.nominal_batch)
+    return onward[0] + blocked, onward[1] + total, onward[2] + cost.queries + cost.adjoints, source
+
+
+def _possible(graph: Graph, node: Node) -> bool:
+    """Whether a node's queries mean anything: samples kept apart, and nothing infinite to take a difference of."""
+    if node.probe.kind == "adjoint" or not node.operations:
+        return True
+    finite = all(graph.values[v].finite for v in (node.value, *node.outputs))
+    return finite and not any(graph.operations[k].coupled for k in node.operations)
 
 
 def make_node(
@@ -178,10 +190,23 @@ def make_node(
     carried = value in alive
     if not operations and not carried:
         return None
-    elementwise = assume != "nothing" and elementwise_slice(graph, value, operations, outputs)
-    probe = Probe("elementwise" if elementwise else "coordinate", graph.values[value].per_sample)
-    cost = node_cost(graph, probe, operations, scheme)
+    probe, cost = choose_probe(graph, value, operations, outputs, assume, scheme)
     return Node(value, target, source, operations, outputs, carried, probe, cost)
+
+
+def choose_probe(
+    graph: Graph, value: int, operations: tuple[int, ...], outputs: Sequence[int], assume: Assume, scheme: Scheme
+) -> tuple[Probe, Cost]:
+    """The cheapest probe that what is assumed allows, and its cost."""
+    elements = graph.values[value].per_sample
+    if assume == "structure" and len(operations) == 1:
+        rule = find_adjoint(graph, graph.operations[operations[0]], value)
+        if rule is not None:
+            shapes = rule.probes(graph, graph.operations[operations[0]], value)
+            return Probe("adjoint", elements, rule.promise), adjoint_cost(graph, operations[0], value, shapes)
+    elementwise = assume != "nothing" and elementwise_slice(graph, value, operations, outputs)
+    probe = Probe("elementwise" if elementwise else "coordinate", elements)
+    return probe, node_cost(graph, probe, operations, scheme)
 
 
 def nodes_of(
@@ -247,12 +272,13 @@ def _check_repeats(graph: Graph, noise: float | None) -> None:
 
 
 def _check_coupling(graph: Graph, node: Node) -> None:
-    for k in node.operations:
+    for k in node.operations if node.probe.kind != "adjoint" else ():
         op = graph.operations[k]
         if op.coupled:
             raise CoupledSamplesError(
                 f"{op.name} lets the samples of a batch influence each other (as BatchNorm does in train mode), and "
                 f"lies between {graph.describe(node.target)} and {graph.describe(node.source)}, where all samples are "
-                "perturbed at once. Put it into eval mode (module.eval()), use a norm that keeps samples apart "
-                "(GroupNorm, LayerNorm), or freeze all parameters before it"
+                "perturbed at once. Plan with tree='planned', assume='structure', which knows the norms of torch; or put "
+                "it into eval mode (module.eval()), use a norm that keeps samples apart (GroupNorm, LayerNorm), or "
+                "freeze all parameters before it"
             )

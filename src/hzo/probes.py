@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Kind = Literal["coordinate", "elementwise"]
+Kind = Literal["coordinate", "elementwise", "adjoint"]
 
 
 @dataclass(frozen=True)
@@ -21,15 +21,17 @@ class Probe:
 
     ``coordinate``: one element of every sample at a time, everything that changes belongs to it (nothing is assumed).
     ``elementwise``: all elements at once, an output element belongs to the input element of the same place.
+    ``adjoint``: no perturbation; the structure of a single operation, given by ``promise``, carries the cotangent.
     """
 
     kind: Kind
     elements: int  # of one sample
+    promise: str = ""
 
     @property
     def directions(self) -> int:
         """Perturbations that the probe needs, each of all samples."""
-        return self.elements if self.kind == "coordinate" else 1
+        return {"coordinate": self.elements, "elementwise": 1, "adjoint": 0}[self.kind]
 
 
 def select(probe: Probe, start: int, stop: int, base: Tensor, moved: Tensor) -> Tensor:

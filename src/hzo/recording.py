@@ -63,7 +63,8 @@ def is_layer(module: nn.Module) -> bool:
         return True
     from_torch = type(module).__module__.startswith(("torch.nn.modules", "torch.ao"))
     childless = next(module.children(), None) is None
-    return from_torch and (childless or isinstance(module, nn.MultiheadAttention))
+    container = isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
+    return from_torch and not container and (childless or isinstance(module, nn.MultiheadAttention))
 
 
 class Recorder(TorchFunctionMode):

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as _module_globals
 
 from hzo.chain import Graph, Operation
 from hzo.errors import PlanError
@@ -50,20 +51,26 @@ def check_assume(assume: str) -> Assume:
     return assume  # type: ignore[return-value]
 
 
-def unchanged(module: nn.Module) -> bool:
-    """Whether a module computes what its type says: no hook, no forward of its own, no parametrization."""
-    return not (
-        "forward" in module.__dict__
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or hasattr(module, "parametrizations")
+def untouched(module: nn.Module) -> bool:
+    """Whether a call of ``module`` runs the forward of its class and nothing else.
+
+    False with forward hooks (its own or global), a parametrization or weight norm, or an instance attribute
+    in place of a method. The exact type of the module is the caller's to check. Source: ours.
+    """
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        _module_globals._global_forward_hooks,
+        _module_globals._global_forward_pre_hooks,
     )
+    shadowed = any(callable(getattr(type(module), name, None)) for name in vars(module))
+    return not any(hooks) and not shadowed and not nn.utils.parametrize.is_parametrized(module)
 
 
 def is_elementwise(op: Operation) -> bool:
     """Whether an operation's type promises it; shapes are for ``elementwise_slice`` to see."""
     if op.module is not None:
-        return type(op.module) in _MODULES and unchanged(op.module)
+        return type(op.module) in _MODULES and untouched(op.module)
     try:
         return op.target in _FUNCTIONS
     except TypeError:  # a callable without a hash

@@ -9,6 +9,7 @@ moves, what it costs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -35,8 +36,9 @@ from hzo.errors import InputError, TraceError
 from hzo.inspection import inspect_operations
 from hzo.recording import Call, ReadsValuesError, Recorder, Recording
 from hzo.side_effects import contained
-from hzo.structure import unchanged
+from hzo.structure import untouched
 
+_SAMPLES = 4  # enough to tell samples apart; what is learned holds for any number of them
 BY_HAND = "give the stages by hand: hzo.Chain([f1, f2, ...]), each a callable from tensor(s) to tensor(s)"
 
 
@@ -51,7 +53,7 @@ def trace(model: nn.Module | Chain | Callable[..., Any], x: Any) -> Chain:
         model: a module, or a chain made by hand.
         x: a tensor with the batch first; a tuple is passed as positional, a dict as keyword arguments.
 
-    Cost: about six forward passes, counted as ``check_evaluations``. Buffers, random state and training flags are as
+    Cost: about six forward passes of at most four samples, counted as ``check_evaluations``. Buffers, random state and training flags are as
     before. Source: ours.
 
     Raises:
@@ -61,13 +63,16 @@ def trace(model: nn.Module | Chain | Callable[..., Any], x: Any) -> Chain:
     """
     module = model.model if isinstance(model, Chain) else model if isinstance(model, nn.Module) else Stages([model])
     args, kwargs = call_arguments(x)
-    batch = batch_size(args, kwargs)
+    nominal = batch_size(args, kwargs)
+    batch = min(nominal, _SAMPLES)
+    args, kwargs = pytree.tree_map_only(Tensor, lambda t: t[:batch], (args, kwargs))
     larger = pytree.tree_map_only(Tensor, lambda t: torch.cat([t, t[:1]]), (args, kwargs))
     with torch.no_grad(), contained([module]):
         opaque: frozenset[int] = frozenset()
         first, opaque = record(module, args, kwargs, opaque)
         second, opaque = record(module, larger[0], larger[1], opaque)
-        graph = link(module, first, second, batch, signature(module, x))
+        graph = link(module, first, second, batch)
+        graph = replace(graph, nominal_batch=nominal, signature=signature(module, x))
         graph = inspect_operations(graph, [t.detach() for t in tensors_in((args, kwargs))])
     return Chain(module, graph)
 
@@ -129,7 +134,7 @@ def stages_of(module: nn.Module) -> list[tuple[str, Callable[..., Any]]] | None:
     """The stages that a model names itself, or None."""
     if isinstance(module, Stages):
         return [(f"{k}:{getattr(s, '__name__', type(s).__name__)}", s) for k, s in enumerate(module.callables)]
-    if type(module) is nn.Sequential and len(module) and unchanged(module):
+    if type(module) is nn.Sequential and len(module) and untouched(module):
         return [(f"{name}:{type(child).__name__}", child) for name, child in module.named_children()]
     return None
 
@@ -163,7 +168,7 @@ def run_stages(module: nn.Module, recorder: Recorder, args: tuple[Any, ...], kwa
     return None
 
 
-def link(module: nn.Module, first: Recording, second: Recording, batch: int, traced_as: tuple[Any, ...]) -> Graph:
+def link(module: nn.Module, first: Recording, second: Recording, batch: int) -> Graph:
     """Make a graph of two recordings of batches that differ by one sample."""
     if [c.name for c in first.calls] != [c.name for c in second.calls]:
         raise TraceError(f"the forward pass does different things for {batch} and {batch + 1} samples; {BY_HAND}")
@@ -191,11 +196,11 @@ def link(module: nn.Module, first: Recording, second: Recording, batch: int, tra
         maker = first.calls[producer[index]].name if index in producer else "the input"
         dim = _batch_dim(t1, t2, batch, maker) if dependent[index] else None
         values.append(Value(index, tuple(t1.shape), t1.dtype, dim, producer.get(index, -1), batch))
-    graph = Graph(tuple(operations), tuple(values), first.inputs, first.output, (), batch, traced_as)
+    graph = Graph(tuple(operations), tuple(values), first.inputs, first.output, (), batch, batch, ())
     if not any(isinstance(leaf, Ref) for leaf in pytree.tree_leaves(first.output)):
         raise TraceError("the model's output is not computed from its input by torch calls; " + BY_HAND)
     stages = _named_stages(first) if stages_of(module) is not None else _cut(graph)
-    return Graph(graph.operations, graph.values, graph.inputs, graph.output, stages, batch, traced_as)
+    return replace(graph, stages=stages)
 
 
 def parameter_uses(

@@ -1,6 +1,7 @@
 """What every baseline promises beside its estimate: no side effects, accumulation, counts, clean errors."""
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -19,13 +20,12 @@ BATCH = 6
 
 
 def network() -> nn.Module:
-    """BatchNorm, dropout, a frozen layer, one part in evaluation mode."""
+    """BatchNorm, dropout, a part that is frozen and in evaluation mode."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Dropout(0.5), nn.BatchNorm1d(4), nn.Linear(4, 3)
     )
-    model[0].requires_grad_(False)
-    model[4].eval()
+    model[4].eval().requires_grad_(False)
     return model
 
 
@@ -81,6 +81,9 @@ def test_accumulates(method):
 
 @pytest.mark.parametrize("method", [m for m in ALL if m is not backprop])
 def test_runs_where_autograd_raises(method, monkeypatch):
+    # Tracing counts operations with a part of torch that looks autograd's functions up when it is first loaded.
+    importlib.import_module("torch._dynamo")
+
     def forbidden(*args, **kwargs):
         raise AssertionError("reverse-mode autograd was called")
 
@@ -89,16 +92,20 @@ def test_runs_where_autograd_raises(method, monkeypatch):
     monkeypatch.setattr(torch.autograd, "backward", forbidden)
     model, (x, y) = network(), batch()
     recorded = []
-    model[-1].register_forward_hook(lambda module, args, output: recorded.append(output.requires_grad))
-    method(model, F.cross_entropy, x, y, **options(method))
+
+    def loss_fn(output, target):
+        recorded.append(output.requires_grad)
+        return F.cross_entropy(output, target)
+
+    method(model, loss_fn, x, y, **options(method))
     assert recorded
     assert not any(recorded)
 
 
-COUNTS = [  # passes at a perturbed state, forward equivalents, base passes; 8 + 8 + 15 trainable elements
+COUNTS = [  # passes at a perturbed state, forward equivalents, base passes; 16 + 8 + 15 trainable elements
     pytest.param(backprop, {}, 0, 0, id="backprop"),
-    pytest.param(coordinate_wise, {}, 62, 62, id="coordinate_wise central"),
-    pytest.param(coordinate_wise, {"scheme": "forward"}, 31, 31, id="coordinate_wise forward"),
+    pytest.param(coordinate_wise, {}, 78, 78, id="coordinate_wise central"),
+    pytest.param(coordinate_wise, {"scheme": "forward"}, 39, 39, id="coordinate_wise forward"),
     pytest.param(spsa, {"samples": 3}, 6, 6, id="spsa"),
     pytest.param(mezo, {"samples": 3}, 6, 6, id="mezo"),
     pytest.param(forward_gradient, {"samples": 3}, 3, 8, id="forward_gradient"),
@@ -110,11 +117,10 @@ COUNTS = [  # passes at a perturbed state, forward equivalents, base passes; 8 +
 @pytest.mark.parametrize("as_chain", [False, True])
 def test_counts(method, chosen, passes, equivalents, as_chain):
     model, (x, y) = network(), batch()
-    stages = 1
     if as_chain:
         model = Chain(list(model))
-        stages = len(model)
-        assert stages == 6
+    # Node perturbation traces what it is given, and finds six stages in either.
+    stages = 6 if as_chain or method is node_perturbation else 1
     with count_queries() as count:
         method(model, F.cross_entropy, x, y, **chosen)
     assert count.queries == passes * BATCH
@@ -154,9 +160,7 @@ def test_parameters_come_back_bit_for_bit(method, dtype):
     for _ in range(5):
         method(model, F.cross_entropy, x.to(dtype), y)
     assert same_bits(list(model.parameters()), before)
-    assert all(
-        p.grad.dtype is dtype and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad
-    )
+    assert all(p.grad.dtype is dtype and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("method", RANDOM)
@@ -180,7 +184,7 @@ def test_seeds(method):
 
 @pytest.mark.parametrize("method", ALL)
 def test_bad_input(method):
-    model, (x, y) = network(), batch()
+    model, (x, y) = network().eval(), batch()
     with pytest.raises(InputError, match="zero samples"):
         method(model, F.cross_entropy, x[:0], y[:0])
     with pytest.raises(InputError, match="expected a tensor"):
@@ -195,7 +199,7 @@ def test_bad_input(method):
 
 @pytest.mark.parametrize("method", ALL)
 def test_nothing_to_train(method):
-    model, (x, y) = network(), batch()
+    model, (x, y) = network().eval(), batch()
     model.requires_grad_(False)
     with count_queries() as count:
         loss = method(model, F.cross_entropy, x, y)
@@ -205,14 +209,14 @@ def test_nothing_to_train(method):
 
 
 def test_bad_options():
-    model, (x, y) = network(), batch()
+    model, (x, y) = network().eval(), batch()
     for method in RANDOM:
         with pytest.raises(InputError, match="samples"):
             method(model, F.cross_entropy, x, y, samples=0)
     for mu in (-1.0, float("inf"), True):
         with pytest.raises(InputError, match="step"):
             spsa(model, F.cross_entropy, x, y, mu=mu)
-    with pytest.raises(StepError, match="vanishes in parameter"):
+    with pytest.raises(StepError, match=r"vanishes in 0\.weight"):
         mezo(model.bfloat16(), F.cross_entropy, x.bfloat16(), y, mu=1e-6)
 
 

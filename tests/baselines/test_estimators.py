@@ -42,7 +42,7 @@ def linear_problem() -> tuple[nn.Module, object, Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize(("method", "ratio", "sign"), STATED)
 def test_z_scores_of_the_mean_of_many_draws(method, ratio, sign):
     model, loss_fn, x, y, g = linear_problem()
-    n = 5000
+    n = 3000
     method(model, loss_fn, x, y, samples=n, generator=torch.Generator().manual_seed(1))
     z = (flat_grad(model) - g) / ((g.square().sum() + sign * g.square()) / n).sqrt()
     assert z.abs().max() < SIGMAS
@@ -54,20 +54,20 @@ def test_second_moment_of_one_draw(method, ratio, sign):
     model, loss_fn, x, y, g = linear_problem()
     generator = torch.Generator().manual_seed(2)
     squares = []
-    for _ in range(3000):
+    for _ in range(2500):
         method(model, loss_fn, x, y, generator=generator)
         squares.append(flat_grad(model).square().sum() / g.square().sum())
     moments = torch.stack(squares)
     error = SIGMAS * moments.std() / math.sqrt(len(moments))
     assert abs(moments.mean() - ratio(g.numel())) < error
-    assert error < 1.6  # tight enough to tell d from d + 2
+    assert error < 1.8  # tight enough to tell d from d + 2
 
 
 @pytest.mark.parametrize(("method", "ratio", "sign"), STATED)
 def test_squared_error_falls_as_one_over_n(method, ratio, sign):
     model, loss_fn, x, y, g = linear_problem()
     generator = torch.Generator().manual_seed(3)
-    repeats = 500
+    repeats = 250
     for n in (4, 16):
         errors = []
         for _ in range(repeats):
@@ -76,7 +76,7 @@ def test_squared_error_falls_as_one_over_n(method, ratio, sign):
         measured = torch.stack(errors)
         expected = (ratio(g.numel()) - 1) * g.square().sum() / n
         assert abs(measured.mean() - expected) < SIGMAS * measured.std() / math.sqrt(repeats)
-        assert measured.std() / math.sqrt(repeats) < 0.1 * expected
+        assert measured.std() / math.sqrt(repeats) < 0.12 * expected
 
 
 @pytest.mark.parametrize(("method", "ratio", "sign"), STATED)
@@ -86,7 +86,7 @@ def test_unbiased_on_a_network(method, ratio, sign):
     x, y = torch.randn(5, 3).double(), torch.randint(0, 3, (5,))
     F.cross_entropy(model(x), y).backward()
     g = flat_grad(model)
-    n = 5000
+    n = 3000
     method(model, F.cross_entropy, x, y, samples=n, generator=torch.Generator().manual_seed(4))
     # Locally the loss is linear: the stated variance holds up to O(μ²).
     z = (flat_grad(model) - g) / ((g.square().sum() + sign * g.square()) / n).sqrt()
@@ -97,7 +97,7 @@ def test_unbiased_on_a_network(method, ratio, sign):
 def test_bias_of_a_cubic_is_the_stated_one(method, fourth_moment):
     """For L = θ³/3 the estimate is θ²z² + μ²z⁴/3, so its mean is θ² + μ² E z⁴ / 3."""
     model = nn.Linear(1, 1, bias=False).double()
-    n, mu, theta = 10_000, 1.0, model.weight.item()
+    n, mu, theta = 4_000, 1.0, model.weight.item()
     generator = torch.Generator().manual_seed(5)
     method(
         model,

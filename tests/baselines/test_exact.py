@@ -88,9 +88,7 @@ def test_error_falls_with_the_order_of_the_scheme(scheme, order):
     for step in (2e-2, 1e-2):
         model.zero_grad()
         coordinate_wise(model, F.cross_entropy, x, y, scheme=scheme, step=step)
-        errors.append(
-            sum(float((p.grad - expected[n]).square().sum()) for n, p in model.named_parameters()) ** 0.5
-        )
+        errors.append(sum(float((p.grad - expected[n]).square().sum()) for n, p in model.named_parameters()) ** 0.5)
     assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.05)
 
 

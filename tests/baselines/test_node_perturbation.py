@@ -191,7 +191,7 @@ def test_contributions_sum_to_the_loss_and_depend_on_their_sample(name):
     parts = per_sample_losses.contributions(p, output)
     assert parts.shape == (3,)
     torch.testing.assert_close(parts.sum(), loss_fn(output, target).mean())
-    output[1] += 1
+    output[1] *= 2
     changed = per_sample_losses.contributions(p, output) - parts
     assert changed[1].abs() > 1e-3
     assert changed[0] == changed[2] == 0
@@ -202,7 +202,7 @@ def test_what_it_does_not_take():
     with pytest.raises(InputError, match="one number for a batch"):
         node_perturbation(model, lambda output, target: (output * target).sum(), x, y)
     node_perturbation(model, lambda output, target: (output * target).sum(), x, y, per_sample=False)
-    with pytest.raises(StepError, match="vanishes in parameter output of 1"):
+    with pytest.raises(StepError, match="vanishes in the output of 0"):
         node_perturbation(model, F.mse_loss, x, y, mu=1e-18)
     normalized = nn.Sequential(model, nn.BatchNorm1d(2).double())
     with pytest.raises(CoupledSamplesError, match="evaluation mode"):
@@ -217,7 +217,7 @@ def test_what_it_does_not_take():
         def forward(self, x: Tensor) -> Tensor:
             return x.abs() ** self.power
 
-    with pytest.raises(InputError, match="local rule for 1.power"):
+    with pytest.raises(InputError, match=r"local rule for 1\.power"):
         node_perturbation(nn.Sequential(model, Own()), F.mse_loss, x, y)
 
 
@@ -227,7 +227,7 @@ def test_plain_modules_are_traced_once_and_chains_not_again():
     with count_queries() as count:
         node_perturbation(chain, loss_fn, x, y)
     assert count.check_evaluations == 0
-    assert count.parameter_rules == 2
+    assert count.parameter_rules == 4
     checks = []
     for batch in (x, x[:2], x[:1]):
         with count_queries() as count:

@@ -67,7 +67,7 @@ def test_a_whole_number_may_stand_for_a_real_one():
 def test_a_damaged_file_is_named(tmp_path, content):
     path = tmp_path / "config.json"
     path.write_bytes(content)
-    with pytest.raises((CheckpointError, InputError), match="config.json"):
+    with pytest.raises((CheckpointError, InputError), match=r"config\.json"):
         read_config(path)
 
 

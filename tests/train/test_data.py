@@ -150,13 +150,13 @@ def test_truncated_and_foreign_files_are_named(tmp_path, content, message):
 def test_a_missing_part_is_named(tmp_path):
     folder = write_cifar(tmp_path / "c")
     (folder / TRAIN_FILES[4]).unlink()
-    with pytest.raises(DataError, match="data_batch_5.*missing"):
+    with pytest.raises(DataError, match=r"data_batch_5.*missing"):
         load_cifar10(folder)
 
 
 def test_a_packed_archive_says_unpack_it(tmp_path):
     (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"x")
-    with pytest.raises(DataError, match="unpack .*tar"):
+    with pytest.raises(DataError, match=r"unpack .*tar"):
         load_cifar10(tmp_path)
 
 
@@ -202,11 +202,11 @@ def test_a_broken_image_is_named(tmp_path, damage):
 
 
 def test_trees_that_are_none_are_refused(tmp_path):
-    with pytest.raises(DataError, match="train.*missing"):
+    with pytest.raises(DataError, match=r"train.*missing"):
         load_imagefolder(tmp_path, 8)
     write_tree(tmp_path)
     (tmp_path / "val/bird").mkdir()
-    with pytest.raises(DataError, match="same classes.*bird"):
+    with pytest.raises(DataError, match=r"same classes.*bird"):
         load_imagefolder(tmp_path, 8)
     (tmp_path / "train/bird").mkdir()
     with pytest.raises(DataError, match="bird, found none"):

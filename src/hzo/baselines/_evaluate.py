@@ -8,7 +8,7 @@ one for a plain module, ``len(chain)`` for an ``hzo.Chain``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -58,9 +58,7 @@ def problem(model: Model, loss_fn: LossFn, x: Any, y: Any) -> Problem:
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     for name, p in parameters.items():
         if not p.is_floating_point():
-            raise InputError(
-                f"parameter {name} is {p.dtype}; expected a real floating dtype. Freeze it or split it."
-            )
+            raise InputError(f"parameter {name} is {p.dtype}; expected a real floating dtype. Freeze it or split it.")
     stages = len(model) if isinstance(model, Chain) else 1
     return Problem(module, stages, loss_fn, args, kwargs, y, batch, parameters)
 
@@ -105,13 +103,14 @@ def precise(p: Problem, call: Callable[..., Any]) -> Callable[[], Tensor]:
 
 
 @contextmanager
-def replayed(module: nn.Module) -> Iterator[Callable[[Callable[[], T]], T]]:
+def replayed(modules: Iterable[nn.Module]) -> Iterator[Callable[[Callable[[], T]], T]]:
     """Yield ``run``, which calls what runs the model each time from the same buffers and random state.
 
     Afterwards both are as the first call left them: as after one ordinary forward pass. If anything raises,
     they and the training flags are as before the first.
     """
-    before = take_snapshot([module])
+    modules = list(modules)
+    before = take_snapshot(modules)
     after = None
 
     def run(function: Callable[[], T]) -> T:
@@ -120,7 +119,7 @@ def replayed(module: nn.Module) -> Iterator[Callable[[Callable[[], T]], T]]:
             restore_snapshot(before)
         result = function()
         if after is None:
-            after = take_snapshot([module])
+            after = take_snapshot(modules)
         return result
 
     try:
@@ -142,7 +141,7 @@ def queried(p: Problem) -> Iterator[tuple[Tensor, LossAt]]:
     flags are taken care of. Cost: one base pass; each query one full forward pass.
     """
     evaluate = precise(p, p.module)
-    with torch.no_grad(), replayed(p.module) as run:
+    with torch.no_grad(), replayed([p.module]) as run:
         loss = run(evaluate)
         queries.add(base_evaluations=p.batch * p.stages)
 
@@ -233,21 +232,21 @@ def rounding(tensors: Sequence[Tensor]) -> float:
     return max((torch.finfo(tensor.dtype).eps for tensor in tensors), default=torch.finfo(torch.float32).eps)
 
 
-def checked_step(step: float | None, default: float, parameters: Mapping[str, Tensor]) -> float:
+def checked_step(step: float | None, default: float, tensors: Mapping[str, Tensor]) -> float:
     """The step to use: ``step``, or ``default`` where that is None.
 
     Raises:
         InputError: not a positive finite number.
-        StepError: so small that a typical element of some parameter would not change at all.
+        StepError: so small that a typical element of some tensor would not change at all.
     """
     step = default if step is None else step
     if isinstance(step, bool) or not isinstance(step, (int, float)) or not (math.isfinite(step) and step > 0):
         raise InputError(f"expected a step above 0 and finite, got {step!r}; None chooses one from the dtype")
-    for name, parameter in parameters.items():
-        size = float(parameter.detach().abs().mean()) if parameter.numel() else 0.0
-        if step < torch.finfo(parameter.dtype).eps / 4 * size:
+    for name, tensor in tensors.items():
+        size = float(tensor.detach().abs().mean()) if tensor.numel() else 0.0
+        if step < torch.finfo(tensor.dtype).eps / 4 * size:
             raise StepError(
-                f"a step of {step:g} vanishes in parameter {name}: {parameter.dtype}, elements of about "
+                f"a step of {step:g} vanishes in {name}: {tensor.dtype}, elements of about "
                 f"{size:.2g}. Give a larger step, or the model a wider dtype."
             )
     return float(step)

@@ -40,9 +40,7 @@ def two_point(
     return loss
 
 
-def _slope(
-    parameters: list[torch.nn.Parameter], draw: ev.Draw, seed: int, mu: float, loss_at: ev.LossAt
-) -> float:
+def _slope(parameters: list[torch.nn.Parameter], draw: ev.Draw, seed: int, mu: float, loss_at: ev.LossAt) -> float:
     """The loss's central difference along the direction of one seed."""
     values = []
     with ev.held(parameters) as copies:

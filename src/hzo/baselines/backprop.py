@@ -32,7 +32,7 @@ def backprop(model: ev.Model, loss_fn: ev.LossFn, x: Any, y: Any = None) -> Tens
     errors, Nature 323, 1986.
     """
     p = ev.problem(model, loss_fn, x, y)
-    with ev.replayed(p.module) as run, torch.enable_grad():
+    with ev.replayed([p.module]) as run, torch.enable_grad():
         loss = run(lambda: ev.mean_loss(p, p.module(*p.args, **p.kwargs)))
         queries.add(base_evaluations=p.batch * p.stages)
         if p.parameters:

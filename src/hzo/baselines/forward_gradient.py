@@ -61,7 +61,7 @@ def forward_gradient(
         with ev.queried(p) as (loss, _):
             return loss
     losses, slopes = [], []
-    with torch.no_grad(), ev.replayed(p.module) as run:
+    with torch.no_grad(), ev.replayed([p.module]) as run:
         for k, seed in enumerate(seeds):
             loss, slope = run(partial(_loss_and_slope, p, seed))
             ev.count_pass(p, 3 if k else 2)

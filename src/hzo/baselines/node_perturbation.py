@@ -11,11 +11,11 @@ from torch import Tensor
 from hzo import queries
 from hzo.baselines import _evaluate as ev
 from hzo.baselines._per_sample import contributions
-from hzo.chain import Chain, Graph, Operation, Ref, map_arguments, tensors_in
+from hzo.chain import Graph, Operation, Ref, map_arguments, tensors_in
 from hzo.errors import CoupledSamplesError, InputError
 from hzo.execution import Activities, base_pass, query, resolve
 from hzo.parameter_rules import find_rule
-from hzo.tracing import signature, trace
+from hzo.preparation import traced_for
 
 
 def node_perturbation(
@@ -69,7 +69,7 @@ def node_perturbation(
     feedforward networks, Neural Computation 17(12), 2005; with central differences instead of forward ones.
     """
     p = ev.problem(model, loss_fn, x, y)
-    graph = _graph(model, x)
+    graph = traced_for(model, x, strict=False).traced
     p = replace(p, stages=len(graph.stages))
     layers = [op for op in graph.operations if op.parameters and op.batched]
     if per_sample:
@@ -79,14 +79,16 @@ def node_perturbation(
         return contributions(p, output) if per_sample else ev.mean_loss(p, output)
 
     seeds = ev.draw_seeds(generator, samples)
-    with torch.no_grad(), ev.replayed(p.module) as run:
+    # A stage that is a plain callable may hide modules, which the trace has found.
+    modules = [p.module, *(op.module for op in graph.operations if op.module is not None)]
+    with torch.no_grad(), ev.replayed(modules) as run:
         activities = run(lambda: base_pass(graph, tensors_in((p.args, p.kwargs))))
         for op in graph.operations:
             _check_rule(op, activities)
         output = map_arguments(lambda leaf: _filled(leaf, activities.values), graph.output)
         loss = ev.mean_loss(p, output)
         nodes = {op.writes[0]: activities.values[op.writes[0]] for op in layers}
-        named = {f"output of {op.name}": activities.values[op.writes[0]] for op in layers}
+        named = {f"the output of {op.name}": activities.values[op.writes[0]] for op in layers}
         mu = ev.checked_step(mu, ev.rounding([*nodes.values()]) ** (1 / 3) / 5, named)
         cotangents = {value: ev.accumulator(node) for value, node in nodes.items()}
         for seed in seeds if layers else []:
@@ -103,21 +105,6 @@ def node_perturbation(
         if id(parameter) in gradients:
             ev.accumulate(parameter, gradients[id(parameter)])
     return loss
-
-
-# The chain of the module that came last, which it keeps alive: training comes with one module many times.
-_last: list[Chain] = []
-
-
-def _graph(model: ev.Model, x: Any) -> Graph:
-    """The traced model: the chain's own graph, or that of the last call, where it still fits."""
-    module = model.model if isinstance(model, Chain) else model
-    current = signature(module, x)
-    for chain in [model, *_last]:
-        if isinstance(chain, Chain) and chain.graph is not None and chain.graph.signature == current:
-            return chain.graph
-    _last[:] = [trace(model, x)]
-    return _last[0].traced
 
 
 def _check_uncoupled(graph: Graph) -> None:
@@ -148,7 +135,7 @@ def _filled(leaf: Any, values: dict[int, Tensor]) -> Any:
 
 
 def _perturbed(graph: Graph, activities: Activities, nodes: dict[int, Tensor], seed: int, step: float) -> Any:
-    """The model's output with noise on the nodes; what depends on parameters alone is that of the base pass."""
+    """The model's output with noise on the nodes; what depends on parameters alone stays as it is."""
     noise = dict(zip(nodes, ev.directions([*nodes.values()], ev.gaussian, seed), strict=False))
     values = {index: value for index, value in activities.values.items() if not graph.values[index].batched}
     values |= {index: activities.values[index] for index in graph.inputs}
@@ -180,7 +167,7 @@ def _apply_rules(graph: Graph, activities: Activities, cotangents: dict[int, Ten
         rule = find_rule(op.target, args, kwargs, wanted)
         assert rule is not None, "checked before"
         found = rule(op.target, args, kwargs, cotangents[op.writes[0]], wanted)
-        queries.add(parameter_rules=1)
+        queries.add(parameter_rules=len(wanted))
         for use in op.parameters:
             assert use.slot is not None, "checked before"
             if isinstance(use.where, Ref):

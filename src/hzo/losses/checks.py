@@ -15,21 +15,15 @@ def check_batch(output: Any) -> int:
     """The batch size that all tensors of ``output`` share. InputError where there is none, or it is zero."""
     floating = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     if not floating:
-        raise InputError(
-            "The loss needs an output with a floating-point tensor; got none. Return the model's scores."
-        )
+        raise InputError("The loss needs an output with a floating-point tensor; got none. Return the model's scores.")
     shapes = [tuple(leaf.shape) for leaf in floating]
-    if (
-        len({shape[:1] for shape in shapes} | {()}) != 2
-    ):  # () is the batch size of a tensor without dimensions
+    if len({shape[:1] for shape in shapes} | {()}) != 2:  # () is the batch size of a tensor without dimensions
         raise InputError(
             f"Every output must have the batch as its first dimension; got shapes {shapes}. "
             "Move the batch to the front, or unsqueeze(0) a single sample."
         )
     if not all(leaf.numel() for leaf in floating):
-        raise InputError(
-            f"Expected a batch of at least one sample; got outputs {shapes}. Skip empty batches."
-        )
+        raise InputError(f"Expected a batch of at least one sample; got outputs {shapes}. Skip empty batches.")
     return shapes[0][0]
 
 

@@ -15,26 +15,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as _module_globals
 
 from hzo.errors import InputError
 from hzo.losses.checks import check_batch, check_target
-
-
-def untouched(module: nn.Module) -> bool:
-    """Whether a call of ``module`` runs the forward of its class and nothing else.
-
-    False with forward hooks (its own or global), a parametrization or weight norm, or an instance attribute
-    in place of a method. The exact type of the module is the caller's to check. Source: ours.
-    """
-    hooks = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        _module_globals._global_forward_hooks,
-        _module_globals._global_forward_pre_hooks,
-    )
-    shadowed = any(callable(getattr(type(module), name, None)) for name in vars(module))
-    return not any(hooks) and not shadowed and not nn.utils.parametrize.is_parametrized(module)
+from hzo.structure import untouched
 
 
 def _scale(reduction: str, mean_over: Tensor | float, values: int) -> Tensor | float:
@@ -120,9 +104,7 @@ class ClosedForm:
 
 _CLASS_OPTIONS = ("weight", "ignore_index", "reduction")
 TABLE = (
-    ClosedForm(
-        F.cross_entropy, nn.CrossEntropyLoss, (*_CLASS_OPTIONS, "label_smoothing"), _cross_entropy, True
-    ),
+    ClosedForm(F.cross_entropy, nn.CrossEntropyLoss, (*_CLASS_OPTIONS, "label_smoothing"), _cross_entropy, True),
     ClosedForm(F.nll_loss, nn.NLLLoss, _CLASS_OPTIONS, _nll, True),
     ClosedForm(
         F.binary_cross_entropy_with_logits,

@@ -26,9 +26,7 @@ def evaluate(loss_fn: LossFn, output: Any, target: Any) -> Tensor:
         return value.detach() if value.is_floating_point() or value.is_complex() else value.to(torch.float64)
     if isinstance(value, (int, float)):
         return torch.tensor(float(value), dtype=torch.float64)
-    raise InputError(
-        f"Expected a loss that returns a tensor or a number; got {type(value).__name__}. Return its mean."
-    )
+    raise InputError(f"Expected a loss that returns a tensor or a number; got {type(value).__name__}. Return its mean.")
 
 
 def cast(tree: Any, at_least: torch.dtype | None = None) -> Any:
@@ -167,7 +165,7 @@ def _check_uncoupled(
     # Only the order of sums may differ, inside a loss that may go through float32.
     if difference > 64 * torch.finfo(torch.float32).eps * expected.abs().max():
         raise CoupledSamplesError(
-            f"Expected loss values that depend on their own sample only; they moved by "
+            "Expected loss values that depend on their own sample only; they moved by "
             f"{float(difference):.3g} when other samples changed (or the loss is random). Return the mean: "
             "every sample is then perturbed by itself."
         )

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from hzo.errors import InputError
-from hzo.losses import untouched
 from hzo.parameter_rules import arithmetic, convolution, linear, normalization
 from hzo.parameter_rules.common import Entry, bind
+from hzo.structure import untouched
 
 __all__ = ["Rule", "Slot", "closed_form", "find_rule"]
 
@@ -45,9 +45,7 @@ def closed_form(target: Target) -> bool:
     return _entry(target) is not None
 
 
-def find_rule(
-    target: Target, args: tuple[Any, ...], kwargs: Mapping[str, Any], wanted: frozenset[Slot]
-) -> Rule | None:
+def find_rule(target: Target, args: tuple[Any, ...], kwargs: Mapping[str, Any], wanted: frozenset[Slot]) -> Rule | None:
     """The rule for one call ``target(*args, **kwargs)``; None where the caller has to perturb the parameters
     instead.
 
@@ -115,9 +113,7 @@ def _apply(
     entry = _entry(target)
     arguments = None if entry is None else _arguments(entry, target, args, kwargs, wanted)
     if entry is None or arguments is None:
-        raise InputError(
-            f"Expected a call that find_rule has a rule for; got {target}. Ask it before applying."
-        )
+        raise InputError(f"Expected a call that find_rule has a rule for; got {target}. Ask it before applying.")
     names = {slot: str(_name(entry, target, slot)) for slot in wanted}
     g = cotangent.detach().to(torch.promote_types(cotangent.dtype, torch.float32))
     device = g.device.type

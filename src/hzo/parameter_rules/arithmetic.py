@@ -14,9 +14,7 @@ from torch import Tensor, nn
 from hzo.parameter_rules.common import Arguments, Entry, lift
 
 
-def _to_operands(
-    a: Arguments, wanted: frozenset[str], slopes: dict[str, Callable[[], Tensor]]
-) -> dict[str, Tensor]:
+def _to_operands(a: Arguments, wanted: frozenset[str], slopes: dict[str, Callable[[], Tensor]]) -> dict[str, Tensor]:
     """Undo broadcasting: what reaches each operand, summed to its shape."""
     return {name: slopes[name]().sum_to_size(a[name].shape) for name in wanted}
 
@@ -57,9 +55,7 @@ def _same_order(a: Arguments, g: Tensor, _: frozenset[str]) -> dict[str, Tensor]
     return {"input": g.reshape(a["input"].shape)}
 
 
-def _reindex(
-    function: Callable[..., Tensor], a: Arguments, g: Tensor, _: frozenset[str]
-) -> dict[str, Tensor]:
+def _reindex(function: Callable[..., Tensor], a: Arguments, g: Tensor, _: frozenset[str]) -> dict[str, Tensor]:
     """Run the function on the positions of the elements: they say where each cotangent belongs."""
     parameter: Tensor = a["input"]
     positions = torch.arange(parameter.numel(), device=g.device).view(parameter.shape)

@@ -87,9 +87,7 @@ _EMBEDDING = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "spa
 MODULES: dict[type[nn.Module], Entry] = {
     nn.Linear: Entry(_linear, ("input",), attributes=("weight",), accepts=_is_matrix),
     nn.Bilinear: Entry(_bilinear, ("input1", "input2")),
-    nn.Embedding: Entry(
-        _embedding, ("input",), ("weight",), ("weight", *_EMBEDDING), accepts=_plain_embedding
-    ),
+    nn.Embedding: Entry(_embedding, ("input",), ("weight",), ("weight", *_EMBEDDING), accepts=_plain_embedding),
 }
 FUNCTIONS: dict[Callable[..., Any], Entry] = {
     F.linear: Entry(_linear, ("input", "weight", "bias"), accepts=_is_matrix),

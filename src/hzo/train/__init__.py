@@ -1,2 +1,1 @@
-"""Training runs: data, models, the loop, checkpoints, plots. Everything the command line does, as
-functions."""
+"""Training runs: data, models, the loop, checkpoints, plots. What the command line does, as functions."""

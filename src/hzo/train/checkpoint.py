@@ -1,10 +1,9 @@
 """Checkpoints: all that a run needs to go on as if it had never stopped.
 
 One directory a checkpoint, ``checkpoints/step-00000042``, written under another name and renamed when it is
-whole: a run that is killed at any moment finds complete checkpoints and nothing else. Weights and tensors of
-    the optimizer
-are safetensors, the rest is JSON: nothing in a checkpoint can run code when it is read. ``state.json`` holds
-the hashes of the other files, so damage is found when it is read and not much later.
+whole: a run that is killed at any moment finds complete checkpoints and nothing else. Weights and tensors of the
+optimizer are safetensors, the rest is JSON: nothing in a checkpoint can run code when it is read.
+``sha256.json`` holds the hashes of the other files, so damage is found when it is read and not much later.
 """
 
 from __future__ import annotations
@@ -32,14 +31,14 @@ FOLDER = "checkpoints"
 WEIGHTS = "weights.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
+HASHES = "sha256.json"
 FORMAT = "hzo-checkpoint-1"
 KEEP = 2  # the newest, and one to fall back on by hand
 
 
 @dataclass
 class Counters:
-    """Where a run is and what it has spent. ``position`` is the next batch of epoch ``epoch`` (both from
-    0)."""
+    """Where a run is and what it has spent. The next batch is ``position`` of epoch ``epoch``, both from 0."""
 
     step: int = 0
     epoch: int = 0
@@ -54,8 +53,7 @@ class Counters:
 
 
 def save(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, counters: Counters) -> Path:
-    """Write a checkpoint of this moment and drop the oldest ones. The previous one stays whole whatever
-    happens."""
+    """Write a checkpoint of this moment, drop the oldest. The one before stays whole whatever happens."""
     folder = run / FOLDER
     final = folder / f"step-{counters.step:08d}"
     if final.is_dir():  # the same step of the same run: the same content
@@ -65,7 +63,8 @@ def save(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, counters
     tensors, values = _split_optimizer(optimizer.state_dict())
     random_tensors, random_values = generator_states()
     contents = {
-        WEIGHTS: save_tensors(weights, metadata={"format": "pt", "step": str(counters.step)}),
+        # Metadata of one entry: several are written in no fixed order, and equal weights would be other bytes.
+        WEIGHTS: save_tensors(weights, metadata={"format": "pt"}),
         OPTIMIZER: save_tensors({**tensors, **random_tensors}),
     }
     state = {
@@ -73,9 +72,10 @@ def save(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, counters
         "counters": {**vars(counters), **{name: str(getattr(counters, name)) for name in _FRACTIONS}},
         "optimizer": values,
         "random": random_values,
-        "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()},
     }
     contents[STATE] = (json.dumps(state) + "\n").encode()
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    contents[HASHES] = (json.dumps(hashes, indent=2) + "\n").encode()
     older = f"the checkpoint before it is whole, go on from it with `hzo train --resume {run}`"
     with disk_errors(f"writing the checkpoint of step {counters.step} in {folder}", older):
         try:
@@ -107,8 +107,7 @@ def _steps(run: Path) -> list[Path]:
 
 
 def latest(run: Path) -> Path | None:
-    """The newest checkpoint of a run; None if it was stopped before its first. Clears what a kill left half
-    written."""
+    """The newest checkpoint of a run, None if there is none yet. Clears what a kill left half written."""
     for partial in (run / FOLDER).glob(".writing-*"):
         shutil.rmtree(partial, ignore_errors=True)
     found = _steps(run)
@@ -122,14 +121,13 @@ def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
     """
     state = _read_state(checkpoint)
     try:
-        hashes, values, random_values = state["sha256"], state["optimizer"], state["random"]
-        plain = {name: value for name, value in state["counters"].items() if name not in _FRACTIONS}
-        exact = {name: Fraction(state["counters"][name]) for name in _FRACTIONS}
-        counters = Counters(**plain, **exact)
+        values, random_values = state["optimizer"], state["random"]
+        fields: dict[str, Any] = dict(state["counters"])
+        counters = Counters(**{**fields, **{name: Fraction(fields[name]) for name in _FRACTIONS}})
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(checkpoint / STATE, f"it lacks or garbles {error}") from error
-    weights = _read_tensors(checkpoint / WEIGHTS, hashes)
-    tensors = _read_tensors(checkpoint / OPTIMIZER, hashes)
+    weights = _read_tensors(checkpoint / WEIGHTS)
+    tensors = _read_tensors(checkpoint / OPTIMIZER)
     _compare(checkpoint / WEIGHTS, weights, model)
     try:
         optimizer.load_state_dict(_join_optimizer(tensors, values, optimizer))
@@ -144,7 +142,7 @@ def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
 
 def read_weights(checkpoint: Path) -> dict[str, Tensor]:
     """The weights of a checkpoint alone, checked against its hashes."""
-    return _read_tensors(checkpoint / WEIGHTS, _read_state(checkpoint).get("sha256", {}))
+    return _read_tensors(checkpoint / WEIGHTS)
 
 
 def _damaged(path: Path, what: str) -> CheckpointError:
@@ -155,17 +153,33 @@ def _damaged(path: Path, what: str) -> CheckpointError:
     )
 
 
-def _read_bytes(path: Path) -> bytes:
+def _read_hashes(checkpoint: Path) -> dict[str, Any]:
+    path = checkpoint / HASHES
     try:
-        return path.read_bytes()
+        hashes = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise _damaged(path, str(error)) from error
+    if not isinstance(hashes, dict):
+        raise _damaged(path, f"expected a JSON object, found {type(hashes).__name__}")
+    return hashes
+
+
+def _read_bytes(path: Path) -> bytes:
+    hashes = _read_hashes(path.parent)
+    try:
+        content = path.read_bytes()
     except OSError as error:
         raise _damaged(path, error.strerror or str(error)) from error
+    if hashlib.sha256(content).hexdigest() != hashes.get(path.name):
+        raise _damaged(path, f"its {len(content)} bytes are not those that were written (SHA-256 differs)")
+    return content
 
 
 def _read_state(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / STATE
+    content = _read_bytes(path)
     try:
-        state = json.loads(_read_bytes(path))
+        state = json.loads(content)
     except ValueError as error:
         raise _damaged(path, f"not JSON ({error})") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
@@ -174,10 +188,8 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def _read_tensors(path: Path, hashes: dict[str, str]) -> dict[str, Tensor]:
+def _read_tensors(path: Path) -> dict[str, Tensor]:
     content = _read_bytes(path)
-    if hashlib.sha256(content).hexdigest() != hashes.get(path.name):
-        raise _damaged(path, f"its {len(content)} bytes are not those that were written (SHA-256 differs)")
     try:
         return load_tensors(content)
     except (SafetensorError, ValueError) as error:

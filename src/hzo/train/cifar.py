@@ -46,8 +46,7 @@ def load_cifar10(data_dir: Path) -> Dataset:
 
 
 def channel_statistics(images: np.ndarray[Any, Any]) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel of uint8 images, from counts: exact, and no float copy of
-    the set."""
+    """Mean and standard deviation of each channel, from counts: exact, and without a float copy of the set."""
     values = np.arange(256)
     means, deviations = [], []
     for channel in range(images.shape[1]):
@@ -107,8 +106,7 @@ def _foreign(path: Path, expected: str, came: str) -> NoReturn:
 
 
 def _latin1(text: str, encoding: str = "latin1") -> bytes:
-    """What pickles of protocol 2 call to rebuild byte strings; the general ``codecs.encode`` does far
-    more."""
+    """What pickles of protocol 2 rebuild byte strings with; the general ``codecs.encode`` does far more."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"an encoding {encoding!r}")
     return text.encode("latin1")
@@ -132,8 +130,7 @@ def _allowed() -> dict[tuple[str, str], Callable[..., Any]]:
 
 
 class _DataUnpickler(pickle.Unpickler):
-    """Reads byte strings, numbers, lists, dictionaries and NumPy arrays, and refuses to construct anything
-    else."""
+    """Reads bytes, numbers, lists, dictionaries and NumPy arrays, and refuses to construct anything else."""
 
     allowed = _allowed()
 

@@ -39,8 +39,7 @@ errors = Console(stderr=True)
 
 
 def run() -> None:
-    """Run the command line. An error that hzo raises on purpose becomes one line; others keep their
-    traceback."""
+    """Run the command line. An error raised on purpose becomes one line; others keep their traceback."""
     try:
         app()
     except HzoError as error:
@@ -82,7 +81,7 @@ CheckpointEvery = Annotated[int | None, typer.Option(help="Steps between checkpo
 
 
 @app.command("train")
-def train_command(  # noqa: PLR0917  # typer takes every option as a parameter
+def train_command(
     data: DataName = None,
     data_dir: DataDir = None,
     image_size: ImageSize = None,
@@ -112,8 +111,7 @@ def train_command(  # noqa: PLR0917  # typer takes every option as a parameter
     out: Annotated[Path | None, typer.Option(help="New directory for the run. Default: one in runs/.")] = None,
     resume_dir: Annotated[Path | None, typer.Option("--resume", help="Go on with the run in this directory.")] = None,
 ) -> None:
-    """Train a network. Without options: a residual MLP learns handwritten digits by HZO, in one to two
-    minutes."""
+    """Train a network. Without options: a residual MLP learns handwritten digits by HZO in a minute or two."""
     given = _given(locals())
     if resume_dir is not None:
         if out is not None:
@@ -227,7 +225,7 @@ def _conclude(result: Result, go_on: str) -> None:
 
 
 @app.command("compare")
-def compare_command(  # noqa: PLR0917  # typer takes every option as a parameter
+def compare_command(
     methods: Annotated[str, typer.Option(help="Names, with commas between.")] = "hzo,backprop,spsa,forward-gradient",
     seeds: Annotated[str, typer.Option(help="Whole numbers, with commas between.")] = "0,1,2",
     data: DataName = None,
@@ -260,8 +258,7 @@ def compare_command(  # noqa: PLR0917  # typer takes every option as a parameter
     ),
     resume_dir: Annotated[Path | None, typer.Option("--resume", help="Go on with the comparison in this one.")] = None,
 ) -> None:
-    """Train several methods on the same data, seeds and order, for equal epochs or an equal budget; one
-    table."""
+    """Train several methods on the same data, seeds and order, for equal epochs or an equal budget."""
     given = _given(locals())
     if resume_dir is not None:
         out = resume_dir
@@ -313,7 +310,7 @@ def _rates(given: list[str]) -> dict[str, float]:
 
 
 @app.command("plan")
-def plan_command(  # noqa: PLR0917  # typer takes every option as a parameter
+def plan_command(
     data: DataName = None,
     image_size: ImageSize = None,
     model: Model = None,

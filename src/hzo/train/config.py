@@ -1,5 +1,4 @@
-"""What a run is: every decision that its numbers depend on, in one frozen record that round-trips through
-JSON."""
+"""What a run is: every decision that its numbers depend on, in one record that round-trips through JSON."""
 
 from __future__ import annotations
 
@@ -61,15 +60,15 @@ class TrainConfig:
     budget: float | None = None
     batch_size: int = 32
     optimizer: str = "sgd"
-    lr: float = 0.05
+    lr: float = 0.04
     momentum: float = 0.9
-    weight_decay: float = 5e-4
+    weight_decay: float = 2e-3
     schedule: str = "one-cycle"
     seed: int = 0
     device: str = "cpu"
     dtype: str = "float32"
     log_every: int = 5
-    cosine_every: int = 44
+    cosine_every: int = 22
     probe_size: int = 16
     checkpoint_every: int = 0
 
@@ -142,8 +141,7 @@ def to_json(config: TrainConfig) -> str:
 
 
 def from_dict(values: Any, source: str = "the configuration") -> TrainConfig:
-    """A configuration from a decoded JSON object; unknown fields are an error, missing ones take their
-    default."""
+    """A configuration from a JSON object; unknown fields are an error, missing ones take their default."""
     if not isinstance(values, dict):
         raise InputError(f"expected {source} to be a JSON object, got {type(values).__name__}.")
     known = [field.name for field in dataclasses.fields(TrainConfig)]

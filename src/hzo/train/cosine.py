@@ -16,8 +16,7 @@ from hzo.train.seeds import generator, separate_random_numbers
 
 @contextmanager
 def without_trace(model: nn.Module, seed: int) -> Iterator[None]:
-    """Gradients made inside start from none and are gone afterwards; buffers and random numbers are put
-    back."""
+    """Gradients made inside are gone afterwards; buffers and random numbers are put back."""
     own = [(parameter, parameter.grad) for parameter in model.parameters()]
     try:
         with contained([model]), separate_random_numbers(seed):

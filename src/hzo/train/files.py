@@ -1,5 +1,4 @@
-"""Files of a run: written so that a kill, a crash or a full disk leaves either the old state or the new
-one."""
+"""Files of a run: written so that a kill, a crash or a full disk leaves the old state or the new one."""
 
 from __future__ import annotations
 
@@ -88,11 +87,9 @@ def new_run_directory(out: Path) -> None:
 
 
 class MetricsLog:
-    """``metrics.jsonl``: one JSON object a line, appended; knows how much of it there is, so it can be cut
-    back.
+    """``metrics.jsonl``: one JSON object a line; knows how much of it there is, so it can be cut back.
 
-    Unbuffered: what was logged is with the operating system when ``append`` returns, and outlives the
-        process.
+    Unbuffered: what was logged is with the operating system when ``append`` returns.
     """
 
     def __init__(self, path: Path, *, lines: int = 0, size: int = 0) -> None:

@@ -25,8 +25,7 @@ CACHE_BYTES = 2 * 2**30  # decoded images of a split are kept in memory up to he
 
 
 def load_imagefolder(data_dir: Path, size: int) -> Dataset:
-    """Index the tree at ``data_dir``; images become ``size`` × ``size`` by scaling the short side and
-    cutting the middle."""
+    """Index the tree at ``data_dir``; of an image scaled to ``size`` at its short side, the middle is cut out."""
     train_dir = data_dir / "train"
     test_dir = next((data_dir / name for name in TEST_NAMES if (data_dir / name).is_dir()), data_dir / TEST_NAMES[0])
     for folder in (train_dir, test_dir):

@@ -46,8 +46,7 @@ class Dataset:
 
 @lru_cache(maxsize=4)
 def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
-    """The order of the training examples in an epoch: a function of (seed, epoch), the same for every
-    method."""
+    """The order of the examples in an epoch: a function of (seed, epoch), the same for every method."""
     return torch.randperm(count, generator=generator(seed, "order", epoch))
 
 
@@ -74,8 +73,7 @@ def make_batch(
     dtype: torch.dtype,
     augment: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Normalised inputs and labels of the examples at ``indices``; shifted and mirrored where ``augment`` is
-    given."""
+    """Normalised inputs and labels; shifted and mirrored at random where ``augment`` is given."""
     raw = split.fetch(indices)
     if augment is not None and data.pad:
         raw = crop_and_flip(raw, data.pad, augment)

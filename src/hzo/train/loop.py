@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,17 +64,18 @@ def train(
     watch: Callable[[Progress], object] = lambda _: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Result:
-    """Train to the end of the run, to step ``max_steps``, or until ``stop()``; leaves a checkpoint in any
-    case."""
+    """Train to the end, to step ``max_steps``, or until ``stop()``; leaves a checkpoint in any case."""
     counters = run.counters
     began, before, at_start = time.monotonic(), counters.seconds, run.done
     seen: dict[str, Any] = {"loss": math.nan, "train_accuracy": None, "test_accuracy": None, "cosine": None}
     saved_at = time.monotonic()
     with MetricsLog(run.out / METRICS, lines=counters.log_lines, size=counters.log_bytes) as log:
+        for record in read_metrics(log.path):
+            _remember(seen, record)
         while run.done < 1 and not stop() and (max_steps is None or counters.step < max_steps):
             record = one_step(run)
             counters.seconds = before + time.monotonic() - began
-            seen.update({name: record[name] for name in seen if record.get(name) is not None})
+            _remember(seen, record)
             if len(record) > 1:
                 log.append({**record, "seconds": round(counters.seconds, 3)})
             watch(_progress(run, seen, time.monotonic() - began, at_start))
@@ -147,6 +148,11 @@ def one_step(run: Run) -> dict[str, Any]:
         "stage_evaluations": counters.stage_evaluations,
         "forward_equivalents": float(counters.forward_equivalents),
     }
+
+
+def _remember(seen: dict[str, Any], record: Mapping[str, Any]) -> None:
+    """Keep the latest of what is measured now and then."""
+    seen.update({name: record[name] for name in seen if record.get(name) is not None})
 
 
 def _progress(run: Run, seen: dict[str, Any], elapsed: float, at_start: float) -> Progress:

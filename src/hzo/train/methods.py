@@ -47,7 +47,7 @@ _RANDOM: dict[str, Callable[..., Tensor]] = {
     "spsa": baselines.spsa,
     "mezo": baselines.mezo,
     "forward-gradient": baselines.forward_gradient,
-    "node-perturbation": getattr(baselines, "node_perturbation", None),
+    "node-perturbation": baselines.node_perturbation,
 }
 
 

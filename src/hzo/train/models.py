@@ -1,5 +1,4 @@
-"""Networks by name. Chains of stages where possible, and near unit gain, where composed estimates stay
-accurate."""
+"""Networks by name, of near unit gain where possible: composed estimates stay accurate there."""
 
 from __future__ import annotations
 
@@ -57,8 +56,7 @@ def plain_mlp(inputs: int, classes: int, *, depth: int = 16, width: int = 64, ac
 def cnn(
     shape: tuple[int, ...], classes: int, *, depth: int = 8, width: int = 16, activation: str = "gelu"
 ) -> nn.Module:
-    """A residual CNN without normalization: patches to an 8 × 8 map, ``depth`` blocks of one 3 × 3 layer,
-    mean, head."""
+    """A residual CNN without normalization: patches to an 8 × 8 map, ``depth`` blocks of one 3 × 3 layer, head."""
     channels, height, _ = shape
     patch = max(1, height // 8)
     scale = min(0.5, 8 / depth)

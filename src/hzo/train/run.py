@@ -167,8 +167,7 @@ def start(config: TrainConfig, out: Path, dataset: Dataset | None = None) -> Run
 
 
 def resume(config: TrainConfig, out: Path, dataset: Dataset | None = None) -> Run:
-    """The run in ``out`` as its newest checkpoint left it; from the beginning if it was stopped before the
-    first."""
+    """The run in ``out`` as its newest checkpoint left it; from the beginning if there is none yet."""
     run = Run(config, out, dataset or load_data(config))
     if (newest := checkpoint.latest(out)) is not None:
         run.counters = checkpoint.load(newest, run.model, run.optimizer)

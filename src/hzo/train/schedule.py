@@ -1,5 +1,4 @@
-"""Optimizers and learning rates. The rate is a function of how much of the run is done, so it has no state
-to save."""
+"""Optimizers and learning rates; a rate is a function of the share done, so it has no state to save."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Random numbers of a run: every stream has a seed of its own, and what a checkpoint must carry can be
-carried.
+"""Random numbers of a run: every stream has a seed of its own, and states can be saved and put back.
 
 Order and augmentation are functions of (seed, epoch, batch) and hold no state, so a run resumes in the
 middle of an epoch without replaying it. The global generators are saved and restored for what models and
