@@ -206,14 +206,22 @@ def fused_attention():
 @case()
 def transformer():
     """torch's own encoder layer, traced whole."""
-    return nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, activation="gelu", batch_first=True), normal(
-        2, 4
-    ), nn.MSELoss(), normal(2, 4)
+    return (
+        nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, activation="gelu", batch_first=True),
+        normal(2, 4),
+        nn.MSELoss(),
+        normal(2, 4),
+    )
 
 
 @case()
 def language():
-    return Language(5, 4, 6), torch.randint(5, (BATCH, 3)), nn.CrossEntropyLoss(label_smoothing=0.1), torch.arange(BATCH)
+    return (
+        Language(5, 4, 6),
+        torch.randint(5, (BATCH, 3)),
+        nn.CrossEntropyLoss(label_smoothing=0.1),
+        torch.arange(BATCH),
+    )
 
 
 @case()

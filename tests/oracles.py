@@ -98,7 +98,8 @@ def cotangents(problem, chain):
             leaves = {v: reached[v].detach().requires_grad_() for v in live}
             with torch.enable_grad():
                 loss = mean_loss(problem.loss_fn, finish(run({**reached, **leaves}, position, end)), problem.y)
-                found.append(torch.autograd.grad(loss, list(leaves.values()), allow_unused=True))
+                wanted = list(leaves.values())  # none where only integers are alive
+                found.append(torch.autograd.grad(loss, wanted, allow_unused=True) if wanted else ())
     return found
 
 

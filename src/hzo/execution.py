@@ -80,6 +80,7 @@ def base_pass(graph: Graph, inputs: Sequence[Tensor]) -> Activities:
     devices = devices_of(inputs)
     activities = Activities(batch=batch_of(graph, inputs))
     values = activities.values
+    buffers: dict[int, Attribute] = {}  # values that a buffer has come to hold
     for index, tensor in zip(graph.inputs, inputs, strict=True):
         values[index] = tensor.detach()
     for op in graph.operations:
@@ -90,7 +91,7 @@ def base_pass(graph: Graph, inputs: Sequence[Tensor]) -> Activities:
         args, kwargs = resolve(op, values.__getitem__, activities.batch)
         for value, tensor in zip(op.writes, call(op, args, kwargs), strict=True):
             values[value] = tensor
-        write_back(op, values)
+        write_back(op, values, buffers)
     queries.add(base_evaluations=activities.batch * len(graph.stages))
     return activities
 
@@ -107,15 +108,17 @@ def batch_of(graph: Graph, inputs: Sequence[Tensor]) -> int:
     return sizes.pop()
 
 
-def write_back(op: Operation, values: dict[int, Tensor]) -> None:
+def write_back(op: Operation, values: dict[int, Tensor], buffers: dict[int, Attribute]) -> None:
     """A function that changed a buffer in place changed a copy; carry it over, as one forward pass does."""
     if not op.mutates:
         return
     all_leaves = list(leaves((op.args, op.kwargs)))
     changed = [all_leaves[position] for position in op.mutates]
     for leaf, value in zip(reversed(changed), reversed(op.writes), strict=False):
-        if isinstance(leaf, Attribute):
-            leaf.get().copy_(values[value])
+        buffer = buffers.get(leaf.value) if isinstance(leaf, Ref) else leaf
+        if isinstance(buffer, Attribute):
+            buffer.get().copy_(values[value])
+            buffers[value] = buffer
 
 
 def run_slice(

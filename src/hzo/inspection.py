@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from hzo import queries
-from hzo.chain import Attribute, Graph, Operation, Value, leaves
+from hzo.chain import Attribute, Graph, Operation, leaves
 from hzo.errors import TraceError
 from hzo.execution import call, resolve
 from hzo.side_effects import devices_of, random_state, set_random_state
@@ -51,11 +51,9 @@ def _inspect(
     rewind()
     with FlopCounterMode(display=False) as counter:
         again = call(op, *resolve(op, values.__getitem__, graph.batch))
+    _check_own_memory(op, values, results, again)
     same = all(close(a, b) for a, b in zip(results, again, strict=True))
-    coupled = False
-    if op.batched and same and not op.random:
-        rewind()
-        coupled = _mixes_samples(graph, op, values, results)
+    coupled = op.batched and same and _mixes_samples(graph, op, values, results, rewind)
     set_random_state(after[0])
     for tensor, copy in zip(held, after[1], strict=True):
         tensor.copy_(copy)
@@ -87,6 +85,26 @@ def _check_same_tensors(op: Operation, buffers: Sequence[Attribute], held: Seque
             )
 
 
+def _check_own_memory(
+    op: Operation, values: dict[int, Tensor], results: Sequence[Tensor], again: Sequence[Tensor]
+) -> None:
+    """Raise where a second call overwrites what the first returned: every difference would be zero."""
+    if not op.batched:
+        return
+    given = [values[v] for v in op.reads] + [leaf for leaf in leaves((op.args, op.kwargs)) if isinstance(leaf, Tensor)]
+    given += [leaf.get() for leaf in leaves((op.args, op.kwargs)) if isinstance(leaf, Attribute)]
+    if op.module is not None:
+        given += [*op.module.parameters(), *op.module.buffers()]
+    shared = {t.untyped_storage().data_ptr() for t in given}
+    for one, other in zip(results, again, strict=True):
+        place = one.untyped_storage().data_ptr()
+        if one.numel() and place == other.untyped_storage().data_ptr() and place not in shared:
+            raise TraceError(
+                f"{op.name} returns the same memory whenever it is called, so that a second call overwrites the result "
+                "of the first; return a copy, or wrap it in hzo.blackbox(f)"
+            )
+
+
 def close(a: Tensor, b: Tensor) -> bool:
     """Equal up to the rounding that a change of kernel or summation order may cause."""
     if a.shape != b.shape:
@@ -96,37 +114,55 @@ def close(a: Tensor, b: Tensor) -> bool:
     finite = a[a.isfinite()]
     scale = float(finite.abs().max()) if finite.numel() else 1.0
     slack = torch.finfo(a.dtype).eps ** 0.5
-    return torch.allclose(a.float(), b.float(), rtol=slack, atol=slack * scale, equal_nan=True)
+    wide = torch.promote_types(a.dtype, torch.float32)
+    return torch.allclose(a.to(wide), b.to(wide), rtol=slack, atol=slack * scale, equal_nan=True)
 
 
-def _mixes_samples(graph: Graph, op: Operation, values: dict[int, Tensor], results: tuple[Tensor, ...]) -> bool:
-    """Whether the results of a batch change when other samples stand behind it."""
+def _mixes_samples(
+    graph: Graph,
+    op: Operation,
+    values: dict[int, Tensor],
+    results: tuple[Tensor, ...],
+    rewind: Callable[[], None],
+) -> bool:
+    """Whether the results of a sample change with the samples around it: one before it and one behind it.
 
-    def lookup(index: int) -> Tensor:
-        value = graph.values[index]
-        if not value.batched:
-            return values[index]
-        rows = value.rows(values[index], graph.batch)
-        others = rows[:1].expand_as(rows)
-        if graph.batch == 1 and value.floating:
-            others = rows * 0.5
-        return value.from_rows(torch.cat([rows, others]), 2 * graph.batch)
+    A random operation draws other numbers for another batch: it is compared with a batch of the same size.
+    """
 
-    try:
-        doubled = call(op, *resolve(op, lookup, 2 * graph.batch))
-    except Exception as error:
-        raise TraceError(
-            f"{op.name} runs with {graph.batch} samples and fails with {2 * graph.batch}: {error}. Queries are folded "
-            "into the batch; wrap what needs a fixed batch in hzo.blackbox(f, batched=False)"
-        ) from error
+    def beside(neighbours: bool) -> list[Tensor]:
+        def lookup(index: int) -> Tensor:
+            value = graph.values[index]
+            if not value.batched:
+                return values[index]
+            rows = value.rows(values[index], graph.batch)
+            others = _others(rows) if neighbours else rows
+            return value.from_rows(torch.stack([others, rows], 1).flatten(0, 1), 2 * graph.batch)
 
-    def first_half(value: Value, tensor: Tensor) -> Tensor:
-        return value.rows(tensor, 2 * graph.batch)[: graph.batch]
+        rewind()
+        try:
+            doubled = call(op, *resolve(op, lookup, 2 * graph.batch))
+        except Exception as error:
+            raise TraceError(
+                f"{op.name} runs with {graph.batch} samples and fails with {2 * graph.batch}: {error}. Queries are "
+                "folded into the batch; wrap what needs a fixed batch in hzo.blackbox(f, batched=False)"
+            ) from error
+        return [graph.values[v].rows(t, 2 * graph.batch)[1::2] for v, t in zip(op.writes, doubled, strict=True)]
 
-    for index, single, double in zip(op.writes, results, doubled, strict=True):
-        value = graph.values[index]
-        if not value.batched:
-            return True
-        if not close(value.rows(single, graph.batch), first_half(value, double)):
-            return True
-    return False
+    if not all(graph.values[v].batched for v in op.writes):
+        return True
+    if op.random:
+        alone = beside(neighbours=False)
+    else:
+        alone = [graph.values[v].rows(t, graph.batch) for v, t in zip(op.writes, results, strict=True)]
+    return not all(close(a, b) for a, b in zip(alone, beside(neighbours=True), strict=True))
+
+
+def _others(rows: Tensor) -> Tensor:
+    """Samples unlike those given, and yet such as the operation may meet."""
+    first = rows[:1].expand_as(rows)
+    if not torch.equal(first, rows) or not rows.is_floating_point():
+        return first  # another sample of the batch; as a multiset they differ, which a permutation would not
+    if rows.any():
+        return rows / 2
+    return torch.linspace(-1, 1, rows.shape[1], dtype=rows.dtype, device=rows.device).expand_as(rows)

@@ -278,7 +278,7 @@ def _check_coupling(graph: Graph, node: Node) -> None:
             raise CoupledSamplesError(
                 f"{op.name} lets the samples of a batch influence each other (as BatchNorm does in train mode), and "
                 f"lies between {graph.describe(node.target)} and {graph.describe(node.source)}, where all samples are "
-                "perturbed at once. Plan with tree='planned', assume='structure', which knows the norms of torch; or put "
-                "it into eval mode (module.eval()), use a norm that keeps samples apart (GroupNorm, LayerNorm), or "
-                "freeze all parameters before it"
+                "perturbed at once. Plan with tree='planned', assume='structure', which knows the norms of torch; or "
+                "put it into eval mode (module.eval()), use a norm that keeps samples apart (GroupNorm, LayerNorm), "
+                "or freeze all parameters before it"
             )

@@ -15,8 +15,19 @@ from hzo.planner import plan as make_plan
 from hzo.tracing import batch_size, call_arguments, signature, trace
 
 _KEPT = 8  # traces a module: shapes and modes that alternate (train and eval, the last smaller batch) stay
-_chains: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], Chain]] = WeakKeyDictionary()
 _plans: WeakKeyDictionary[Chain, dict[tuple[Any, ...], Plan]] = WeakKeyDictionary()
+
+
+class _Kept(dict[tuple[Any, ...], Chain]):
+    """Traces of a module, kept on the module: a trace refers to its module, so a table elsewhere would never be freed.
+
+    A copied or unpickled module starts without them.
+    """
+
+    name = "_hzo_traces"
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(self), ()
 
 
 def prepare(model: Chain | nn.Module, x: Any, plan: Plan | None, options: Mapping[str, Any]) -> tuple[Chain, Plan]:
@@ -53,9 +64,10 @@ def traced_for(model: Chain | nn.Module, x: Any, *, strict: bool) -> Chain:
                 "the chain was traced for another input shape, dtype, device or mode (train, eval, autocast, trainable "
                 "parameters) than it is used with; trace and plan again: chain = hzo.trace(model, x)"
             )
-    kept = _chains.setdefault(module, {})
+    kept = module.__dict__.setdefault(_Kept.name, _Kept())
     if wanted not in kept:
         while len(kept) >= _KEPT:
             kept.pop(next(iter(kept)))
         kept[wanted] = trace(model, x)
-    return kept[wanted]
+    found: Chain = kept[wanted]
+    return found

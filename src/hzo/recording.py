@@ -8,7 +8,7 @@ any Python that does not look at the values of tensors (loops, keyword arguments
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,6 +78,8 @@ class Recorder(TorchFunctionMode):
         self.stops_gradients: str | None = None
         self.known: dict[int, Ref | Attribute] = {}
         self.varying: set[int] = set()  # values that depend on an input or a parameter
+        self.registered: dict[int, Attribute] = {}  # parameters and buffers, whatever happens to them
+        self.touched: dict[int, Tensor] = {}  # trainable tensors that opaque calls use
         self.stale: dict[int, str] = {}
         self.keep: list[Any] = []  # identities stay valid while the objects live
         self.names = {id(module): name for name, module in model.named_modules()}
@@ -86,8 +88,10 @@ class Recorder(TorchFunctionMode):
     def know_tensors_of(self, model: nn.Module) -> None:
         for module in model.modules():
             for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-                if tensor is not None:
+                if tensor is not None and id(tensor) not in self.registered:
+                    self.registered[id(tensor)] = Attribute(module, name)
                     self.known.setdefault(id(tensor), Attribute(module, name))
+                    self.keep.append(tensor)
 
     def new_value(self, tensor: Tensor, *, varying: bool) -> int:
         index = len(self.recording.tensors)
@@ -104,32 +108,39 @@ class Recorder(TorchFunctionMode):
             return leaf
         if id(leaf) in self.stale:
             raise TraceError(self.stale[id(leaf)])
-        if leaf.requires_grad and leaf.is_leaf and id(leaf) not in self.known:
-            raise TraceError(
-                f"the forward pass uses a trainable tensor of shape {tuple(leaf.shape)} that no module holds, so its "
-                "gradient would be lost; register it as an nn.Parameter"
-            )
+        if leaf.requires_grad and id(leaf) not in self.known:
+            raise _lost(leaf)
         return self.known.get(id(leaf), leaf)
 
     def varies(self, leaf: Any) -> bool:
         noted = self.known.get(id(leaf))
         return isinstance(noted, Attribute) or (isinstance(noted, Ref) and noted.value in self.varying)
 
-    def record(self, target: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a call and note it, if it makes or changes a tensor."""
+    def record(
+        self, target: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any], own: bool = False
+    ) -> Any:
+        """Run a call and note it, if it makes or changes a tensor. ``own``: code of the user's, seen from outside."""
         tensors = {p: leaf for p, leaf in enumerate(leaves((args, kwargs))) if isinstance(leaf, Tensor)}
         versions = {p: leaf._version for p, leaf in tensors.items()}
+        # NumPy writes where no version counter looks.
+        copies = {p: leaf.clone() for p, leaf in tensors.items()} if own else {}
         noted_args, noted_kwargs = map_arguments(self.refer, (args, kwargs))
         before = random_state(devices_of(tensors.values()))
-        result = target(*args, **kwargs)
+        self.touched.clear()
+        with self.unmoved(target, tensors.values(), name):
+            result = target(*args, **kwargs)
         after = random_state(devices_of(tensors.values()))
         random = any(not torch.equal(before[device], after[device]) for device in before)
-        mutates = tuple(p for p, leaf in tensors.items() if leaf._version != versions[p])
+        mutates = tuple(
+            p for p, leaf in tensors.items() if leaf._version != versions[p] or (own and not _same(leaf, copies[p]))
+        )
         changed = [tensors[p] for p in mutates]
         results = tensors_in(result)
         made = [*results, *(c for c in changed if all(c is not r for r in results))]
         if not made:
             return result
+        if own:
+            self.refuse_hidden_parameters(target)
         self.mark_aliases(changed, name)
         self.keep.append((args, kwargs, made))
         varying = random or any(self.varies(leaf) for leaf in tensors.values())
@@ -139,11 +150,52 @@ class Recorder(TorchFunctionMode):
         self.recording.calls.append(Call(target, name, noted_args, noted_kwargs, writes, mutates, random))
         return result
 
+    @contextlib.contextmanager
+    def unmoved(self, target: Callable[..., Any], tensors: Iterable[Tensor], name: str) -> Iterator[None]:
+        """Raise, and put it back, where a call changes a parameter: queries would move it again and again."""
+        held = [p for p in tensors if isinstance(p, nn.Parameter)]
+        if isinstance(target, nn.Module):
+            held.extend(target.parameters())
+        saved = [(p, p._version, p.detach().clone()) for p in held]
+        yield
+        moved = [(p, copy) for p, version, copy in saved if p._version != version]
+        for parameter, copy in moved:
+            parameter.data.copy_(copy)
+            where = self.registered.get(id(parameter))
+            raise TraceError(
+                f"{name} changes its parameter {where.name if where else ''!r} in its forward pass (as max_norm does); "
+                "do that after the optimizer's step instead"
+            )
+
+    def refuse_hidden_parameters(self, target: Callable[..., Any]) -> None:
+        """Raise where an opaque call used a trainable tensor that cannot be perturbed through it."""
+        held = {id(p) for p in target.parameters()} if isinstance(target, nn.Module) else set()
+        for tensor in self.touched.values():
+            if id(tensor) not in held:
+                raise _lost(tensor, "in a stage that reads values")
+
+    def check_buffers(self) -> None:
+        """Raise where the model holds another tensor as its buffer than before: queries could not undo that."""
+        for where in self.registered.values():
+            held = where.owner._buffers.get(where.name)
+            if held is not None and id(held) not in self.registered:
+                raise TraceError(
+                    f"{type(where.owner).__name__} assigns a new tensor to its buffer {where.name!r} in its forward "
+                    "pass, which queries cannot undo; change the buffer in place instead (copy_, add_)"
+                )
+
     def mark_aliases(self, changed: list[Tensor], name: str) -> None:
         """Views of a tensor changed in place change with it, which a chain of values cannot express."""
         storages = {tensor.untyped_storage().data_ptr() for tensor in changed}
         if not storages:
             return
+        for tensor in (where.get() for where in self.registered.values()):
+            shares = tensor.untyped_storage().data_ptr() in storages
+            if shares and tensor.numel() and all(tensor is not c for c in changed):
+                raise TraceError(
+                    f"{name} changes a parameter or buffer of shape {tuple(tensor.shape)} through a view of it; "
+                    "change the buffer itself, by index: buffer[0] = value"
+                )
         for tensor in self.recording.tensors:
             shares = tensor.untyped_storage().data_ptr() in storages
             if shares and tensor.numel() and all(tensor is not c for c in changed):
@@ -157,6 +209,7 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if self.paused:
+            self.touched.update({id(t): t for t in tensors_in((args, kwargs)) if t.requires_grad})
             return func(*args, **kwargs)
         name = _name(func)
         if any(self.varies(tensor) for tensor in tensors_in((args, kwargs))):
@@ -205,8 +258,9 @@ class Recorder(TorchFunctionMode):
             if not is_layer(module) and id(module) not in self.opaque:
                 self.know_tensors_of(module)
                 return original(module, *args, **kwargs)
+            own = not type(module).__module__.startswith("torch.")
             with self.pause():
-                return self.record(module, self.names.get(id(module)) or type(module).__name__, args, kwargs)
+                return self.record(module, self.names.get(id(module)) or type(module).__name__, args, kwargs, own)
 
         nn.Module.__call__ = __call__  # type: ignore[method-assign]
         try:
@@ -214,6 +268,17 @@ class Recorder(TorchFunctionMode):
                 yield
         finally:
             nn.Module.__call__ = original  # type: ignore[method-assign]
+
+
+def _lost(tensor: Tensor, where: str = "that no module holds") -> TraceError:
+    return TraceError(
+        f"the forward pass uses a trainable tensor of shape {tuple(tensor.shape)} {where}, so its gradient would be "
+        "lost; register it as an nn.Parameter of the module that uses it, or freeze it"
+    )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return bool(((a == b) | ((a != a) & (b != b))).all())  # noqa: PLR0124  # NaN is what differs from itself
 
 
 def _name(func: Callable[..., Any]) -> str:

@@ -53,7 +53,8 @@ def trace(model: nn.Module | Chain | Callable[..., Any], x: Any) -> Chain:
         model: a module, or a chain made by hand.
         x: a tensor with the batch first; a tuple is passed as positional, a dict as keyword arguments.
 
-    Cost: about six forward passes of at most four samples, counted as ``check_evaluations``. Buffers, random state and training flags are as
+    Cost: about six forward passes of at most four samples, counted as ``check_evaluations``. Buffers, random state and
+    training flags are as
     before. Source: ours.
 
     Raises:
@@ -149,7 +150,7 @@ def run_stages(module: nn.Module, recorder: Recorder, args: tuple[Any, ...], kwa
             with recorder.watching():
                 if id(stage) in recorder.opaque and not isinstance(stage, nn.Module):
                     with recorder.pause():
-                        result = recorder.record(stage, name, args, kwargs)
+                        result = recorder.record(stage, name, args, kwargs, own=True)
                 else:
                     result = stage(*args, **kwargs)
         except ReadsValuesError as error:
@@ -164,6 +165,7 @@ def run_stages(module: nn.Module, recorder: Recorder, args: tuple[Any, ...], kwa
         spread = isinstance(result, tuple) and isinstance(module, Stages)
         args, kwargs = (tuple(result) if spread else (result,)), {}
         del k
+    recorder.check_buffers()
     recorder.recording.output = pytree.tree_map_only(Tensor, recorder.refer, result)
     return None
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hzo import queries
 from hzo.baselines import _evaluate as ev
 from hzo.baselines._per_sample import contributions
 from hzo.chain import Graph, Operation, Ref, map_arguments, tensors_in
 from hzo.errors import CoupledSamplesError, InputError
 from hzo.execution import Activities, base_pass, query, resolve
+from hzo.parameter_gradients import Local, parameter_gradients
 from hzo.parameter_rules import find_rule
 from hzo.preparation import traced_for
 
@@ -100,10 +100,9 @@ def node_perturbation(
             noise = ev.directions([*nodes.values()], ev.gaussian, seed)
             for value, xi in zip(nodes, noise, strict=True):
                 cotangents[value] += _credit(graph, value, xi.to(cotangents[value].dtype), slope, p.batch)
-        gradients = _apply_rules(graph, activities, cotangents)
-    for parameter in p.parameters.values():
-        if id(parameter) in gradients:
-            ev.accumulate(parameter, gradients[id(parameter)])
+        gradients = parameter_gradients(Local(graph, activities, perturbed=()), cotangents)
+    for parameter, gradient in gradients.values():
+        ev.accumulate(parameter, gradient)
     return loss
 
 
@@ -154,28 +153,3 @@ def _credit(graph: Graph, value: int, noise: Tensor, slope: Tensor, batch: int) 
         return noise * slope
     rows = graph.values[value].rows(noise, batch)
     return graph.values[value].from_rows(rows * slope.to(rows)[:, None], batch)
-
-
-def _apply_rules(graph: Graph, activities: Activities, cotangents: dict[int, Tensor]) -> dict[int, Tensor]:
-    """Gradients by identity of the parameter: by the rules of layers, and of what derives from parameters."""
-    gradients: dict[int, Tensor] = {}
-    for op in reversed(graph.operations):
-        if not op.parameters or op.writes[0] not in cotangents:
-            continue
-        args, kwargs = resolve(op, activities.values.__getitem__, activities.batch)
-        wanted = frozenset(use.slot for use in op.parameters if use.slot is not None)
-        rule = find_rule(op.target, args, kwargs, wanted)
-        assert rule is not None, "checked before"
-        found = rule(op.target, args, kwargs, cotangents[op.writes[0]], wanted)
-        queries.add(parameter_rules=len(wanted))
-        for use in op.parameters:
-            assert use.slot is not None, "checked before"
-            if isinstance(use.where, Ref):
-                _add(cotangents, use.where.value, found[use.slot])
-            else:
-                _add(gradients, id(use.where.get()), found[use.slot])
-    return gradients
-
-
-def _add(sums: dict[int, Tensor], key: int, term: Tensor) -> None:
-    sums[key] = sums[key] + term if key in sums else term

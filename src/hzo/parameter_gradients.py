@@ -1,0 +1,118 @@
+"""Parameter gradients: local products of an activity and a cotangent, or differences where no rule is known.
+
+The local product is backprop's own step, on a layer known to compute what its type says; a layer of which that cannot
+be said has its parameters perturbed, one element at a time, through that operation alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hzo import queries
+from hzo.chain import Attribute, Graph, Operation, ParameterUse, Ref
+from hzo.differences import Scheme, accumulation_dtype, default_step, stepped
+from hzo.errors import NonFiniteError
+from hzo.execution import Activities, resolve, run_with_parameter
+from hzo.parameter_rules import find_rule
+from hzo.plan import ParameterProbe
+
+Gradients = dict[str, tuple[Tensor, Tensor]]
+"""Parameter and gradient by the parameter's name."""
+
+
+@dataclass(frozen=True)
+class Local:
+    """What the local step works with.
+
+    Attributes:
+        perturbed: parameters without a rule. scheme, step: how they are perturbed.
+        along: gradients already known, by operation and name of the parameter.
+    """
+
+    graph: Graph
+    activities: Activities
+    perturbed: tuple[ParameterProbe, ...]
+    scheme: Scheme = "central"
+    step: float | None = None
+    along: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
+
+
+def parameter_gradients(local: Local, cotangents: Mapping[int, Tensor]) -> Gradients:
+    """The gradient of every trainable parameter that the loss depends on.
+
+    Args:
+        cotangents: of the values that operations write, in the accumulation dtype.
+
+    Cost: a ``parameter_rule`` for each closed form; 2 n B queries of one operation for n perturbed elements.
+    """
+    # Last operation first, so that a value derived from parameters has all its cotangents when it is reached.
+    at = dict(cotangents)
+    gradients: Gradients = {}
+    perturbed = {(probe.operation, probe.use) for probe in local.perturbed}
+    for op in reversed(local.graph.operations):
+        given = {v: at[v] for v in op.writes if v in at}
+        if not op.parameters or not given:
+            continue
+        closed = [use for k, use in enumerate(op.parameters) if (op.index, k) not in perturbed]
+        by_probe = [use for k, use in enumerate(op.parameters) if (op.index, k) in perturbed]
+        results = _by_rule(local, op, closed, given)
+        results += [(use, _by_perturbation(local, op, use, given)) for use in by_probe]
+        for use, gradient in results:
+            if isinstance(use.where, Ref):
+                derived = use.where.value
+                at[derived] = at[derived] + gradient if derived in at else gradient
+            else:
+                tied = gradients.get(use.name)
+                gradients[use.name] = (use.where.get(), gradient if tied is None else tied[1] + gradient)
+    return gradients
+
+
+def _by_rule(
+    local: Local, op: Operation, uses: Iterable[ParameterUse], given: dict[int, Tensor]
+) -> list[tuple[ParameterUse, Tensor]]:
+    slots = {use.slot: use for use in uses if use.slot is not None}
+    if not slots:
+        return []
+    queries.add(parameter_rules=len(slots))
+    along = local.along.get(op.index, {})
+    if slots.keys() <= along.keys():
+        return [(use, along[str(slot)]) for slot, use in slots.items()]
+    args, kwargs = resolve(op, local.activities.values.__getitem__, local.activities.batch)
+    wanted = frozenset(slots)
+    rule = find_rule(op.target, args, kwargs, wanted)
+    if rule is None:
+        raise AssertionError(f"{op.name}: a rule was planned for {sorted(map(str, wanted))} and none is found")
+    (cotangent,) = given.values()
+    gradients = rule(op.target, args, kwargs, cotangent, wanted)
+    return [(use, gradients[slot]) for slot, use in slots.items()]
+
+
+def _by_perturbation(local: Local, op: Operation, use: ParameterUse, given: dict[int, Tensor]) -> Tensor:
+    """Differences of one operation along every element of a parameter."""
+    values = local.activities.values
+    parameter = use.where.get() if isinstance(use.where, Attribute) else values[use.where.value]
+    wide = accumulation_dtype(parameter.dtype)
+    scheme = local.scheme
+    where = use.name or f"an operand of {op.name}"
+    step = local.step or default_step(parameter, scheme, where)
+    upper, lower, distance = stepped(parameter.detach(), step, scheme, where)
+    result = torch.empty(parameter.numel(), dtype=wide, device=parameter.device)
+
+    def product(k: int, moved: Tensor) -> Tensor:
+        changed = parameter.detach().clone()
+        changed.view(-1)[k] = moved.view(-1)[k]
+        outputs = dict(zip(op.writes, run_with_parameter(local.graph, op, local.activities, use, changed), strict=True))
+        differences = ((outputs[v].to(wide) - values[v].to(wide)) * g.to(wide) for v, g in given.items())
+        return sum((d.sum() for d in differences), start=torch.zeros((), dtype=wide, device=parameter.device))
+
+    for k in range(parameter.numel()):
+        above = product(k, upper)
+        result[k] = above - product(k, lower) if scheme == "central" else above
+    gradient = result.view_as(parameter) / distance
+    if not bool(gradient.isfinite().all()):
+        raise NonFiniteError(f"a query that perturbed {where} returned NaN or infinity")
+    return gradient

@@ -1,0 +1,116 @@
+"""The sweep: from the cotangents at the output, node by node of the plan, to all other boundaries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from hzo import queries
+from hzo.adjoints import Call, find_adjoint
+from hzo.chain import Graph, Operation
+from hzo.cost import bytes_per_direction
+from hzo.execution import Activities, resolve, run_alone, run_slice
+from hzo.plan import Node, Plan
+from hzo.vjp import directions_per_chunk, vjp_rows
+
+Cotangents = dict[int, dict[int, Tensor]]
+"""By position and value; tensors in the accumulation dtype."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep works with and what it finds.
+
+    Attributes:
+        cotangents: of the values at every position reached.
+        along: parameter gradients that the kernel of an adjoint gave along, by operation and name of the parameter.
+    """
+
+    graph: Graph
+    plan: Plan
+    activities: Activities
+    memory: int | None
+    cotangents: Cotangents
+    along: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+
+
+def sweep(graph: Graph, plan: Plan, activities: Activities, at_the_end: dict[int, Tensor], memory: int | None) -> Sweep:
+    """Carry the cotangents from the end through the nodes of the plan.
+
+    Args:
+        at_the_end: cotangents of the output's values, in the accumulation dtype.
+        memory: bytes for the perturbed copies of a chunk; None takes a share of what is free.
+
+    Cost: the plan's. Source: paper (the recursion); which nodes, and by which probe, is the plan's affair (ours).
+    """
+    state = Sweep(graph, plan, activities, memory, {len(graph.operations): at_the_end})
+    found = state.cotangents
+    for node in plan.nodes:
+        at_source = found.get(node.source, {})
+        estimate = _estimate(state, node, at_source) if node.operations else None
+        if node.carried and node.value in at_source:
+            carried = at_source[node.value]
+            estimate = carried if estimate is None else estimate + carried
+        if estimate is not None:
+            found.setdefault(node.target, {})[node.value] = estimate
+    return state
+
+
+def _estimate(state: Sweep, node: Node, at_source: dict[int, Tensor]) -> Tensor | None:
+    graph, activities, batch = state.graph, state.activities, state.activities.batch
+    outputs = [v for v in node.outputs if v in at_source]
+    if not outputs:
+        return None
+    if node.probe.kind == "adjoint":
+        return _apply_adjoint(state, node, {v: at_source[v] for v in outputs})
+    values = graph.values
+    value = values[node.value]
+    rows = value.rows(activities.values[node.value], batch)
+    tiles: dict[int, dict[int, Tensor]] = {}  # the last chunk may be smaller than the others
+
+    def run(perturbed: Tensor, copies: int) -> list[Tensor]:
+        state = {node.value: value.from_rows(perturbed, batch * copies)}
+        results = run_slice(graph, node.operations, activities, state, outputs, copies, tiles.setdefault(copies, {}))
+        return [values[v].rows(t, batch * copies) for v, t in zip(outputs, results, strict=True)]
+
+    needed = bytes_per_direction(graph, node, batch)
+    estimate = vjp_rows(
+        run,
+        rows,
+        [values[v].rows(at_source[v], batch) for v in outputs],
+        probe=node.probe,
+        scheme=state.plan.scheme,
+        step=state.plan.step,
+        chunk=directions_per_chunk(needed, state.memory, rows.device),
+        base=[values[v].rows(activities.values[v], batch) for v in outputs],
+        where=f"the activity at {graph.describe(node.target)}",
+    )
+    return value.from_rows(estimate, batch)
+
+
+def _apply_adjoint(state: Sweep, node: Node, cotangents: dict[int, Tensor]) -> Tensor:
+    """Carry a cotangent back through one operation by its structure."""
+    graph, activities = state.graph, state.activities
+    op = graph.operations[node.operations[0]]
+    rule = find_adjoint(graph, op, node.value)
+    if rule is None:
+        raise AssertionError(f"{op.name}: an adjoint was planned and none is found")
+
+    def measure(value: int, probe: Tensor) -> Tensor:
+        return run_alone(graph, op, activities, value, probe)[0]
+
+    args, kwargs = resolve(op, activities.values.__getitem__, activities.batch)
+    outputs = tuple(activities.values[v] for v in op.writes)
+    queries.add(adjoints=1)
+    call = Call(graph, op, args, kwargs, outputs, cotangents, measure)
+    if rule.with_parameters is None or not _has_closed_parameters(state, op):
+        return rule.apply(call, node.value)
+    estimate, parameters = rule.with_parameters(call, node.value)
+    state.along[op.index] = parameters
+    return estimate
+
+
+def _has_closed_parameters(state: Sweep, op: Operation) -> bool:
+    """Whether the operation has trainable parameters, all of them with closed rules."""
+    return bool(op.parameters) and all(probe.operation != op.index for probe in state.plan.perturbed)
