@@ -7,6 +7,7 @@ and Wright, Numerical Optimization, section 8.1).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal, get_args
 
 import torch
@@ -34,8 +35,20 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def default_step(tensor: Tensor, scheme: Scheme, where: str = "the perturbed tensor") -> float:
+def narrowest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The floating dtype that rounds most."""
+    return max((d for d in dtypes if d.is_floating_point), key=lambda d: torch.finfo(d).eps)
+
+
+def default_step(
+    tensor: Tensor, scheme: Scheme, where: str = "the perturbed tensor", precision: torch.dtype | None = None
+) -> float | Tensor:
     """The step from dtype and scale (root mean square; 1 for a tensor of zeros).
+
+    Args:
+        precision: of what a query computes, where that is narrower than the tensor (under autocast, say).
+
+    Returns one step; in low precision, where an outlier would swallow it, one for each element.
 
     Raises:
         NonFiniteError: the tensor holds NaN or infinity.
@@ -45,8 +58,11 @@ def default_step(tensor: Tensor, scheme: Scheme, where: str = "the perturbed ten
     if not scale < float("inf"):
         raise NonFiniteError(f"{where} holds NaN or infinity; find out why before estimating a gradient there")
     power = 1 / 3 if scheme == "central" else 1 / 2
-    unit = float(torch.finfo(tensor.dtype).eps)
-    return float((scale or 1.0) * unit**power)
+    unit = float(torch.finfo(precision or tensor.dtype).eps)
+    step = (scale or 1.0) * (unit**power)
+    if unit < 1e-4:
+        return step
+    return (tensor.abs() * (4 * unit)).clamp(min=step)
 
 
 def check_step(step: float | None) -> float | None:
@@ -56,7 +72,7 @@ def check_step(step: float | None) -> float | None:
     return step
 
 
-def stepped(tensor: Tensor, step: float, scheme: Scheme, where: str) -> tuple[Tensor, Tensor, Tensor]:
+def stepped(tensor: Tensor, step: float | Tensor, scheme: Scheme, where: str) -> tuple[Tensor, Tensor, Tensor]:
     """``tensor`` moved up and down by the step, and the distance that rounding really left between the two.
 
     Returns ``(upper, lower, distance)``; ``lower`` is the tensor itself for forward differences. The distance is in
@@ -72,7 +88,7 @@ def stepped(tensor: Tensor, step: float, scheme: Scheme, where: str) -> tuple[Te
     if not bool((distance > 0).all()):
         largest = float(tensor.abs().max())
         raise StepError(
-            f"a step of {step:.3g} vanishes beside values of up to {largest:.3g} of {where} in {tensor.dtype}; "
+            f"a step of {float(torch.as_tensor(step).min()):.3g} vanishes beside values of up to {largest:.3g} of {where} in {tensor.dtype}; "
             "give a larger step, or run this part in a wider dtype"
         )
     return upper, lower, distance
