@@ -54,10 +54,14 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    def __init__(self, block: type, blocks: tuple[int, ...], width: int, classes: int = 10, stem: str = "cifar") -> None:
+    def __init__(
+        self, block: type, blocks: tuple[int, ...], width: int, classes: int = 10, stem: str = "cifar"
+    ) -> None:
         super().__init__()
         if stem == "cifar":
-            self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+            self.stem = nn.Sequential(
+                nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
+            )
         else:
             self.stem = nn.Sequential(
                 nn.Conv2d(3, width, 7, 2, 3, bias=False),
@@ -122,12 +126,18 @@ class DenseNet(nn.Module):
             for _ in range(3):
                 layers.append(
                     nn.Sequential(
-                        nn.BatchNorm2d(channels), nn.ReLU(inplace=True), nn.Conv2d(channels, growth, 3, padding=1, bias=False)
+                        nn.BatchNorm2d(channels),
+                        nn.ReLU(inplace=True),
+                        nn.Conv2d(channels, growth, 3, padding=1, bias=False),
                     )
                 )
                 channels += growth
             self.blocks.append(layers)
-            layers.append(nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(), nn.Conv2d(channels, channels // 2, 1), nn.AvgPool2d(2)))
+            layers.append(
+                nn.Sequential(
+                    nn.BatchNorm2d(channels), nn.ReLU(), nn.Conv2d(channels, channels // 2, 1), nn.AvgPool2d(2)
+                )
+            )
             channels //= 2
         self.norm = nn.BatchNorm2d(channels)
         self.head = nn.Linear(channels, 10)

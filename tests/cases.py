@@ -6,23 +6,23 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+
+import hzo
 from networks import (
     Affine,
     Attention,
     Branches,
     Concatenating,
     Functional,
-    Inputs,
     InPlace,
+    Inputs,
     Language,
     OwnLinear,
     Recurrent,
     Residual,
     Twice,
 )
-from torch import nn
-
-import hzo
 
 BATCH = 3
 

@@ -187,3 +187,15 @@ class Branches(nn.Module):
         left, right = (b * c + a).chunk(2, -1)
         self.layers[3](c)
         return {"scores": torch.cat([self.halves(left), right], -1) + c, "hidden": b}
+
+
+class Calls(nn.Module):
+    """A layer, and a function of it and its input."""
+
+    def __init__(self, function, width=4):
+        super().__init__()
+        self.layer = nn.Linear(width, width).double()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(self.layer(x))

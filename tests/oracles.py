@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from cases import CASES, Case, Problem
 from torch.utils import _pytree as pytree
 
 import hzo
+from cases import CASES, Case, Problem
 from hzo.chain import Chain, Ref
 from hzo.execution import call, resolve
 from hzo.tracing import call_arguments
@@ -36,6 +36,10 @@ def undisturbed(module):
             with torch.no_grad():
                 for name, buffer in module.named_buffers():
                     buffer.copy_(saved[name])
+
+
+def normal(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
 
 
 def mean_loss(loss_fn, output, y):
@@ -144,3 +148,14 @@ def solve(name):
     torch.manual_seed(SEED)
     exact, loss = gradients(problem, {**parameters_of(problem), **unregistered(chain)})
     return Solved(CASES[name], problem, chain, exact, loss)
+
+
+def assert_right(model, x, loss_fn=None, y=None, tolerance=CENTRAL, **options):
+    """Gradients as by autograd, without assumptions and with all."""
+    problem = Problem(model, loss_fn or (lambda out: out.square().flatten(1).sum(1)), x, y)
+    for assume in ("nothing", "structure"):
+        torch.manual_seed(SEED)
+        found, _ = hzo.grad_and_value(*problem, assume=assume, **options)
+        torch.manual_seed(SEED)
+        exact, _ = gradients(problem)
+        assert worst(relative_errors(found, exact)) <= tolerance

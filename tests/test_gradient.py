@@ -1,14 +1,14 @@
 """Gradients and cotangents against autograd in float64, over all networks of cases.py."""
 
-import oracles
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES
-from oracles import solve
 from torch import nn
 
 import hzo
+import oracles
+from cases import CASES
+from oracles import solve
 
 TREES = ["flat", "bisect", "stagewise", 3, 5, "planned"]
 ASSUME = ["nothing", "locality", "structure"]

@@ -1,71 +1,16 @@
-"""``trace``: what it understands, what it refuses and how it says so, and what it must not take for granted."""
-
-import math
+"""``trace``: what it refuses, how it says so, and what it must not take for granted."""
 
 import numpy as np
-import oracles
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, Problem
-from oracles import solve
 from torch import nn
 
 import hzo
-from hzo.errors import CoupledSamplesError, InputError, NondeterministicError, TraceError
-
-
-def normal(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
-
-
-class Calls(nn.Module):
-    """A layer, and a function of it and its input."""
-
-    def __init__(self, function, width=4):
-        super().__init__()
-        self.layer = nn.Linear(width, width).double()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(self.layer(x))
-
-
-def assert_right(model, x, loss_fn=None, y=None, tolerance=oracles.CENTRAL, **options):
-    """Gradients as by autograd, without assumptions and with all."""
-    problem = Problem(model, loss_fn or (lambda out: out.square().flatten(1).sum(1)), x, y)
-    for assume in ("nothing", "structure"):
-        torch.manual_seed(oracles.SEED)
-        found, _ = hzo.grad_and_value(*problem, assume=assume, **options)
-        torch.manual_seed(oracles.SEED)
-        exact, _ = oracles.gradients(problem)
-        assert oracles.worst(oracles.relative_errors(found, exact)) <= tolerance
-
-
-UNDERSTOOD = {
-    "unbind": lambda h: sum(part * k for k, part in enumerate(h.unbind(1))).unsqueeze(1),
-    "iteration": lambda h: torch.stack([a.sin() for a in h.T]).T,
-    "einsum": lambda h: torch.einsum("bi,bj->bij", h, h.tanh()).flatten(1),
-    "time first": lambda h: torch.tanh(h.view(-1, 2, 2).transpose(0, 1)).transpose(0, 1).flatten(1),
-    "folded batch": lambda h: F.softmax(h.view(h.shape[0] * 2, 2), -1).view(h.shape[0], 4),
-    "sizes": lambda h: h.new_ones(h.shape[0], 1) * h + torch.zeros_like(h) + torch.zeros(len(h), 1),
-    "split": lambda h: torch.cat([a * b for a, b in [h.split([1, 3], 1)] for a in (a,)], 1),
-    "written slice": lambda h: torch.zeros_like(h).index_copy_(1, torch.tensor([0, 2]), h[:, :2].sin()),
-    "gather": lambda h: h.gather(1, torch.tensor([[0, 2]]).expand(h.shape[0], 2)),
-    "sorted": lambda h: h.sort(1).values.tanh(),
-    "where": lambda h: torch.where(h > 0, h.sin(), h * 2),
-    "masked": lambda h: h.masked_fill(torch.tensor([True, False, False, False]), -math.inf).softmax(-1),
-    "out argument": lambda h: torch.mul(h, 2.0).add_(h),
-    "empty": lambda h: torch.cat([h, h[:, :0]], 1),
-    "cumulative": lambda h: h.cumsum(1).tanh(),
-    "complex": lambda h: torch.fft.rfft(h).abs(),
-}
-
-
-@pytest.mark.parametrize("name", UNDERSTOOD)
-def test_understands(name):
-    assert_right(nn.Sequential(nn.Linear(4, 4).double(), nn.Tanh(), Calls(UNDERSTOOD[name])), normal(3, 4))
-
+import oracles
+from hzo.errors import CoupledSamplesError, NondeterministicError, TraceError
+from networks import Calls
+from oracles import normal
 
 REFUSED = {
     "a number": (lambda h: h * h.sum().item(), TraceError, "reads values out of a tensor|mixed|grow in proportion"),
@@ -85,6 +30,7 @@ REFUSED = {
     "a view written to": (lambda h: (h[:, 0].mul_(2), h)[1], TraceError, "shares memory with another"),
     "a mean of the loss": (lambda h: h.mean(), TraceError, "samples are mixed"),
     "no output": (lambda h: None, TraceError, "output is not computed from its input"),
+    "complex numbers": (lambda h: torch.fft.rfft(h).abs(), TraceError, "complex tensor, which has no cotangent"),
     "a constant": (lambda h: torch.ones(3), TraceError, "output is not computed from its input"),
 }
 
@@ -92,10 +38,10 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_refuses(name):
     function, error, message = REFUSED[name]
-    model = Calls(function)
+    model, x = Calls(function), normal(3, 4)
     call, before = nn.Module.__call__, torch.get_rng_state()
     with pytest.raises(error, match=message):
-        hzo.trace(model, normal(3, 4))
+        hzo.trace(model, x)
     assert nn.Module.__call__ is call
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -121,7 +67,7 @@ def test_samples_that_influence_each_other(name, x):
     x = {"normal": normal(4, 4), "zeros": normal(4, 4) * 0, "ones": normal(4, 4) * 0 + 1, "one sample": normal(1, 4)}[x]
     if x.shape[0] == 1 and "batch norm" in name:
         pytest.skip("BatchNorm refuses one sample by itself")
-    with pytest.raises((CoupledSamplesError, TraceError), match="influence each other|grow in proportion"):
+    with pytest.raises((CoupledSamplesError, TraceError), match=r"influence each other|grow in proportion"):
         hzo.plan(hzo.trace(Calls(COUPLED[name]), x), tree="bisect", assume="nothing")
 
 
@@ -171,37 +117,29 @@ class TestOpaqueStages:
 
     def test_parameters_are_perturbed(self):
         model = nn.Sequential(nn.Linear(3, 3), self.Branching(), nn.Linear(3, 2)).double()
-        assert_right(model, normal(4, 3))
+        oracles.assert_right(model, normal(4, 3))
 
-    def test_numpy_between_layers(self):
-        first, last = nn.Linear(3, 3).double(), nn.Linear(3, 2).double()
-        chain = hzo.Chain([first, lambda h: torch.as_tensor(np.sinh(h.numpy())), last])
-        x = normal(4, 3)
-        found, _ = hzo.grad_and_value(chain, lambda out: out.square().sum(1), x)
-        same = Problem(nn.Sequential(first, Calls(torch.sinh, 3), last), lambda out: out.square().sum(1), x, None)
-        with torch.no_grad():
-            same.model[1].layer.weight.copy_(torch.eye(3))
-            same.model[1].layer.bias.zero_()
-        exact, _ = oracles.gradients(same, dict(zip(found, [p for p in chain.parameters()], strict=False)))
-        assert oracles.worst(oracles.relative_errors(found, exact)) <= oracles.CENTRAL
+    @pytest.mark.parametrize("in_place", [False, True])
+    def test_numpy_between_layers(self, in_place):
+        """In place, NumPy writes where no version counter looks, and would change what the layer before returned."""
 
-    def test_input_written_to_by_numpy(self):
-        """NumPy writes where no version counter looks."""
-
-        def doubled(h):
+        def stage(h):
             a = h.numpy()
-            a *= 2
-            return torch.as_tensor(a)
+            if in_place:
+                a *= 2
+                return torch.as_tensor(a)
+            return torch.as_tensor(np.multiply(a, 2))
 
-        x = normal(4, 3)
-        layers = nn.Linear(3, 3).double(), nn.Linear(3, 2).double()
-        found, _ = hzo.grad_and_value(hzo.Chain([layers[0], doubled, layers[1]]), lambda out: out.square().sum(1), x)
+        first, last = nn.Linear(3, 3).double(), nn.Linear(3, 2).double()
+        chain, x = hzo.Chain([first, stage, nn.Tanh(), last]), normal(4, 3)
         copy = x.clone()
-        hzo.grad_and_value(hzo.Chain([doubled, *layers]), lambda out: out.square().sum(1), x)
+        found, _ = hzo.grad_and_value(chain, lambda out: out.square().sum(1), x)
+        hzo.grad_and_value(hzo.Chain([stage, first]), lambda out: out.square().sum(1), x)
         assert torch.equal(x, copy)
-        (layers[1](2 * layers[0](x))).square().sum(1).mean().backward()
-        assert oracles.relative_errors(found, {n: p.grad for n, p in zip(found, [], strict=False)} or found)
-        assert torch.allclose(found["0.weight"], layers[0].weight.grad, rtol=1e-6)
+        last(torch.tanh(2 * first(x))).square().sum(1).mean().backward()
+        exact = {"0.weight": first.weight, "0.bias": first.bias, "3.weight": last.weight, "3.bias": last.bias}
+        errors = oracles.relative_errors(found, {name: p.grad for name, p in exact.items()})
+        assert oracles.worst(errors) <= oracles.CENTRAL
 
     def test_memory_used_again_is_refused(self):
         """A result that the next call overwrites would make every difference zero."""
@@ -217,7 +155,7 @@ class TestOpaqueStages:
     def test_hidden_trainable_layer_is_refused(self):
         hidden = nn.Linear(3, 3).double()
         chain = hzo.Chain([nn.Linear(3, 3).double(), lambda h: torch.as_tensor(np.sin(hidden(h).detach().numpy()))])
-        with pytest.raises(TraceError, match="trainable tensor.*gradient would be lost"):
+        with pytest.raises(TraceError, match=r"trainable tensor.*gradient would be lost"):
             hzo.trace(chain, normal(4, 3))
         hidden.requires_grad_(False)
         hzo.trace(chain, normal(4, 3))
@@ -250,72 +188,33 @@ def test_a_buffer_replaced_is_refused():
             return x + self.mean
 
     model = nn.Sequential(nn.Linear(4, 4).double(), Running())
-    with pytest.raises(TraceError, match="assigns|buffer|not seen"):
+    with pytest.raises(TraceError, match="assigns a new tensor to its buffer 'mean'"):
         hzo.trace(model, normal(3, 4))
     assert float(model[1].mean.sum()) == 0
+
+
+def test_a_penalty_among_the_outputs_is_refused():
+    class Penalised(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), self.weight.square().sum()
+
+    with pytest.raises(TraceError, match="made of parameters alone"):
+        hzo.trace(Penalised(4, 4).double(), normal(3, 4))
+
+
+def test_a_buffer_written_to_through_a_view_is_refused():
+    class Counting(nn.BatchNorm1d):
+        def forward(self, x):
+            self.running_mean[:2].add_(1)
+            return x
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(Counting(4)))
+    with pytest.raises(TraceError, match=r"changes a parameter or buffer of shape \(4,\) through a view"):
+        hzo.trace(model, torch.randn(3, 4))
+    assert float(model[1][0].running_mean.sum()) == 0
 
 
 def test_error_names_the_stage():
     model = nn.Sequential(nn.Linear(4, 4).double(), Calls(lambda h: h.detach()))
     with pytest.raises(TraceError, match=r"^1:Calls: the forward pass calls detach"):
         hzo.trace(model, normal(3, 4))
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_stages_and_printing(name):
-    solved = solve(name)
-    graph = solved.chain.traced
-    assert graph.boundaries[0] == 0
-    assert graph.boundaries[-1] == len(graph.operations)
-    assert list(graph.boundaries) == sorted(graph.boundaries)
-    if isinstance(solved.problem.model, nn.Sequential):
-        assert len(solved.chain) == len(solved.problem.model)
-    assert f"Chain of {len(solved.chain)} stages" in str(solved.chain)
-    assert "queries" in str(hzo.plan(solved.chain))
-
-
-def test_whole_modules_are_cut_between_blocks_first():
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.blocks = nn.ModuleList(CASES["residual_mlp"].build().model[1:4])
-
-        def forward(self, x):
-            for block in self.blocks:
-                x = block(x)
-            return x
-
-    chain = hzo.trace(Net(), normal(3, 4))
-    graph = chain.traced
-    single = [len([v for v in graph.live[p] if v not in graph.inputs]) for p in graph.boundaries[1:]]
-    assert single == [1] * len(chain)
-    assert len(chain) >= 3
-
-
-def test_chain_by_hand():
-    with pytest.raises(InputError, match="at least one stage"):
-        hzo.Chain([])
-    with pytest.raises(InputError, match="stage 1 is a int; a stage must be callable"):
-        hzo.Chain([torch.sin, 3])
-    chain = hzo.Chain([nn.Linear(3, 3), torch.sin])
-    assert len(chain) == 2
-    assert "not traced" in str(chain)
-    assert len(list(chain.parameters())) == 2
-    with pytest.raises(TraceError, match=r"call chain = hzo.trace\(chain, x\) first"):
-        hzo.plan(chain)
-    x = torch.randn(2, 3)
-    assert torch.equal(hzo.trace(chain, x)(x), chain(x))
-
-
-def test_empty_stages():
-    """A stage that hands on what it gets is a stage, and costs nothing."""
-    layers = nn.Linear(3, 3).double(), nn.Linear(3, 2).double()
-    chain = hzo.trace(
-        hzo.Chain([lambda x: x, layers[0], lambda x: x, lambda x: x, layers[1], lambda x: x]), normal(3, 3)
-    )
-    assert len(chain) == 6
-    for tree in ("flat", "bisect", "stagewise", "planned"):
-        found = hzo.cotangents(chain, lambda out: out.square().sum(1), normal(3, 3), tree=tree)
-        assert len(found) == 7
-        assert torch.equal(found[2], found[4])
-        assert torch.equal(found[0], found[1])

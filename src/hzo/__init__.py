@@ -7,7 +7,12 @@ Data flows one way: model -> chain (``trace``) -> plan (``plan``) -> boundaries 
 from hzo import baselines, presets
 from hzo.blackbox import blackbox
 from hzo.chain import Chain
+from hzo.checking import StructureReport, check_structure
+from hzo.coloring_check import check_coloring
+from hzo.crosstalk import CrossTalk, report_crosstalk
+from hzo.declaring import Local, declare
 from hzo.gradient import backward, cotangents, grad_and_value
+from hzo.inference import InferredStructure, infer_structure
 from hzo.plan import Plan
 from hzo.planner import plan
 from hzo.queries import QueryCount, count_queries
@@ -16,16 +21,25 @@ from hzo.vjp import estimate_vjp
 
 __all__ = [
     "Chain",
+    "CrossTalk",
+    "InferredStructure",
+    "Local",
     "Plan",
     "QueryCount",
+    "StructureReport",
     "backward",
     "baselines",
     "blackbox",
+    "check_coloring",
+    "check_structure",
     "cotangents",
     "count_queries",
+    "declare",
     "estimate_vjp",
     "grad_and_value",
+    "infer_structure",
     "plan",
     "presets",
+    "report_crosstalk",
     "trace",
 ]

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from hzo import queries
-from hzo.chain import tensors_in
 from hzo.differences import Scheme, check_scheme, check_step
 from hzo.errors import InputError, NondeterministicError, NonFiniteError
 from hzo.inspection import close
-from hzo.side_effects import contained
+from hzo.side_effects import contained, devices_of, random_state, set_random_state
 from hzo.vjp import estimate_vjp
 
 
@@ -36,7 +36,8 @@ def blackbox(
         scheme, step, elementwise, memory: see ``hzo.estimate_vjp``.
         batched: False where ``f`` cannot take more samples than it is given in the forward pass.
         numpy: ``f`` takes and returns NumPy arrays.
-        deterministic: False accepts an ``f`` that does not repeat; else that is an error.
+        deterministic: False accepts an ``f`` that does not repeat; else that is an error. What torch's random state
+            decides (dropout) repeats by itself: queries draw the numbers of the forward pass.
 
     Cost of a backward pass: 2 n B queries for n input elements a sample (forward differences: n B), and one base
     evaluation that checks that ``f`` repeats. Inputs that need no gradient cost nothing.
@@ -80,21 +81,20 @@ class BlackBox(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
-            return self.evaluate(*inputs)
+            return self.evaluate(*inputs)[0]
         result: Tensor = _Estimated.apply(self, *inputs)  # type: ignore[no-untyped-call]
         return result
 
-    def evaluate(self, *inputs: Tensor) -> Tensor:
-        """Call ``f`` and check what it returns."""
+    def evaluate(self, *inputs: Tensor) -> tuple[Tensor, torch.dtype]:
+        """Call ``f`` on copies and copy what it returns, checked; also the dtype that it computed in."""
         first = inputs[0]
-        if self.numpy:
-            result = self.f(*(t.detach().cpu().numpy() for t in inputs))
-        else:
-            result = self.f(*(t.detach() for t in inputs))
-        output = result if isinstance(result, Tensor) else torch.as_tensor(result)
-        output = output.to(device=first.device)
+        copies = [t.detach().clone() for t in inputs]
+        result = self.f(*(t.cpu().numpy() for t in copies)) if self.numpy else self.f(*copies)
+        output = torch.as_tensor(result).detach().to(device=first.device, copy=True)
+        dtype = output.dtype
         if output.is_floating_point():
-            output = output.to(first.dtype if first.is_floating_point() else torch.get_default_dtype())
+            like = next((t.dtype for t in inputs if t.is_floating_point()), torch.get_default_dtype())
+            output = output.to(like)
         if output.dim() == 0 or output.shape[0] != first.shape[0]:
             raise InputError(
                 f"{self._name()} returned shape {tuple(output.shape)} for {first.shape[0]} samples; expected the batch "
@@ -102,7 +102,7 @@ class BlackBox(nn.Module):
             )
         if not bool(output.isfinite().all()):
             raise NonFiniteError(f"{self._name()} returned NaN or infinity; check it at this input")
-        return output
+        return output, dtype
 
     def _name(self) -> str:
         return f"the black box {getattr(self.f, '__name__', type(self.f).__name__)}"
@@ -113,43 +113,50 @@ class _Estimated(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, box: BlackBox, *inputs: Tensor) -> Tensor:
-        output = box.evaluate(*inputs)
+        ctx.random = random_state(devices_of(inputs))
+        output, ctx.precision = box.evaluate(*inputs)
         ctx.box = box
+        if not output.is_floating_point():
+            ctx.mark_non_differentiable(output)
         ctx.save_for_backward(*inputs, output)
         return output.clone()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         box: BlackBox = ctx.box
         *inputs, output = ctx.saved_tensors
-        if not any(ctx.needs_input_grad[1:]):
-            return (None, *[None] * len(inputs))
-        (cotangent,) = gradients
+        wanted = [k for k, t in enumerate(inputs) if ctx.needs_input_grad[k + 1] and t.is_floating_point()]
+        found: list[Tensor | None] = [None] * len(inputs)
+        if not wanted or not output.is_floating_point():
+            return (None, *found)
+
+        def of_wanted(*moved: Tensor) -> Tensor:
+            copies = moved[0].shape[0] // inputs[0].shape[0]
+            state = [t if copies == 1 else t.repeat(copies, *[1] * (t.dim() - 1)) for t in inputs]
+            for k, tensor in zip(wanted, moved, strict=True):
+                state[k] = tensor
+            return box.evaluate(*state)[0]
+
+        of_wanted.__name__ = box._name()
         modules = [box.f] if isinstance(box.f, nn.Module) else []
+        now = random_state(devices_of(inputs))
         with contained(modules):
+            set_random_state(ctx.random)
             if box.deterministic:
                 _check_repeats(box, inputs, output)
-            wanted = [k for k, t in enumerate(inputs) if ctx.needs_input_grad[k + 1] and t.is_floating_point()]
-
-            def of_wanted(*moved: Tensor) -> Tensor:
-                copies = moved[0].shape[0] // inputs[0].shape[0]
-                state = [t if copies == 1 else t.repeat(copies, *[1] * (t.dim() - 1)) for t in inputs]
-                for k, tensor in zip(wanted, moved, strict=True):
-                    state[k] = tensor
-                return box.evaluate(*state)
-
-            of_wanted.__name__ = box._name()
-            estimates = box.estimate(of_wanted, tuple(inputs[k] for k in wanted), cotangent)
-        found: list[Tensor | None] = [None] * len(inputs)
+                set_random_state(ctx.random)
+            estimates = box.estimate(of_wanted, tuple(inputs[k] for k in wanted), cotangent, precision=ctx.precision)
+        set_random_state(now)
         for k, estimate in zip(wanted, estimates, strict=True):
             found[k] = estimate.to(inputs[k].dtype)
         return (None, *found)
 
 
 def _check_repeats(box: BlackBox, inputs: list[Tensor], output: Tensor) -> None:
-    again = box.evaluate(*inputs)
+    again, _ = box.evaluate(*inputs)
     queries.add(base_evaluations=inputs[0].shape[0])
-    if not all(close(a, b) for a, b in zip(tensors_in(output), tensors_in(again), strict=True)):
+    if not close(output, again):
         raise NondeterministicError(
             f"{box._name()} gave two results for the same input; its differences would be noise. Make it repeat, or "
             "accept that with hzo.blackbox(f, deterministic=False)"

@@ -65,4 +65,17 @@ def bytes_per_direction(graph: Graph, node: Node, batch: int) -> int:
         alive -= {v for v in op.reads if last_use[v] == k and v not in node.outputs}
     wide = sum(values[v].per_sample * 8 for v in node.outputs)
     above_and_below = 2 * sum(size(v) for v in node.outputs) + wide
-    return batch * (size(node.value) + tiled + peak + above_and_below)
+    return batch * (size(node.value) + tiled + peak + above_and_below) + _decoding(node, batch)
+
+
+def _decoding(node: Node, batch: int) -> int:
+    """What one direction of a coloring takes to decode: sums over places, twice, and the owners of the places; or the
+    sums for every element, twice.
+    """
+    coloring = node.probe.coloring
+    if coloring is None:
+        return 0
+    places = sum(prod(pattern.output[axis] for axis in pattern.keyed) for pattern in coloring.patterns)
+    if coloring.spacing is None:
+        return 8 * places * (2 * batch + 3)
+    return 8 * batch * (places + 2 * node.probe.elements)

@@ -59,10 +59,10 @@ def default_step(
         raise NonFiniteError(f"{where} holds NaN or infinity; find out why before estimating a gradient there")
     power = 1 / 3 if scheme == "central" else 1 / 2
     unit = float(torch.finfo(precision or tensor.dtype).eps)
-    step = (scale or 1.0) * (unit**power)
+    step: float = (scale or 1.0) * unit**power
     if unit < 1e-4:
         return step
-    return (tensor.abs() * (4 * unit)).clamp(min=step)
+    return (tensor.abs() * (8 * unit)).clamp(min=step)
 
 
 def check_step(step: float | None) -> float | None:
@@ -87,8 +87,9 @@ def stepped(tensor: Tensor, step: float | Tensor, scheme: Scheme, where: str) ->
     distance = upper.to(wide) - lower.to(wide)
     if not bool((distance > 0).all()):
         largest = float(tensor.abs().max())
+        smallest = float(torch.as_tensor(step).min())
         raise StepError(
-            f"a step of {float(torch.as_tensor(step).min()):.3g} vanishes beside values of up to {largest:.3g} of {where} in {tensor.dtype}; "
+            f"a step of {smallest:.3g} vanishes beside values of up to {largest:.3g} of {where} in {tensor.dtype}; "
             "give a larger step, or run this part in a wider dtype"
         )
     return upper, lower, distance

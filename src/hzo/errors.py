@@ -29,6 +29,14 @@ class CoupledSamplesError(HzoError, RuntimeError):
     """Samples of a batch influence each other where they are perturbed at the same time."""
 
 
+class StructureError(HzoError, ValueError):
+    """A promise about the structure of a Jacobian does not hold."""
+
+
+class ColoringError(HzoError, AssertionError):
+    """Two elements of one color share an output, or an output depends on more than its pattern says."""
+
+
 class StepError(HzoError, ArithmeticError):
     """A finite-difference step vanishes in the dtype of what it perturbs."""
 

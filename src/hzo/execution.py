@@ -174,20 +174,21 @@ def query(
     """One operation inside a query: same random numbers and same buffers as in the base pass, none of them moved."""
     with _as_in_base_pass(op, activities):
         if not op.random or copies == 1:
-            if op.random:
-                set_random_state(activities.random[op.index])
-            return call(op, *resolve(op, lookup, batch))
+            if not op.random:
+                return call(op, *resolve(op, lookup, batch))
+            set_random_state(activities.random[op.index])
+            return call(op, *resolve(op, lambda value: _laid_out(lookup(value), activities.values[value]), batch))
         parts = []
         for copy in range(copies):
             set_random_state(activities.random[op.index])
 
             def one(value: int, copy: int = copy) -> Tensor:
-                tensor = lookup(value)
+                tensor, base = lookup(value), activities.values[value]
                 dim = graph.values[value].batch_dim
                 if dim is None:
                     return tensor
                 size = tensor.shape[dim] // copies
-                return tensor.narrow(dim, copy * size, size)
+                return _laid_out(tensor.narrow(dim, copy * size, size), base)
 
             parts.append(call(op, *resolve(op, one, activities.batch)))
     dims = [graph.values[value].batch_dim for value in op.writes]
@@ -195,6 +196,13 @@ def query(
         part[0] if dim is None else torch.cat(part, dim)
         for dim, part in zip(dims, zip(*parts, strict=True), strict=True)
     )
+
+
+def _laid_out(tensor: Tensor, base: Tensor) -> Tensor:
+    """With the strides of the base pass: random numbers are drawn in the order of the memory."""
+    if tensor.shape != base.shape or tensor.stride() == base.stride():
+        return tensor
+    return torch.empty_like(base, dtype=tensor.dtype).copy_(tensor)
 
 
 @contextmanager

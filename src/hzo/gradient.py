@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from hzo.chain import Chain, Graph, Operation, Ref, tensors_in
+from hzo.chain import Attribute, Chain, Graph, Operation, Ref, tensors_in
 from hzo.errors import InputError, NonFiniteError
 from hzo.execution import Activities, base_pass
 from hzo.losses import loss_and_cotangent
@@ -99,7 +99,9 @@ def cotangents(
     elsewhere (``hzo.plan(chain, boundaries="all")`` estimates all). Integer tensors have None.
     Arguments, cost and errors as for ``backward``.
     """
-    _, _, (graph, found) = _estimate(model, loss_fn, x, y, plan, memory, {"boundaries": "all", **options})
+    if plan is None:
+        options = {"boundaries": "all", **options}
+    _, _, (graph, found) = _estimate(model, loss_fn, x, y, plan, memory, options)
     result: list[Tensor | tuple[Tensor | None, ...] | None] = []
     for position in graph.boundaries:
         floating = [v for v in graph.live[position] if graph.values[v].floating]
@@ -129,9 +131,12 @@ def _estimate(
     with undone_on_error(modules):
         activities = base_pass(graph, inputs)
         output = pytree.tree_map_only(Ref, lambda ref: activities.values[ref.value], graph.output)
+        output = pytree.tree_map_only(Attribute, Attribute.get, output)
         loss, cotangent = _loss(graph, activities, loss_fn, output, y)
+        # Drawn where it moves the random state on, so that the next gradient has other signs.
+        seed = int(torch.randint(2**62, ())) if plan.approximate else 0
         with contained(modules):
-            found = sweep(graph, plan, activities, _at_the_end(graph, cotangent), memory)
+            found = sweep(graph, plan, activities, _at_the_end(graph, cotangent), memory, seed)
             local = Local(graph, activities, plan.perturbed, plan.scheme, plan.step, found.along)
             gradients = parameter_gradients(local, _of_outputs(found))
     return gradients, loss, (graph, found.cotangents)
@@ -165,11 +170,10 @@ def _first_not_finite(graph: Graph, activities: Activities) -> Operation | None:
 
 
 def _at_the_end(graph: Graph, cotangent: Any) -> dict[int, Tensor]:
-    """The cotangents of the output's values."""
-    refs = [ref for ref in pytree.tree_leaves(graph.output) if isinstance(ref, Ref)]
-    tensors = [g for g in pytree.tree_leaves(cotangent, is_leaf=lambda leaf: leaf is None) if not isinstance(g, str)]
+    """The cotangents of the output's values; the loss gave None for whatever else stands among them."""
     found: dict[int, Tensor] = {}
-    for ref, g in zip(refs, tensors, strict=True):
-        if isinstance(g, Tensor):  # one value may stand twice in the output
-            found[ref.value] = found[ref.value] + g if ref.value in found else g
+    leaves = pytree.tree_leaves(graph.output)
+    for leaf, g in zip(leaves, pytree.tree_leaves(cotangent), strict=True):
+        if isinstance(leaf, Ref) and isinstance(g, Tensor):  # one value may stand twice in the output
+            found[leaf.value] = found[leaf.value] + g if leaf.value in found else g
     return found

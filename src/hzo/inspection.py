@@ -145,7 +145,7 @@ def _mixes_samples(
         except Exception as error:
             raise TraceError(
                 f"{op.name} runs with {graph.batch} samples and fails with {2 * graph.batch}: {error}. Queries are "
-                "folded into the batch; wrap what needs a fixed batch in hzo.blackbox(f, batched=False)"
+                "folded into the batch; let it take any number of samples (split what needs a fixed one inside)"
             ) from error
         return [graph.values[v].rows(t, 2 * graph.batch)[1::2] for v, t in zip(op.writes, doubled, strict=True)]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hzo import queries
 from hzo.chain import Attribute, Graph, Operation, ParameterUse, Ref
-from hzo.differences import Scheme, accumulation_dtype, default_step, stepped
+from hzo.differences import Scheme, accumulation_dtype, default_step, narrowest, stepped
 from hzo.errors import NonFiniteError
 from hzo.execution import Activities, resolve, run_with_parameter
 from hzo.parameter_rules import find_rule
@@ -98,13 +98,14 @@ def _by_perturbation(local: Local, op: Operation, use: ParameterUse, given: dict
     wide = accumulation_dtype(parameter.dtype)
     scheme = local.scheme
     where = use.name or f"an operand of {op.name}"
-    step = local.step or default_step(parameter, scheme, where)
+    precision = narrowest([parameter.dtype, *(local.graph.values[v].dtype for v in given)])
+    step = local.step or default_step(parameter, scheme, where, precision)
     upper, lower, distance = stepped(parameter.detach(), step, scheme, where)
     result = torch.empty(parameter.numel(), dtype=wide, device=parameter.device)
 
     def product(k: int, moved: Tensor) -> Tensor:
-        changed = parameter.detach().clone()
-        changed.view(-1)[k] = moved.view(-1)[k]
+        changed = parameter.detach().clone(memory_format=torch.contiguous_format)
+        changed.view(-1)[k] = moved.reshape(-1)[k]
         outputs = dict(zip(op.writes, run_with_parameter(local.graph, op, local.activities, use, changed), strict=True))
         differences = ((outputs[v].to(wide) - values[v].to(wide)) * g.to(wide) for v, g in given.items())
         return sum((d.sum() for d in differences), start=torch.zeros((), dtype=wide, device=parameter.device))
@@ -112,7 +113,7 @@ def _by_perturbation(local: Local, op: Operation, use: ParameterUse, given: dict
     for k in range(parameter.numel()):
         above = product(k, upper)
         result[k] = above - product(k, lower) if scheme == "central" else above
-    gradient = result.view_as(parameter) / distance
+    gradient = result.reshape(parameter.shape) / distance
     if not bool(gradient.isfinite().all()):
         raise NonFiniteError(f"a query that perturbed {where} returned NaN or infinity")
     return gradient

@@ -101,6 +101,11 @@ class Plan:
         return sum((probe.cost for probe in self.perturbed), start=nodes)
 
     @property
+    def approximate(self) -> bool:
+        """Whether some node is estimated from an approximate coloring."""
+        return any(node.probe.coloring is not None and node.probe.coloring.spacing is not None for node in self.nodes)
+
+    @property
     def queries(self) -> int:
         """Queries of one gradient of the batch traced."""
         return self.cost.queries * self.batch + self.cost.measurements
@@ -133,6 +138,11 @@ def describe(plan: Plan, rows: int = 40) -> str:
         fe = cost.forward_equivalents_of(plan.batch)
         return f"{float(fe):.2f} forward equivalents ({float(fe / whole):.1%})"
 
+    def colors(probe: Probe) -> str:
+        if probe.coloring is None:
+            return ""
+        return f" (colors {probe.coloring}" + (f", {probe.draws} draws)" if probe.draws > 1 else ")")
+
     lines = [
         f"tree {plan.tree}, assume {plan.assume}, {plan.scheme} differences, step {step}",
         f"one gradient of {plan.batch} samples: {plan.queries:,} queries, {plan.stage_evaluations:,} stage "
@@ -148,7 +158,7 @@ def describe(plan: Plan, rows: int = 40) -> str:
     for node in costly[:rows]:
         lines.append(
             f"  {plan.labels[node.target]} from {plan.labels[node.source]}: {node.probe.kind} probe, "
-            f"{node.probe.directions} directions × {evaluations(plan.scheme)}, {price(node.cost)}"
+            f"{node.probe.directions} directions{colors(node.probe)} × {evaluations(plan.scheme)}, {price(node.cost)}"
         )
     if len(costly) > rows:
         rest = sum((node.cost for node in costly[rows:]), start=Cost())

@@ -13,15 +13,14 @@ from itertools import pairwise
 
 import torch
 
-from hzo.adjoints import find_adjoint
 from hzo.chain import Attribute, Chain, Graph, Operation, ParameterUse, Ref, map_arguments
-from hzo.cost import adjoint_cost, node_cost, parameter_cost
+from hzo.choice import Allowed, check_spacing, choose_probe
+from hzo.cost import parameter_cost
 from hzo.differences import Scheme, check_scheme, check_step
 from hzo.errors import CoupledSamplesError, InputError, NondeterministicError, PlanError
 from hzo.parameter_rules import find_rule
 from hzo.plan import Cost, Node, ParameterProbe, Plan
-from hzo.probes import Probe
-from hzo.structure import Assume, check_assume, elementwise_slice
+from hzo.structure import Assume, check_assume
 from hzo.trees import Edge, Tree, check_tree, fixed_tree
 
 Wanted = dict[int, set[int]]
@@ -36,6 +35,7 @@ def plan(
     step: float | None = None,
     noise: float | None = None,
     boundaries: str = "needed",
+    spacing: int | None = None,
 ) -> Plan:
     """Plan the gradient of a traced chain.
 
@@ -44,12 +44,17 @@ def plan(
         tree: ``"planned"`` (the cheapest for exact differences: every boundary from the next, boundaries that no
             parameter needs only where they save queries), ``"flat"``, ``"bisect"`` (HZO), ``"stagewise"`` or a whole
             number b ≥ 2 of parts.
-        assume: ``"nothing"``: coordinate differences throughout. ``"locality"``, ``"structure"``: what is elementwise
-            takes one query; further promises are not used yet.
+        assume: ``"nothing"``: coordinate differences throughout. ``"locality"``: elements whose outputs cannot meet
+            share a query (coloring; all of them where a segment is elementwise). ``"structure"``: single operations by
+            their adjoints as well.
         scheme: ``"central"`` or ``"forward"`` differences.
         step: distance h for all nodes; None derives it from dtype and scale of each tensor.
         noise: standard deviation of what queries return on top; stages that do not repeat are accepted when given.
         boundaries: ``"needed"`` by a parameter's gradient, or ``"all"`` stage boundaries, the input's included.
+        spacing: None: exact. A number k allows elements of one color to share outputs if they are k apart along every
+            axis on which the segment sees windows; random signs keep such a node unbiased, and the plan takes it where
+            it costs less than the exact coloring. ``hzo.report_crosstalk()`` tells its error. Each gradient then draws
+            one number more from the random state than a forward pass does.
 
     The plan predicts exactly what ``hzo.count_queries`` will count. Source: trees: paper and ours.
 
@@ -71,7 +76,8 @@ def plan(
     trainable = tuple(dict.fromkeys(use.name for op in graph.operations for use in op.parameters if use.name))
     if not trainable and boundaries == "needed":
         raise PlanError("no parameter of this chain requires a gradient; set requires_grad=True on those to train")
-    edges = tree_edges(graph, tree, wanted, assume, scheme)
+    allowed = Allowed(assume, scheme, check_spacing(spacing, assume))
+    edges = tree_edges(graph, tree, wanted, allowed)
     return Plan(
         fingerprint=graph.fingerprint,
         tree=tree,
@@ -79,7 +85,7 @@ def plan(
         scheme=scheme,
         step=step,
         noise=noise,
-        nodes=nodes_of(graph, edges, wanted, assume, scheme, everything=boundaries == "all"),
+        nodes=nodes_of(graph, edges, wanted, allowed, everything=boundaries == "all"),
         perturbed=tuple(perturbed_parameters(graph, scheme)),
         trainable=trainable,
         batch=graph.nominal_batch,
@@ -106,7 +112,7 @@ def wanted_everywhere(graph: Graph, wanted: Wanted) -> Wanted:
     return result
 
 
-def tree_edges(graph: Graph, tree: Tree, wanted: Wanted, assume: Assume, scheme: Scheme) -> list[Edge]:
+def tree_edges(graph: Graph, tree: Tree, wanted: Wanted, allowed: Allowed) -> list[Edge]:
     """Edges between positions, the rightmost target first: between stages, then inside each."""
     end = len(graph.operations)
     needed = sorted(position for position in wanted if position < end)
@@ -125,7 +131,7 @@ def tree_edges(graph: Graph, tree: Tree, wanted: Wanted, assume: Assume, scheme:
             outer.add(graph.stages[stage].stop)
     first = graph.stages[graph.stage_of[max(needed[0] - 1, 0)]].start
     if tree == "planned":
-        path = shortest_path(graph, [first, *(p for p in needed if p > first), end], assume, scheme)
+        path = shortest_path(graph, [first, *(p for p in needed if p > first), end], allowed)
         return path if first not in needed else [*path, (first, path[-1][0] if path else end)]
     groups = [[first, *sorted(outer - {first})]]
     groups += [[graph.stages[s].start, *points, graph.stages[s].stop] for s, points in inside.items()]
@@ -137,7 +143,7 @@ def tree_edges(graph: Graph, tree: Tree, wanted: Wanted, assume: Assume, scheme:
     return sorted(edges, key=lambda edge: -edge[0])
 
 
-def shortest_path(graph: Graph, points: Sequence[int], assume: Assume, scheme: Scheme) -> list[Edge]:
+def shortest_path(graph: Graph, points: Sequence[int], allowed: Allowed) -> list[Edge]:
     """The cheapest way to estimate all ``points`` but the first, over any positions between them.
 
     With exact differences no path is too long, so each point takes its cotangent from the next on the path, and only
@@ -148,7 +154,7 @@ def shortest_path(graph: Graph, points: Sequence[int], assume: Assume, scheme: S
         between = range(left, right + 1)
         best: dict[int, Path] = {right: (0, Fraction(0), 0, right)}
         for target in reversed(between[:-1]):
-            best[target] = min(_through(graph, target, s, best[s], assume, scheme) for s in between if s > target)
+            best[target] = min(_through(graph, target, s, best[s], allowed) for s in between if s > target)
         position = left
         while position != right:
             edges.append((position, best[position][3]))
@@ -160,11 +166,11 @@ Path = tuple[int, Fraction, int, int]
 """Nodes that cannot be estimated, forward equivalents, queries, and the next boundary: compared in this order."""
 
 
-def _through(graph: Graph, target: int, source: int, onward: Path, assume: Assume, scheme: Scheme) -> Path:
+def _through(graph: Graph, target: int, source: int, onward: Path, allowed: Allowed) -> Path:
     """The cost of a path that takes everything alive at ``target`` from ``source``."""
     blocked, cost = 0, Cost()
     for value in graph.live[target]:
-        node = make_node(graph, value, target, source, assume, scheme) if graph.requires[value] else None
+        node = make_node(graph, value, target, source, allowed) if graph.requires[value] else None
         if node is not None:
             blocked += not _possible(graph, node)
             cost += node.cost
@@ -181,7 +187,7 @@ def _possible(graph: Graph, node: Node) -> bool:
 
 
 def make_node(
-    graph: Graph, value: int, target: int, source: int, assume: Assume, scheme: Scheme, everything: bool = False
+    graph: Graph, value: int, target: int, source: int, allowed: Allowed, everything: bool = False
 ) -> Node | None:
     """The estimate of one value at ``target`` from ``source``; None where it has no influence there."""
     alive = [v for v in graph.live[source] if graph.values[v].floating and (everything or graph.requires[v])]
@@ -190,34 +196,17 @@ def make_node(
     carried = value in alive
     if not operations and not carried:
         return None
-    probe, cost = choose_probe(graph, value, operations, outputs, assume, scheme)
+    probe, cost = choose_probe(graph, value, operations, outputs, allowed)
     return Node(value, target, source, operations, outputs, carried, probe, cost)
 
 
-def choose_probe(
-    graph: Graph, value: int, operations: tuple[int, ...], outputs: Sequence[int], assume: Assume, scheme: Scheme
-) -> tuple[Probe, Cost]:
-    """The cheapest probe that what is assumed allows, and its cost."""
-    elements = graph.values[value].per_sample
-    if assume == "structure" and len(operations) == 1:
-        rule = find_adjoint(graph, graph.operations[operations[0]], value)
-        if rule is not None:
-            shapes = rule.probes(graph, graph.operations[operations[0]], value)
-            return Probe("adjoint", elements, rule.promise), adjoint_cost(graph, operations[0], value, shapes)
-    elementwise = assume != "nothing" and elementwise_slice(graph, value, operations, outputs)
-    probe = Probe("elementwise" if elementwise else "coordinate", elements)
-    return probe, node_cost(graph, probe, operations, scheme)
-
-
-def nodes_of(
-    graph: Graph, edges: list[Edge], wanted: Wanted, assume: Assume, scheme: Scheme, everything: bool
-) -> tuple[Node, ...]:
+def nodes_of(graph: Graph, edges: list[Edge], wanted: Wanted, allowed: Allowed, everything: bool) -> tuple[Node, ...]:
     """For every edge the values to estimate: what is asked for at its target, and what edges from there need."""
     need: Wanted = {position: set(values) for position, values in wanted.items()}
     nodes: list[Node] = []
     for target, source in reversed(edges):  # leftmost first: by then all that a target must give is known
         for value in sorted(need.get(target, ())):
-            node = make_node(graph, value, target, source, assume, scheme, everything)
+            node = make_node(graph, value, target, source, allowed, everything)
             if node is None:
                 continue
             _check_coupling(graph, node)

@@ -9,13 +9,13 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from hzo.chain import Chain
-from hzo.errors import PlanError
+from hzo.errors import InputError, PlanError
 from hzo.plan import Plan
 from hzo.planner import plan as make_plan
 from hzo.tracing import batch_size, call_arguments, signature, trace
 
 _KEPT = 8  # traces a module: shapes and modes that alternate (train and eval, the last smaller batch) stay
-_plans: WeakKeyDictionary[Chain, dict[tuple[Any, ...], Plan]] = WeakKeyDictionary()
+_plans: WeakKeyDictionary[Chain, dict[str, Plan]] = WeakKeyDictionary()
 
 
 class _Kept(dict[tuple[Any, ...], Chain]):
@@ -34,8 +34,12 @@ def prepare(model: Chain | nn.Module, x: Any, plan: Plan | None, options: Mappin
     """The chain traced for inputs like ``x``, and the plan given or made with ``options``.
 
     Raises:
-        PlanError: the plan was made for another chain, shape, dtype or mode.
+        PlanError: the plan was made for another chain, shape, dtype or mode, or options stand beside it.
     """
+    if plan is not None and options:
+        raise PlanError(f"got a plan and options for one ({', '.join(options)}); give them to hzo.plan instead")
+    if plan is not None and not isinstance(plan, Plan):
+        raise PlanError(f"expected a plan made by hzo.plan, got {type(plan).__name__}; options go by their names")
     chain = traced_for(model, x, strict=plan is not None)
     if plan is not None:
         if plan.fingerprint != chain.traced.fingerprint:
@@ -43,9 +47,16 @@ def prepare(model: Chain | nn.Module, x: Any, plan: Plan | None, options: Mappin
                 "this plan was made for another chain, input shape, dtype or set of trainable parameters; make one "
                 "for this: chain = hzo.trace(model, x); plan = hzo.plan(chain)"
             )
+        operations = chain.traced.operations
+        for node in plan.nodes:
+            if node.probe.kind != "adjoint" and any(operations[k].coupled for k in node.operations):
+                raise PlanError(
+                    "this plan was made in another mode (train or eval) and would perturb samples that now influence "
+                    "each other; make one for this: chain = hzo.trace(model, x); plan = hzo.plan(chain)"
+                )
         return chain, plan
     kept = _plans.setdefault(chain, {})
-    key = tuple(sorted(options.items()))
+    key = repr(sorted(options.items()))
     if key not in kept:
         kept[key] = make_plan(chain, **options)
     return chain, kept[key]
@@ -54,6 +65,8 @@ def prepare(model: Chain | nn.Module, x: Any, plan: Plan | None, options: Mappin
 def traced_for(model: Chain | nn.Module, x: Any, *, strict: bool) -> Chain:
     """``model`` itself where it is a chain traced for inputs like ``x``, else a trace of it, from memory if there."""
     module = model.model if isinstance(model, Chain) else model
+    if not isinstance(module, nn.Module):
+        raise InputError(f"expected an nn.Module or an hzo.Chain, got {type(model).__name__}; wrap it: hzo.Chain([f])")
     batch_size(*call_arguments(x))
     wanted = signature(module, x)
     if isinstance(model, Chain) and model.graph is not None:

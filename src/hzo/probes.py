@@ -1,18 +1,23 @@
 """Probes: which elements a query perturbs, and which outputs then belong to which element.
 
 A probe turns a node into directions. All samples of the batch are perturbed at once, a direction moves the same
-elements in each of them.
+elements in each of them. Coordinate and elementwise probes are the two ends of coloring (a color for every element,
+one for all) and are decoded without tables.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-Kind = Literal["coordinate", "elementwise", "adjoint"]
+from hzo.coloring import Coloring
+from hzo.patterns import Pattern, dense, windows
+
+Kind = Literal["coordinate", "elementwise", "colored", "adjoint"]
 
 
 @dataclass(frozen=True)
@@ -21,17 +26,23 @@ class Probe:
 
     ``coordinate``: one element of every sample at a time, everything that changes belongs to it (nothing is assumed).
     ``elementwise``: all elements at once, an output element belongs to the input element of the same place.
+    ``colored``: all elements of a color at once, an output element belongs to the one of them on which it may depend.
+    With a spacing several may claim an output: random signs, and the mean of ``draws`` of them.
     ``adjoint``: no perturbation; the structure of a single operation, given by ``promise``, carries the cotangent.
     """
 
     kind: Kind
     elements: int  # of one sample
     promise: str = ""
+    coloring: Coloring | None = None
+    draws: int = 1
 
     @property
     def directions(self) -> int:
         """Perturbations that the probe needs, each of all samples."""
-        return {"coordinate": self.elements, "elementwise": 1, "adjoint": 0}[self.kind]
+        if self.coloring is not None:
+            return self.coloring.directions * self.draws
+        return {"coordinate": self.elements, "elementwise": 1}.get(self.kind, 0)
 
 
 def select(probe: Probe, start: int, stop: int, base: Tensor, moved: Tensor) -> Tensor:
@@ -45,23 +56,77 @@ def select(probe: Probe, start: int, stop: int, base: Tensor, moved: Tensor) -> 
     if probe.kind == "elementwise":
         return moved.unsqueeze(0)
     count = stop - start
+    if probe.coloring is not None:
+        directions = torch.arange(start, stop, device=base.device).view(-1, 1, 1)
+        chosen = probe.coloring.directions_of_elements.to(base.device) == directions
+        return torch.where(chosen, moved, base)
     states = base.unsqueeze(0).repeat(count, 1, 1)
     k = torch.arange(count, device=base.device)
     states[k, :, start + k] = moved[:, start:stop].T
     return states
 
 
-def decode(probe: Probe, products: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Sum differences against cotangents, for each direction over the outputs that belong to one element.
+def decode(probe: Probe, start: int, stop: int, products: Sequence[tuple[Tensor, Tensor]], into: Tensor) -> None:
+    """Sum differences against cotangents, for each element over the outputs that belong to it.
 
     Args:
-        products: pairs of differences (directions, B, m) and cotangents (B, m), one for every output tensor.
-
-    Returns (B, elements moved by these directions).
+        products: pairs of differences (directions, B, m) and cotangents (B, m), one for every output tensor, for the
+            directions [start, stop). Differences may be overwritten.
+        into: (B, n), where the sums of the elements that these directions move are written.
     """
-    if probe.kind == "elementwise":
-        return sum((difference[0] * cotangent for difference, cotangent in products), start=torch.zeros(()))
-    return sum(
-        (torch.einsum("kbm,bm->bk", difference, cotangent) for difference, cotangent in products),
-        start=torch.zeros(()),
-    )
+    if probe.coloring is not None:
+        by_color = _to_owners if probe.coloring.spacing is None else _over_windows
+        by_color(probe.coloring, start, stop, products, into)
+    elif probe.kind == "elementwise":
+        into.copy_(sum((difference[0] * g for difference, g in products), start=torch.zeros((), device=into.device)))
+    else:
+        into[:, start:stop] = sum(
+            (torch.einsum("kbm,bm->bk", difference, g) for difference, g in products),
+            start=torch.zeros((), device=into.device),
+        )
+
+
+def _to_owners(
+    coloring: Coloring, start: int, stop: int, products: Sequence[tuple[Tensor, Tensor]], into: Tensor
+) -> None:
+    """Each place of an output gives its product to the one element of the color that it may depend on."""
+    batch, elements = into.shape
+    sums = torch.zeros(batch, elements + 1, dtype=into.dtype, device=into.device)  # the last: places of nobody
+    for k, (difference, cotangent) in enumerate(products):
+        pattern = coloring.patterns[k]
+        places = _places(pattern, pattern.keyed, difference, cotangent).flatten(2)
+        owners = coloring.owners(k, start, stop).to(into.device)
+        sums.scatter_add_(1, owners.flatten().expand(batch, -1), places.transpose(0, 1).flatten(1))
+    into += sums[:, :elements]
+
+
+def _places(pattern: Pattern, kept: Sequence[int], difference: Tensor, cotangent: Tensor) -> Tensor:
+    """(directions, B, kept axes...): the products, summed over the axes that tell no elements apart."""
+    product = difference.mul_(cotangent).view(*difference.shape[:2], *pattern.output)
+    summed = [2 + axis for axis in range(len(pattern.output)) if axis not in kept]
+    return product.sum(summed) if summed else product
+
+
+def _over_windows(
+    coloring: Coloring, start: int, stop: int, products: Sequence[tuple[Tensor, Tensor]], into: Tensor
+) -> None:
+    """Each element takes the products of all places that may depend on it, axis by axis."""
+    elements = torch.arange(into.shape[1], device=into.device)
+    direction = coloring.directions_of_elements.to(into.device)
+    moved = elements[(direction >= start) & (direction < stop)]
+    for k, (difference, cotangent) in enumerate(products):
+        pattern = coloring.patterns[k]
+        found = windows(pattern)
+        kept = sorted(window[0] for window in found if window is not None)
+        sums = _places(pattern, kept, difference, cotangent)
+        for axis, window in enumerate(found):
+            if window is None:
+                sums = sums.unsqueeze(2 + axis)
+                continue
+            # Axes of the value so far stand in front, those of the output that are left stand behind in order.
+            at = 2 + axis + kept.index(window[0])
+            kept.remove(window[0])
+            matrix = dense(window[1], coloring.shape[axis]).to(sums)
+            sums = torch.tensordot(sums, matrix, ([at], [0])).movedim(-1, 2 + axis)
+        sums = sums.expand(*sums.shape[:2], *coloring.shape).flatten(2)
+        into[:, moved] += sums[direction[moved] - start, :, moved].T

@@ -58,6 +58,18 @@ def count_queries() -> Iterator[QueryCount]:
         _open.reset(token)
 
 
+@contextmanager
+def as_checks() -> Iterator[None]:
+    """Inside, whatever is run counts as ``check_evaluations`` and as nothing else."""
+    inside = QueryCount()
+    token = _open.set((inside,))
+    try:
+        yield
+    finally:
+        _open.reset(token)
+        add(check_evaluations=inside.stage_evaluations + inside.base_evaluations + inside.check_evaluations)
+
+
 def add(
     *,
     queries: int = 0,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from hzo.chain import Attribute, Ref, leaves, map_arguments, tensors_in
+from hzo.decompositions import decomposition, slow_paths
 from hzo.errors import TraceError
 from hzo.side_effects import devices_of, random_state
 
@@ -232,8 +233,8 @@ class Recorder(TorchFunctionMode):
         if name in _STOPS_GRADIENTS and any(tensor.is_floating_point() for tensor in tensors_in((args, kwargs))):
             # A detour through NumPy begins the same way; which of the two it is shows by the end of the stage.
             self.stops_gradients = (
-                f"the forward pass calls {name.split('.', 1)[0]}: finite differences see through it, autograd does not; "
-                "remove it, or make the part that does so a stage of its own and accept that: hzo.blackbox"
+                f"the forward pass calls {name.split('.', 1)[0]}: finite differences see through it, autograd does "
+                "not; remove it, or make the part that does so a stage of its own and accept that: hzo.blackbox"
             )
 
     @contextlib.contextmanager
@@ -258,13 +259,17 @@ class Recorder(TorchFunctionMode):
             if not is_layer(module) and id(module) not in self.opaque:
                 self.know_tensors_of(module)
                 return original(module, *args, **kwargs)
+            parts = decomposition(module, args, kwargs) if id(module) not in self.opaque else None
+            if parts is not None:
+                self.know_tensors_of(module)
+                return parts()
             own = not type(module).__module__.startswith("torch.")
             with self.pause():
                 return self.record(module, self.names.get(id(module)) or type(module).__name__, args, kwargs, own)
 
         nn.Module.__call__ = __call__  # type: ignore[method-assign]
         try:
-            with self:
+            with slow_paths(), self:
                 yield
         finally:
             nn.Module.__call__ = original  # type: ignore[method-assign]

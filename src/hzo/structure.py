@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _module_globals
 
 from hzo.chain import Graph, Operation
+from hzo.declaring import declared
 from hzo.errors import PlanError
 
 Assume = Literal["nothing", "locality", "structure"]
@@ -54,8 +55,9 @@ def check_assume(assume: str) -> Assume:
 def untouched(module: nn.Module) -> bool:
     """Whether a call of ``module`` runs the forward of its class and nothing else.
 
-    False with forward hooks (its own or global), a parametrization or weight norm, or an instance attribute
-    in place of a method. The exact type of the module is the caller's to check. Source: ours.
+    False with forward hooks (its own or global), a parametrization or weight norm, an instance attribute
+    in place of a method, or a declaration (``hzo.declare``), which speaks for it instead. The exact type of the
+    module is the caller's to check. Source: ours.
     """
     hooks = (
         module._forward_hooks,
@@ -64,13 +66,14 @@ def untouched(module: nn.Module) -> bool:
         _module_globals._global_forward_pre_hooks,
     )
     shadowed = any(callable(getattr(type(module), name, None)) for name in vars(module))
-    return not any(hooks) and not shadowed and not nn.utils.parametrize.is_parametrized(module)
+    spoken_for = declared(module) is not None or nn.utils.parametrize.is_parametrized(module)
+    return not any(hooks) and not shadowed and not spoken_for
 
 
 def is_elementwise(op: Operation) -> bool:
     """Whether an operation's type promises it; shapes are for ``elementwise_slice`` to see."""
     if op.module is not None:
-        return type(op.module) in _MODULES and untouched(op.module)
+        return "elementwise" in (declared(op.module) or ()) or (type(op.module) in _MODULES and untouched(op.module))
     try:
         return op.target in _FUNCTIONS
     except TypeError:  # a callable without a hash

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -10,6 +10,8 @@ from hzo import queries
 from hzo.adjoints import Call, find_adjoint
 from hzo.chain import Graph, Operation
 from hzo.cost import bytes_per_direction
+from hzo.crosstalk import over_signs
+from hzo.differences import narrowest
 from hzo.execution import Activities, resolve, run_alone, run_slice
 from hzo.plan import Node, Plan
 from hzo.vjp import directions_per_chunk, vjp_rows
@@ -24,6 +26,7 @@ class Sweep:
 
     Attributes:
         cotangents: of the values at every position reached.
+        seed: of the signs of approximate probes.
         along: parameter gradients that the kernel of an adjoint gave along, by operation and name of the parameter.
     """
 
@@ -32,19 +35,28 @@ class Sweep:
     activities: Activities
     memory: int | None
     cotangents: Cotangents
+    seed: int = 0
     along: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
 
-def sweep(graph: Graph, plan: Plan, activities: Activities, at_the_end: dict[int, Tensor], memory: int | None) -> Sweep:
+def sweep(
+    graph: Graph,
+    plan: Plan,
+    activities: Activities,
+    at_the_end: dict[int, Tensor],
+    memory: int | None,
+    seed: int = 0,
+) -> Sweep:
     """Carry the cotangents from the end through the nodes of the plan.
 
     Args:
         at_the_end: cotangents of the output's values, in the accumulation dtype.
         memory: bytes for the perturbed copies of a chunk; None takes a share of what is free.
+        seed: of the signs of approximate probes.
 
     Cost: the plan's. Source: paper (the recursion); which nodes, and by which probe, is the plan's affair (ours).
     """
-    state = Sweep(graph, plan, activities, memory, {len(graph.operations): at_the_end})
+    state = Sweep(graph, plan, activities, memory, {len(graph.operations): at_the_end}, seed)
     found = state.cotangents
     for node in plan.nodes:
         at_source = found.get(node.source, {})
@@ -70,23 +82,48 @@ def _estimate(state: Sweep, node: Node, at_source: dict[int, Tensor]) -> Tensor 
     tiles: dict[int, dict[int, Tensor]] = {}  # the last chunk may be smaller than the others
 
     def run(perturbed: Tensor, copies: int) -> list[Tensor]:
-        state = {node.value: value.from_rows(perturbed, batch * copies)}
-        results = run_slice(graph, node.operations, activities, state, outputs, copies, tiles.setdefault(copies, {}))
+        moved = {node.value: value.from_rows(perturbed, batch * copies)}
+        results = run_slice(graph, node.operations, activities, moved, outputs, copies, tiles.setdefault(copies, {}))
         return [values[v].rows(t, batch * copies) for v, t in zip(outputs, results, strict=True)]
 
-    needed = bytes_per_direction(graph, node, batch)
-    estimate = vjp_rows(
-        run,
-        rows,
-        [values[v].rows(at_source[v], batch) for v in outputs],
-        probe=node.probe,
-        scheme=state.plan.scheme,
-        step=state.plan.step,
-        chunk=directions_per_chunk(needed, state.memory, rows.device),
-        base=[values[v].rows(activities.values[v], batch) for v in outputs],
-        where=f"the activity at {graph.describe(node.target)}",
+    probe = node.probe
+    if probe.coloring is not None:
+        probe = replace(probe, coloring=probe.coloring.for_outputs([node.outputs.index(v) for v in outputs]), draws=1)
+    cotangents = [values[v].rows(at_source[v], batch) for v in outputs]
+    base = [values[v].rows(activities.values[v], batch) for v in outputs]
+    chunk = directions_per_chunk(bytes_per_direction(graph, node, batch), state.memory, rows.device)
+    where = f"the activity at {graph.describe(node.target)}"
+    precision = narrowest(
+        [value.dtype, *(values[v].dtype for k in node.operations for v in graph.operations[k].writes)]
     )
-    return value.from_rows(estimate, batch)
+
+    def estimate(signs: Tensor | None = None) -> Tensor:
+        """In coordinates flipped by the signs, in which every element moves up."""
+        return vjp_rows(
+            run if signs is None else lambda moved, copies: run(moved * signs.repeat(copies, 1), copies),
+            rows if signs is None else rows * signs,
+            cotangents,
+            probe=probe,
+            scheme=state.plan.scheme,
+            step=state.plan.step,
+            chunk=chunk,
+            base=base,
+            where=where,
+            precision=precision,
+        )
+
+    if probe.coloring is None or probe.coloring.spacing is None:
+        return value.from_rows(estimate(), batch)
+    seed = hash((state.seed, node.value, node.target, node.source)) % 2**63
+    found = over_signs(
+        estimate,
+        rows,
+        draws=node.probe.draws,
+        seed=seed,
+        where=graph.describe(node.target),
+        coloring=str(probe.coloring),
+    )
+    return value.from_rows(found, batch)
 
 
 def _apply_adjoint(state: Sweep, node: Node, cotangents: dict[int, Tensor]) -> Tensor:

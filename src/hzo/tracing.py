@@ -39,6 +39,8 @@ from hzo.side_effects import contained
 from hzo.structure import untouched
 
 _SAMPLES = 4  # enough to tell samples apart; what is learned holds for any number of them
+_OPTIONS = (bool, float, str)
+_NEW = ("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor")  # take dtype and device from a tensor, no more
 BY_HAND = "give the stages by hand: hzo.Chain([f1, f2, ...]), each a callable from tensor(s) to tensor(s)"
 
 
@@ -107,7 +109,8 @@ def signature(module: nn.Module, x: Any) -> tuple[Any, ...]:
     args, kwargs = call_arguments(x)
     flat, structure = pytree.tree_flatten((args, kwargs))
     inputs = tuple((tuple(t.shape[1:]), t.dtype, str(t.device)) if isinstance(t, Tensor) else repr(t) for t in flat)
-    modules = tuple((id(m), m.training) for m in module.modules())
+    # What a forward pass branches on in Python is recorded as it was; whole numbers are left out, as calls are counted.
+    modules = tuple((id(m), *((k, v) for k, v in vars(m).items() if type(v) in _OPTIONS)) for m in module.modules())
     trainable = tuple((id(p), p.requires_grad, p.dtype) for p in module.parameters())
     device = tensors_in((args, kwargs))[0].device.type if tensors_in((args, kwargs)) else "cpu"
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -184,7 +187,8 @@ def link(module: nn.Module, first: Recording, second: Recording, batch: int) -> 
         args, kwargs = _merge((a.args, a.kwargs), (b.args, b.kwargs), batch, a.name)
         found = list(leaves((args, kwargs)))
         reads = tuple(dict.fromkeys(leaf.value for leaf in found if isinstance(leaf, Ref)))
-        batched = any(isinstance(leaf, Extent) for leaf in found) or any(dependent[value] for value in reads)
+        depends = a.name not in _NEW and any(dependent[value] for value in reads)
+        batched = depends or any(isinstance(leaf, Extent) for leaf in found)
         uses = parameter_uses(a, args, kwargs, names, [v for v in reads if derived[v]])
         for value in a.writes:
             dependent[value] = batched
@@ -197,10 +201,22 @@ def link(module: nn.Module, first: Recording, second: Recording, batch: int) -> 
     for index, (t1, t2) in enumerate(zip(first.tensors, second.tensors, strict=True)):
         maker = first.calls[producer[index]].name if index in producer else "the input"
         dim = _batch_dim(t1, t2, batch, maker) if dependent[index] else None
+        if dim is not None and t1.is_complex():
+            raise TraceError(
+                f"{maker} makes a complex tensor, which has no cotangent here; wrap the part in hzo.blackbox"
+            )
         values.append(Value(index, tuple(t1.shape), t1.dtype, dim, producer.get(index, -1), batch))
     graph = Graph(tuple(operations), tuple(values), first.inputs, first.output, (), batch, batch, ())
-    if not any(isinstance(leaf, Ref) for leaf in pytree.tree_leaves(first.output)):
+    outputs = pytree.tree_leaves(first.output)
+    if not any(isinstance(leaf, Ref) and dependent[leaf.value] for leaf in outputs):
         raise TraceError("the model's output is not computed from its input by torch calls; " + BY_HAND)
+    for leaf in outputs:
+        trainable = isinstance(leaf, Attribute) and leaf.get().requires_grad
+        if trainable or (isinstance(leaf, Ref) and derived[leaf.value]):
+            raise TraceError(
+                "the model returns a tensor made of parameters alone (a penalty, say), whose gradient would be lost; "
+                "let the optimizer decay the weights, or add the penalty's gradient after hzo.backward"
+            )
     stages = _named_stages(first) if stages_of(module) is not None else _cut(graph)
     return replace(graph, stages=stages)
 

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hzo import queries
 from hzo.chain import tensors_in
-from hzo.differences import Scheme, accumulation_dtype, check_scheme, check_step, default_step, stepped
+from hzo.differences import Scheme, accumulation_dtype, check_scheme, check_step, default_step, narrowest, stepped
 from hzo.errors import InputError, NonFiniteError
 from hzo.probes import Probe, decode, select
+from hzo.side_effects import RandomState, contained, devices_of, random_state, set_random_state
 
 Run = Callable[[Tensor, int], list[Tensor]]
 """Rows (copies × B, n) and the number of copies -> rows (copies × B, m) of every output."""
@@ -58,6 +60,7 @@ def vjp_rows(
     chunk: int = 1,
     base: Sequence[Tensor] | None = None,
     where: str = "the perturbed tensor",
+    precision: torch.dtype | None = None,
 ) -> Tensor:
     """Estimate ``Σ Jᵀ g`` over the outputs, sample by sample.
 
@@ -67,6 +70,7 @@ def vjp_rows(
         cotangents: (B, m) for every output.
         base: the unperturbed outputs (B, m), for the forward scheme.
         chunk: directions evaluated at once.
+        precision: narrowest dtype on the way, where that is not the state's; the default step grows with it.
 
     Returns (B, n) in the accumulation dtype. Cost: probe.directions × B queries, twice that for central differences.
     Source: paper, the estimate of a node; the true distance between the rounded states as divisor: ours.
@@ -77,9 +81,9 @@ def vjp_rows(
     """
     wide = accumulation_dtype(rows.dtype)
     cotangents = [g.to(wide) for g in cotangents]
-    step = step if step is not None else default_step(rows, scheme, where)
-    upper, lower, distance = stepped(rows, step, scheme, where)
-    result = torch.empty(rows.shape, dtype=wide, device=rows.device)
+    distance_to_move = default_step(rows, scheme, where, precision) if step is None else step
+    upper, lower, distance = stepped(rows, distance_to_move, scheme, where)
+    result = torch.zeros(rows.shape, dtype=wide, device=rows.device)
     start = 0
     while start < probe.directions:
         stop = min(start + chunk, probe.directions)
@@ -93,17 +97,14 @@ def vjp_rows(
             products = [
                 (_difference(a, b, wide, stop - start), g) for a, b, g in zip(above, below, cotangents, strict=True)
             ]
-            found = decode(probe, products)
+            decode(probe, start, stop, products, result)
         except (torch.OutOfMemoryError, RuntimeError) as error:
-            if chunk == 1 or not _out_of_memory(error):
+            if stop - start == 1 or not _out_of_memory(error):
                 raise
-            chunk = max(1, chunk // 2)  # the work of this chunk is done again in halves
+            chunk = (stop - start) // 2  # the work of this chunk is done again in halves
             continue
-        if probe.kind == "elementwise":
-            result = found / distance
-        else:
-            result[:, start:stop] = found / distance[:, start:stop]
         start = stop
+    result /= distance
     if not bool(result.isfinite().all()):
         raise NonFiniteError(f"a query that perturbed {where} returned NaN or infinity; check the model at this input")
     return result
@@ -130,19 +131,23 @@ def estimate_vjp(
     elementwise: bool = False,
     batched: bool = True,
     memory: int | None = None,
+    precision: torch.dtype | None = None,
 ) -> Any:
     """Estimate ``Jᵀ g`` of any callable at ``a`` by finite differences, one sample independent of the other.
 
     Args:
-        f: from tensor(s) with the batch in dimension 0 to tensor(s) alike. It must not mix samples.
+        f: from tensor(s) with the batch in dimension 0 to tensor(s) alike. It must not mix samples. One that draws
+            random numbers draws the same for every query, those that it would draw next.
         a: the input, or a tuple of inputs (``f(*a)``).
         cotangent: g, shaped like the output (a tuple where f returns one).
         step: distance h of the perturbation; None takes one from dtype and scale of each input.
         elementwise: promise that an output element depends on the input element of the same place alone.
         batched: False where ``f`` cannot take more samples than ``a`` has; directions then run one by one.
         memory: bytes that the perturbed copies of one call may take; None takes a share of what is free.
+        precision: dtype in which ``f`` computes, where narrower than input and g; the default step grows with it.
 
     Returns the cotangent of ``a``: shaped like it, float32 for narrower dtypes; None for an integer input of several.
+    Buffers of ``f``, the random state and all arguments are as before.
 
     Cost: for n floating elements a sample (1 if elementwise) 2 n B queries (central) or n B and one base evaluation
     (forward). Peak memory: the budget plus what ``f`` itself allocates.
@@ -156,49 +161,78 @@ def estimate_vjp(
     step = check_step(step)
     inputs = a if isinstance(a, tuple) else (a,)
     cotangents = cotangent if isinstance(cotangent, tuple) else (cotangent,)
-    batch = _check_vjp_arguments(inputs, cotangents)
-
-    def evaluate(state: Sequence[Tensor], copies: int, perturbed: bool) -> list[Tensor]:
-        outputs = tensors_in(f(*state))
-        _check_outputs(outputs, cotangents, batch * copies)
-        if perturbed:
-            queries.add(queries=batch * copies, stage_evaluations=batch * copies, forward_equivalents=copies)
-        else:
-            queries.add(base_evaluations=batch)
-        return [output.reshape(batch * copies, -1) for output in outputs]
-
-    base = evaluate(inputs, 1, perturbed=False) if scheme == "forward" else None
+    batch = _check_vjp_arguments(inputs, cotangents, elementwise)
+    evaluate = _Repeatable(f, cotangents, batch, random_state(devices_of(inputs)))
     rows_of_g = [g.reshape(batch, -1) for g in cotangents]
     size = sum(t.numel() * t.element_size() for t in (*inputs, *cotangents, *cotangents))
     chunk = directions_per_chunk(size, memory, inputs[0].device) if batched else 1
+    narrow = [precision] if precision else [g.dtype for g in cotangents]
     found: list[Tensor | None] = []
-    for k, tensor in enumerate(inputs):
-        if not tensor.is_floating_point():
-            found.append(None)
-            continue
+    with contained([f] if isinstance(f, nn.Module) else []):
+        base = evaluate([t.clone() for t in inputs], 1, perturbed=False) if scheme == "forward" else None
+        for k, tensor in enumerate(inputs):
+            if not tensor.is_floating_point():
+                found.append(None)
+                continue
 
-        def run(rows: Tensor, copies: int, k: int = k, shape: torch.Size = tensor.shape[1:]) -> list[Tensor]:
-            state = [t if copies == 1 else t.repeat(copies, *[1] * (t.dim() - 1)) for t in inputs]
-            state[k] = rows.reshape(batch * copies, *shape)
-            return evaluate(state, copies, perturbed=True)
+            def run(rows: Tensor, copies: int, k: int = k, shape: torch.Size = tensor.shape[1:]) -> list[Tensor]:
+                state = [t.repeat(copies, *[1] * (t.dim() - 1)) for t in inputs]  # copies, also of one
+                state[k] = rows.reshape(batch * copies, *shape)
+                return evaluate(state, copies, perturbed=True)
 
-        probe = Probe("elementwise" if elementwise else "coordinate", tensor.numel() // batch)
-        rows = vjp_rows(
-            run,
-            tensor.reshape(batch, -1),
-            rows_of_g,
-            probe=probe,
-            scheme=scheme,
-            step=step,
-            chunk=chunk,
-            base=base,
-            where=f"input {k} of {getattr(f, '__name__', type(f).__name__)}",
-        )
-        found.append(rows.reshape(tensor.shape))
+            probe = Probe("elementwise" if elementwise else "coordinate", tensor.numel() // batch)
+            rows = vjp_rows(
+                run,
+                tensor.reshape(batch, -1),
+                rows_of_g,
+                probe=probe,
+                scheme=scheme,
+                step=step,
+                chunk=chunk,
+                base=base,
+                where=f"input {k} of {getattr(f, '__name__', type(f).__name__)}",
+                precision=narrowest([tensor.dtype, *narrow]),
+            )
+            found.append(rows.reshape(tensor.shape))
+        set_random_state(evaluate.random_state)
     return tuple(found) if isinstance(a, tuple) else found[0]
 
 
-def _check_vjp_arguments(inputs: tuple[Tensor, ...], cotangents: tuple[Tensor, ...]) -> int:
+@dataclass
+class _Repeatable:
+    """A callable that gives the same for the same: from one random state, into memory of our own."""
+
+    f: Callable[..., Any]
+    cotangents: tuple[Tensor, ...]
+    batch: int
+    random_state: RandomState
+    random: bool = False  # it was seen to draw random numbers
+
+    def __call__(self, state: Sequence[Tensor], copies: int, perturbed: bool) -> list[Tensor]:
+        outputs = None if self.random else self.once(state, self.batch * copies)
+        if outputs is None or self.random:  # the numbers of a larger batch are others: copy by copy, then
+            parts = [
+                self.once([t.narrow(0, k * self.batch, self.batch) for t in state], self.batch) for k in range(copies)
+            ]
+            outputs = [torch.cat(part) for part in zip(*parts, strict=True)]
+        if perturbed:
+            count = self.batch * copies
+            queries.add(queries=count, stage_evaluations=count, forward_equivalents=copies)
+        else:
+            queries.add(base_evaluations=self.batch)
+        return outputs
+
+    def once(self, state: Sequence[Tensor], samples: int) -> list[Tensor]:
+        set_random_state(self.random_state)
+        outputs = tensors_in(self.f(*state))
+        after = random_state(devices_of(state))
+        self.random = any(not torch.equal(after[k], before) for k, before in self.random_state.items())
+        _check_outputs(outputs, self.cotangents, samples)
+        # A copy: a simulator may use its memory again for the next result.
+        return [output.detach().clone().reshape(samples, -1) for output in outputs]
+
+
+def _check_vjp_arguments(inputs: tuple[Tensor, ...], cotangents: tuple[Tensor, ...], elementwise: bool) -> int:
     if not any(t.is_floating_point() for t in inputs):
         kinds = ", ".join(str(t.dtype) for t in inputs)
         raise InputError(f"expected a floating input to perturb, got {kinds}; embed integers first, in their own stage")
@@ -206,6 +240,9 @@ def _check_vjp_arguments(inputs: tuple[Tensor, ...], cotangents: tuple[Tensor, .
     if len(sizes) != 1 or sizes <= {(), (0,)}:
         shapes = [tuple(t.shape) for t in (*inputs, *cotangents)]
         raise InputError(f"expected inputs and cotangents with one batch size ≥ 1 in dimension 0, got shapes {shapes}")
+    if elementwise and len({tuple(t.shape) for t in (*inputs, *cotangents)}) != 1:
+        shapes = [tuple(t.shape) for t in (*inputs, *cotangents)]
+        raise InputError(f"elementwise=True expects inputs and cotangents of one shape, got {shapes}; leave it out")
     for name, tensors in (("input", inputs), ("cotangent", cotangents)):
         for t in tensors:
             if t.is_floating_point() and not bool(t.isfinite().all()):

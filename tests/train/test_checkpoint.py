@@ -58,7 +58,7 @@ def test_counters_come_back_exactly(tmp_path):
     from fractions import Fraction
 
     model, made = trained()
-    counters = Counters(7, 2, 3, 10**15 + 1, 5, Fraction(10**20, 3), Fraction(1, 7), 1.25, 9, 1000)
+    counters = Counters(step=7, queries=10**15 + 1, cost=Fraction(10**20, 3), last_cost=Fraction(1, 7), seconds=1.25)
     checkpoint.save(tmp_path, model, made, counters)
     assert checkpoint.load(checkpoint.latest(tmp_path), model, made) == counters
 

@@ -21,21 +21,22 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-from hzo.adjoints import affine, arithmetic, attention, convolution, normalization, pooling
+from hzo.adjoints import affine, arithmetic, attention, convolution, declared, einsum, normalization, pooling
 from hzo.adjoints.common import Adjoint, Call, Shape
-from hzo.chain import Attribute, Graph, Operation, leaves
+from hzo.chain import Graph, Operation
+from hzo.declaring import declared as declared_of
 from hzo.structure import untouched
 
 __all__ = ["Adjoint", "Call", "Shape", "find_adjoint"]
 
-_FILES = (affine, arithmetic, attention, convolution, normalization, pooling)
+_FILES = (affine, arithmetic, attention, convolution, einsum, normalization, pooling)
 MODULES = {kind: rule for file in _FILES for kind, rule in file.MODULES.items()}
 FUNCTIONS = {function: rule for file in _FILES for function, rule in file.FUNCTIONS.items()}
 
 
 def find_adjoint(graph: Graph, op: Operation, value: int) -> Adjoint | None:
     """The rule by which ``op`` carries a cotangent back to its operand ``value``, or None."""
-    if op.random or not op.deterministic:
+    if op.random or not op.deterministic or "out" in op.kwargs:
         return None
     for rule in _candidates(op):
         if rule.accepts(graph, op, value):
@@ -44,10 +45,12 @@ def find_adjoint(graph: Graph, op: Operation, value: int) -> Adjoint | None:
 
 
 def _candidates(op: Operation) -> list[Adjoint]:
+    promises = declared_of(op.module)
+    if promises is not None:
+        return declared.rules_of(promises)
     if op.module is not None:
         found = MODULES.get(type(op.module)) if untouched(op.module) else None
         return [found] if found else []
     if not isinstance(op.target, Hashable):
         return []
-    tables = [affine.BY_WEIGHT, FUNCTIONS] if any(isinstance(a, Attribute) for a in leaves(op.args)) else [FUNCTIONS]
-    return [table[op.target] for table in tables if op.target in table]
+    return [table[op.target] for table in (affine.BY_WEIGHT, FUNCTIONS) if op.target in table]

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hzo.adjoints.common import Adjoint, Call, Shape, argument, is_first_operand
-from hzo.chain import Attribute, Graph, Operation
+from hzo.chain import Attribute, Graph, Operation, Ref, leaves
 
 
 def _features(graph: Graph, op: Operation, value: int) -> int:
@@ -39,15 +39,19 @@ def _apply(call: Call, value: int) -> Tensor:
 
 
 def _batched(graph: Graph, op: Operation, value: int) -> bool:
-    """The last dimension must be the features, and the first the batch."""
-    found = graph.values[value]
-    return is_first_operand(graph, op, value) and len(found.shape) >= 2 and found.batch_dim != len(found.shape) - 1
+    """The last dimension must be the features, of the output too, and nothing else may belong to samples."""
+    found, written = graph.values[value], graph.values[op.writes[0]]
+    others = (leaf.value for leaf in leaves((op.args, op.kwargs)) if isinstance(leaf, Ref) and leaf.value != value)
+    features = len(found.shape) == len(written.shape) >= 2 and found.batch_dim != len(found.shape) - 1
+    return features and is_first_operand(graph, op, value) and not any(graph.values[v].batched for v in others)
 
 
 def _by_matrix(graph: Graph, op: Operation, value: int) -> bool:
+    """A product with a matrix that all samples share."""
     other = argument(op, 1, "other")
-    matrix = isinstance(other, Attribute) and other.get().dim() == 2
-    return matrix and _batched(graph, op, value)
+    dims = other.get().dim() if isinstance(other, Attribute) else 0
+    dims = len(graph.values[other.value].shape) if isinstance(other, Ref) else dims
+    return dims == 2 and _batched(graph, op, value)
 
 
 _LINEAR = Adjoint("affine", _apply, _batched, _probes)
@@ -55,4 +59,4 @@ _MATRIX = Adjoint("affine", _apply, _by_matrix, _probes)
 
 MODULES: dict[type[nn.Module], Adjoint] = {nn.Linear: _LINEAR}
 FUNCTIONS = {F.linear: _LINEAR}
-BY_WEIGHT = {torch.matmul: _MATRIX, Tensor.matmul: _MATRIX, Tensor.__matmul__: _MATRIX}
+BY_WEIGHT = dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm), _MATRIX)

@@ -11,9 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hzo.adjoints.common import Adjoint, Call, argument, is_first_operand, slots_of
-from hzo.chain import Attribute, Graph, Operation, Ref, leaves, map_arguments, tensors_in
+from hzo.adjoints.common import Adjoint, Call, argument, given, is_first_operand, only_options, slots_of
+from hzo.chain import Attribute, Extent, Graph, Operation, Ref, leaves, map_arguments, tensors_in
 from hzo.parameter_rules import find_rule
+
+# In place, the left operand is overwritten and the rule of the same function out of place applies to it as well.
+_OUT_OF_PLACE: dict[Any, Any] = {
+    Tensor.add_: Tensor.add,
+    Tensor.__iadd__: Tensor.add,
+    Tensor.sub_: Tensor.sub,
+    Tensor.__isub__: Tensor.sub,
+    Tensor.mul_: Tensor.mul,
+    Tensor.__imul__: Tensor.mul,
+}
 
 
 def _stand_in(graph: Graph, leaf: Any) -> Any:
@@ -27,9 +37,9 @@ def _stand_in(graph: Graph, leaf: Any) -> Any:
 
 def _has_local_rule(graph: Graph, op: Operation, value: int) -> bool:
     args, kwargs = map_arguments(lambda leaf: _stand_in(graph, leaf), (op.args, op.kwargs))
-    slots = slots_of(op, value)
+    slots, target = slots_of(op, value), _OUT_OF_PLACE.get(op.target, op.target)
     nested = sum(isinstance(leaf, Ref) and leaf.value == value for leaf in leaves((op.args, op.kwargs)))
-    return nested == len(slots) > 0 and find_rule(op.target, args, kwargs, frozenset(slots)) is not None
+    return nested == len(slots) > 0 and find_rule(target, args, kwargs, frozenset(slots)) is not None
 
 
 def _no_weights(graph: Graph, op: Operation, value: int) -> bool:
@@ -40,38 +50,57 @@ def _no_weights(graph: Graph, op: Operation, value: int) -> bool:
 
 
 def _by_local_rule(call: Call, value: int) -> Tensor:
-    wanted = frozenset(slots_of(call.op, value))
-    rule = find_rule(call.op.target, call.args, call.kwargs, wanted)
+    wanted, target = frozenset(slots_of(call.op, value)), _OUT_OF_PLACE.get(call.op.target, call.op.target)
+    rule = find_rule(target, call.args, call.kwargs, wanted)
     assert rule is not None
-    found = list(rule(call.op.target, call.args, call.kwargs, call.cotangent, wanted).values())
+    found = list(rule(target, call.args, call.kwargs, call.cotangent, wanted).values())
     return torch.stack(found).sum(0) if len(found) > 1 else found[0]
 
 
+def _fills(graph: Graph, op: Operation, value: int) -> bool:
+    return is_first_operand(graph, op, value) and only_options(op, "input", "mask", "value")
+
+
 def _masked_fill(call: Call, value: int) -> Tensor:
-    return call.cotangent.masked_fill(call.args[1], 0)
+    mask = given(call.args, call.kwargs, 1, "mask")
+    return call.cotangent.masked_fill(mask, 0).sum_to_size(call.activity(value).shape)
+
+
+def _chooses(graph: Graph, op: Operation, value: int) -> bool:
+    return only_options(op, "condition", "input", "other")
 
 
 def _where(call: Call, value: int) -> Tensor:
-    condition = call.args[0]
+    condition = given(call.args, call.kwargs, 0, "condition")
     zero = torch.zeros((), dtype=call.dtype, device=call.cotangent.device)
-    found = sum(
-        (
-            torch.where(condition, call.cotangent, zero) if slot == 1 else torch.where(condition, zero, call.cotangent)
-            for slot in slots_of(call.op, value)
-        ),
-        start=zero,
-    )
-    return found.sum_to_size(call.activity(value).shape)
+    found = zero
+    if argument(call.op, 1, "input") == Ref(value):
+        found = found + torch.where(condition, call.cotangent, zero)
+    if argument(call.op, 2, "other") == Ref(value):
+        found = found + torch.where(condition, zero, call.cotangent)
+    return found.expand_as(call.cotangent).sum_to_size(call.activity(value).shape)
+
+
+def _same_places(graph: Graph, op: Operation, value: int) -> bool:
+    """Not Tensor.view(dtype), which reads the bits as something else."""
+    return not any(isinstance(leaf, torch.dtype) for leaf in leaves((op.args, op.kwargs)))
 
 
 def _same_order(call: Call, value: int) -> Tensor:
-    return call.cotangent.reshape(call.activity(value).shape)
+    """An operand that only lends its shape (``view_as``) has a cotangent of zero."""
+    shape, first = call.activity(value).shape, argument(call.op, 0, "input") == Ref(value)
+    return call.cotangent.reshape(shape) if first else call.cotangent.new_zeros(shape)
+
+
+def _nothing(call: Call, value: int) -> Tensor:
+    """Only the shape of the operand is used."""
+    return torch.zeros(call.activity(value).shape, dtype=call.dtype, device=call.cotangent.device)
 
 
 def _places(call: Call, value: int) -> Tensor:
     """Carry the cotangent to where each output element was copied from.
 
-    Which place that is shows when the operation runs on the numbers 1, 2, … of the places, and 0 for other operands.
+    Which place that is shows when the operation runs on the numbers 1, 2, … of the places, and 0 for other tensors.
     """
     operand = call.activity(value)
     numbers = torch.arange(1, operand.numel() + 1, dtype=torch.float64, device=operand.device).view(operand.shape)
@@ -79,7 +108,7 @@ def _places(call: Call, value: int) -> Tensor:
 
     def numbered(leaf: Any) -> Any:
         template = next(templates)
-        if not (isinstance(leaf, Tensor) and isinstance(template, (Ref, Attribute)) and leaf.is_floating_point()):
+        if not (isinstance(leaf, Tensor) and leaf.is_floating_point()):
             return leaf
         return numbers if template == Ref(value) else torch.zeros_like(leaf, dtype=torch.float64)
 
@@ -91,50 +120,74 @@ def _places(call: Call, value: int) -> Tensor:
     return found[1:].view(operand.shape)
 
 
-def _transposed(call: Call, value: int) -> Tensor:
-    """A swap of two dimensions is its own inverse."""
-    result: Tensor = call.op.target(call.cotangent, *call.args[1:], **call.kwargs)
+def _itself(call: Call, value: int) -> Tensor:
+    """A swap of two dimensions, a flip, a triangle kept: each its own adjoint."""
+    result: Tensor = call.again(value, call.cotangent)
     return result
 
 
 def _permuted(call: Call, value: int) -> Tensor:
     """The order of the dimensions, seen on one that carries its number as its size."""
     ndim = call.cotangent.dim()
-    order = call.op.target(torch.empty(tuple(range(ndim)), device="meta"), *call.args[1:], **call.kwargs).shape
+    order = call.again(value, torch.empty(tuple(range(ndim)), device="meta")).shape
     return call.cotangent.permute([list(order).index(d) for d in range(ndim)])
 
 
+def _expanded(call: Call, value: int) -> Tensor:
+    first = argument(call.op, 0, "input") == Ref(value)
+    return call.cotangent.sum_to_size(call.activity(value).shape) if first else _nothing(call, value)
+
+
+def _joins(graph: Graph, op: Operation, value: int) -> bool:
+    return only_options(op, "tensors", "dim")
+
+
+def _joined(call: Call, value: int) -> list[tuple[int, Tensor]]:
+    """Where in the list the value stands."""
+    templates, tensors = argument(call.op, 0, "tensors"), given(call.args, call.kwargs, 0, "tensors")
+    return [(k, t) for k, (template, t) in enumerate(zip(templates, tensors, strict=True)) if template == Ref(value)]
+
+
 def _concatenated(call: Call, value: int) -> Tensor:
+    dim, tensors = argument(call.op, 1, "dim", 0), given(call.args, call.kwargs, 0, "tensors")
+    # An empty vector may be concatenated with anything, and takes no place.
+    sizes = [0 if t.dim() == 1 and t.numel() == 0 else t.shape[dim] for t in tensors]
+    parts = [call.cotangent.narrow(dim, sum(sizes[:k]), sizes[k]) for k, _ in _joined(call, value)]
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+
+def _stacked(call: Call, value: int) -> Tensor:
     dim = argument(call.op, 1, "dim", 0)
-    found, start = torch.zeros((), dtype=call.dtype, device=call.cotangent.device), 0
-    for template, tensor in zip(call.op.args[0], call.args[0], strict=True):
-        if template == Ref(value):
-            found = found + call.cotangent.narrow(dim, start, tensor.shape[dim])
-        start += tensor.shape[dim]
-    return found
+    parts = [call.cotangent.select(dim, k) for k, _ in _joined(call, value)]
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
 def _parts(call: Call, value: int) -> Tensor:
     """Disjoint views of the operand: write each cotangent into its view."""
     found = torch.zeros(call.activity(value).shape, dtype=call.dtype, device=call.activity(value).device)
-    views = call.op.target(found, *call.args[1:], **call.kwargs)
-    for written, view in zip(call.op.writes, tensors_in(views), strict=True):
+    for written, view in zip(call.op.writes, tensors_in(call.again(value, found)), strict=True):
         if written in call.cotangents:
             view.copy_(call.cotangents[written])
     return found
 
 
 def _indexed(call: Call, value: int) -> Tensor:
-    """Integers, slices, None and Ellipsis give a view; tensors and lists may repeat places."""
+    """Integers, slices, None and Ellipsis give a view; tensors, lists and booleans a copy, and may repeat places."""
     index = call.op.args[1]
     items = index if isinstance(index, tuple) else (index,)
-    basic = all(item is None or item is Ellipsis or isinstance(item, (int, slice)) for item in items)
+    basic = all(item is None or item is Ellipsis or type(item) in (int, Extent, slice) for item in items)
     return (_parts if basic else _places)(call, value)
 
 
-def _pads_with_zeros(graph: Graph, op: Operation, value: int) -> bool:
-    mode, fill = argument(op, 2, "mode", "constant"), argument(op, 3, "value")
-    return is_first_operand(graph, op, value) and (mode != "constant" or fill in (None, 0))
+def _pads(graph: Graph, op: Operation, value: int) -> bool:
+    return is_first_operand(graph, op, value) and only_options(op, "input", "pad", "mode", "value")
+
+
+def _padded(call: Call, value: int) -> Tensor:
+    """Constants beside the operand are cut off; negative padding is a cut, and puts zeros back."""
+    if argument(call.op, 2, "mode", "constant") != "constant":
+        return _places(call, value)
+    return F.pad(call.cotangent, [-n for n in given(call.args, call.kwargs, 1, "pad")])
 
 
 def _mean(call: Call, value: int) -> Tensor:
@@ -155,7 +208,9 @@ def _sum(call: Call, value: int) -> Tensor:
 
 
 def _over_dimensions(graph: Graph, op: Operation, value: int) -> bool:
-    return is_first_operand(graph, op, value) and argument(op, 1, "dim") is not None and "dtype" not in op.kwargs
+    dims = argument(op, 1, "dim")
+    named = isinstance(dims, int) or (isinstance(dims, (tuple, list)) and len(dims) > 0)
+    return named and is_first_operand(graph, op, value) and only_options(op, "input", "dim", "keepdim")
 
 
 def _functions(*names: str) -> list[Any]:
@@ -165,46 +220,55 @@ def _functions(*names: str) -> list[Any]:
 
 
 _SUMS = ("add", "add_", "sub", "sub_", "__add__", "__radd__", "__iadd__", "__sub__", "__rsub__", "__isub__", "neg")
-_PRODUCTS = ("mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__", "matmul", "__matmul__", "__rmatmul__", "bmm")
-_RESHAPES = (
-    "reshape",
-    "view",
-    "flatten",
-    "unflatten",
-    "squeeze",
-    "unsqueeze",
-    "contiguous",
-    "clone",
-    "view_as",
-    "reshape_as",
+_PRODUCTS = (
+    "mul",
+    "mul_",
+    "multiply",
+    "__mul__",
+    "__rmul__",
+    "__imul__",
+    "matmul",
+    "__matmul__",
+    "__rmatmul__",
+    "bmm",
+    "mm",
 )
+_RESHAPES = (
+    "reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze", "contiguous", "clone", "view_as", "reshape_as",
+)  # fmt: skip
+_OWN_ADJOINTS = ("transpose", "swapaxes", "swapdims", "t", "flip", "tril", "triu")
 _COPIES = (
-    "t", "movedim", "moveaxis", "expand", "expand_as", "stack", "hstack", "vstack", "index_select", "flip", "roll",
-    "repeat", "tile", "repeat_interleave", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "tril", "triu",
-    "diagonal", "rot90", "take_along_dim", "gather",
+    "movedim", "moveaxis", "hstack", "vstack", "index_select", "roll", "repeat", "tile", "repeat_interleave",
+    "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "diagonal", "rot90", "take_along_dim", "gather",
 )  # fmt: skip
 _PARTS = ("chunk", "split", "tensor_split", "unbind", "narrow", "select")
+_SHAPES_ONLY = ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")
 
 _SUM = Adjoint("sum", _by_local_rule, _has_local_rule)
 _PRODUCT = Adjoint("bilinear", _by_local_rule, _no_weights)
-_SAME_ORDER = Adjoint("reindexing", _same_order, is_first_operand)
+_SAME_ORDER = Adjoint("reindexing", _same_order, _same_places)
 _REINDEXING = Adjoint("reindexing", _places)
+_OWN_ADJOINT = Adjoint("reindexing", _itself, is_first_operand)
+_PERMUTED = Adjoint("reindexing", _permuted, is_first_operand)
 
 FUNCTIONS: dict[Any, Adjoint] = {
     **dict.fromkeys(_functions(*_SUMS), _SUM),
     **dict.fromkeys(_functions(*_PRODUCTS), _PRODUCT),
     **dict.fromkeys(_functions(*_COPIES), _REINDEXING),
     **dict.fromkeys(_functions(*_RESHAPES), _SAME_ORDER),
-    **dict.fromkeys(
-        _functions("transpose", "swapaxes", "swapdims"), Adjoint("reindexing", _transposed, is_first_operand)
-    ),
-    **dict.fromkeys(_functions("permute"), Adjoint("reindexing", _permuted, is_first_operand)),
-    **dict.fromkeys(_functions("cat", "concat", "concatenate"), Adjoint("reindexing", _concatenated)),
+    **dict.fromkeys(_functions(*_OWN_ADJOINTS), _OWN_ADJOINT),
+    **dict.fromkeys(_functions("permute"), _PERMUTED),
+    # How reading the attributes .T and .mT reaches the recording.
+    **dict.fromkeys((Tensor.T.__get__, Tensor.mT.__get__), _PERMUTED),  # type: ignore[attr-defined]
+    **dict.fromkeys(_functions("expand", "expand_as"), Adjoint("reindexing", _expanded)),
+    **dict.fromkeys(_functions("cat", "concat", "concatenate"), Adjoint("reindexing", _concatenated, _joins)),
+    torch.stack: Adjoint("reindexing", _stacked, _joins),
     **dict.fromkeys(_functions(*_PARTS), Adjoint("reindexing", _parts, is_first_operand)),
+    **dict.fromkeys(_functions(*_SHAPES_ONLY), Adjoint("reindexing", _nothing, is_first_operand)),
     Tensor.__getitem__: Adjoint("reindexing", _indexed, is_first_operand),
-    F.pad: Adjoint("reindexing", _places, _pads_with_zeros),
-    **dict.fromkeys(_functions("masked_fill", "masked_fill_"), Adjoint("selection", _masked_fill, is_first_operand)),
-    torch.where: Adjoint("selection", _where),
+    F.pad: Adjoint("reindexing", _padded, _pads),
+    **dict.fromkeys(_functions("masked_fill", "masked_fill_"), Adjoint("selection", _masked_fill, _fills)),
+    torch.where: Adjoint("selection", _where, _chooses),
     **dict.fromkeys(_functions("mean"), Adjoint("sum", _mean, _over_dimensions)),
     **dict.fromkeys(_functions("sum"), Adjoint("sum", _sum, _over_dimensions)),
 }

@@ -69,7 +69,7 @@ def _attention(call: Call, value: int) -> Tensor:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    p = scores.softmax(-1)
+    p = aten._safe_softmax(scores, -1)  # a row that sees nothing gives zero, and not NaN
     found = torch.zeros((), dtype=call.dtype, device=q.device)
     for name in _NAMES[:3]:
         slot = call.op.args[_NAMES.index(name)] if _NAMES.index(name) < len(call.op.args) else call.op.kwargs[name]

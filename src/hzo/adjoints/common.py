@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hzo.chain import Graph, Operation, Ref, leaves
+from hzo.chain import Graph, Operation, Ref, leaves, map_arguments
 
 Shape = tuple[int, ...]
 
@@ -53,6 +53,14 @@ class Call:
         found: Tensor = next(actual for template, actual in pairs if template == Ref(value))
         return found
 
+    def again(self, value: int, instead: Tensor) -> Any:
+        """What the same function says of another tensor in the place of an operand: for reindexing alone."""
+        templates = leaves((self.op.args, self.op.kwargs))
+        args, kwargs = map_arguments(
+            lambda leaf: instead if next(templates) == Ref(value) else leaf, (self.args, self.kwargs)
+        )
+        return self.op.target(*args, **kwargs)
+
 
 @dataclass(frozen=True)
 class Adjoint:
@@ -85,8 +93,23 @@ def is_first_operand(graph: Graph, op: Operation, value: int) -> bool:
     return slots_of(op, value) in ([0], ["input"])
 
 
+# torch takes NumPy's names as well.
+_ALIASES = {"dim": "axis", "keepdim": "keepdims"}
+
+
 def argument(op: Operation, position: int, name: str, default: Any = None) -> Any:
     """An option of a call, however it was given; the template, not the tensor."""
-    if name in op.kwargs:
-        return op.kwargs[name]
-    return op.args[position] if len(op.args) > position else default
+    return given(op.args, op.kwargs, position, name, default)
+
+
+def given(args: tuple[Any, ...], kwargs: Mapping[str, Any], position: int, name: str, default: Any = None) -> Any:
+    """The same of actual arguments."""
+    for key in (name, _ALIASES.get(name, name)):
+        if key in kwargs:
+            return kwargs[key]
+    return args[position] if len(args) > position else default
+
+
+def only_options(op: Operation, *names: str) -> bool:
+    """Whether a call has no keywords but these, under either name."""
+    return set(op.kwargs) <= {*names, *(_ALIASES[name] for name in names if name in _ALIASES)}

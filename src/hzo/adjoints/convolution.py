@@ -9,6 +9,7 @@ places.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from math import prod
 from typing import Any
@@ -136,42 +137,44 @@ def measured_weight(call: Call, value: int, shape: Geometry) -> Tensor:
     per_group = shape.channels_in // shape.groups
     operand = call.activity(value)
     h = impulse_size(operand.dtype)
-    probe = torch.zeros(shape.probe, dtype=operand.dtype, device=operand.device)
-    for k, phase in enumerate(shape.phases):
-        place = tuple(p + shift for p, shift in zip(shape.impulse, phase, strict=True))
-        for c in range(per_group):
-            impulses: Any = (k * per_group + c, slice(c, None, per_group), *place)
-            probe[impulses] = h
-    response = call.measure(value, probe).to(call.dtype)
+    response = call.measure(value, impulses(shape, h, operand)).to(call.dtype)
     response = (response[:-1] - response[-1:]) / h
     size = (
         (shape.channels_in, shape.channels_out // shape.groups) if shape.transposed else (shape.channels_out, per_group)
     )
-    weight = torch.zeros(*size, *shape.kernel, dtype=call.dtype, device=operand.device)
+    weight = response.new_zeros(*size, *shape.kernel)
     for k, phase in enumerate(shape.phases):
-        places, taps = _where_taps_answer(shape, phase, tuple(response.shape[2:]))
-        seen = response[k * per_group : (k + 1) * per_group]  # (per_group, channels_out, ...)
-        for axis, kept in enumerate(places):
-            seen = seen.index_select(2 + axis, kept.to(seen.device))
-        index: Any = (slice(None), slice(None), *torch.meshgrid(*taps, indexing="ij"))
-        if shape.transposed:  # (groups × per_group, out / groups): input channel c of group q answers in group q
+        places, taps = where_taps_answer(shape, phase, tuple(response.shape[2:]))
+        seen = response[k * per_group : (k + 1) * per_group][places]  # (per_group, channels_out, taps seen ...)
+        if shape.transposed:  # input channel c of group q answers in the outputs of group q
             by_group = seen.view(per_group, shape.groups, -1, *seen.shape[2:])
-            weight[index] = by_group.transpose(0, 1).flatten(0, 1)
+            weight[taps] = by_group.transpose(0, 1).flatten(0, 1)
         else:
-            weight[index] = seen.transpose(0, 1)
+            weight[taps] = seen.transpose(0, 1)
     return weight
 
 
-def _where_taps_answer(
-    shape: Geometry, phase: tuple[int, ...], outputs: tuple[int, ...]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """For every axis the output places that answer to the impulse, and the taps that they show."""
+def impulses(shape: Geometry, height: float, like: Tensor) -> Tensor:
+    """A canvas for each channel of a group and phase, with an impulse in that channel of every group; an empty one."""
+    per_group = shape.channels_in // shape.groups
+    probe = torch.zeros(shape.probe, dtype=like.dtype, device=like.device)
+    channels = torch.arange(shape.channels_in, device=like.device)
+    for k, phase in enumerate(shape.phases):
+        place = tuple(p + shift for p, shift in zip(shape.impulse, phase, strict=True))
+        index: Any = (k * per_group + channels % per_group, channels, *place)
+        probe[index] = height
+    return probe
+
+
+@lru_cache(maxsize=1024)
+def where_taps_answer(shape: Geometry, phase: tuple[int, ...], outputs: tuple[int, ...]) -> tuple[Any, Any]:
+    """Indices of the output places that answer to an impulse, and of the taps of the kernel that they show."""
     places, taps = [], []
     for axis, size in enumerate(outputs):
-        stride, dilation, kernel = shape.stride[axis], shape.dilation[axis], shape.kernel[axis]
+        stride, dilation = shape.stride[axis], shape.dilation[axis]
         at, before = shape.impulse[axis] + phase[axis], shape.padding[axis][0]
         found = []
-        for tap in range(kernel):
+        for tap in range(shape.kernel[axis]):
             if shape.transposed:
                 found.append((stride * at + dilation * tap - before, tap))
             elif (at + before - dilation * tap) % stride == 0:
@@ -179,12 +182,11 @@ def _where_taps_answer(
         found = [(place, tap) for place, tap in found if 0 <= place < size]
         places.append(torch.tensor([place for place, _ in found], dtype=torch.long))
         taps.append(torch.tensor([tap for _, tap in found], dtype=torch.long))
-    return places, taps
+    every = (slice(None), slice(None))
+    return (*every, *torch.meshgrid(*places, indexing="ij")), (*every, *torch.meshgrid(*taps, indexing="ij"))
 
 
-def _backward(call: Call, value: int, parameters: bool) -> tuple[Tensor, dict[str, Tensor]]:
-    shape = geometry(call.op)
-    assert shape is not None
+def _backward(call: Call, value: int, shape: Geometry, parameters: bool) -> tuple[Tensor, dict[str, Tensor]]:
     weight = measured_weight(call, value, shape)
     operand = call.activity(value)
     axes = len(shape.kernel)
@@ -215,17 +217,22 @@ def pads_by_hand(shape: Geometry) -> bool:
     return shape.mode != "zeros" or any(before != behind for before, behind in shape.padding)
 
 
+def carry_back(call: Call, value: int, shape: Geometry) -> Tensor:
+    """The cotangent of what went into a convolution of this geometry."""
+    found, _ = _backward(call, value, shape, parameters=False)
+    return _fold_padding(found, call.activity(value).shape, shape) if pads_by_hand(shape) else found
+
+
 def _apply(call: Call, value: int) -> Tensor:
     shape = geometry(call.op)
     assert shape is not None
-    found, _ = _backward(call, value, parameters=False)
-    return _fold_padding(found, call.activity(value).shape, shape) if pads_by_hand(shape) else found
+    return carry_back(call, value, shape)
 
 
 def _with_parameters(call: Call, value: int) -> tuple[Tensor, dict[str, Tensor]]:
     shape = geometry(call.op)
     assert shape is not None
-    return (_apply(call, value), {}) if pads_by_hand(shape) else _backward(call, value, parameters=True)
+    return (_apply(call, value), {}) if pads_by_hand(shape) else _backward(call, value, shape, parameters=True)
 
 
 def _fold_padding(cotangent: Tensor, shape: torch.Size, of: Geometry) -> Tensor:
@@ -242,7 +249,8 @@ def _accepts(graph: Graph, op: Operation, value: int) -> bool:
     shape = geometry(op)
     operand = graph.values[value]
     batched = operand.batch_dim == 0 and shape is not None and len(operand.shape) == len(shape.kernel) + 2
-    plain = len(op.args) == 1 or op.module is None  # a transposed convolution may be asked for an output size
+    # A transposed convolution may be asked for an output size, which no canvas has.
+    plain = op.module is None or len(op.args) + len(op.kwargs) == 1
     return batched and plain and is_first_operand(graph, op, value)
 
 

@@ -51,7 +51,8 @@ def _batch_backward(call: Call, value: int, wanted: list[bool]) -> tuple[Tensor,
     """Of input, γ and β, with the batch's own statistics."""
     eps = float(_eps(call.op, 0, None) or 0.0)
     wide = call.activity(value).to(call.dtype)
-    variance, mean = torch.var_mean(wide, [0, *range(2, wide.dim())], correction=0)
+    # Five times as fast on a CPU as var_mean over these dimensions; without running statistics it only measures.
+    mean, variance = aten.batch_norm_update_stats(wide, None, None, 0.0)
     gamma = _batch_slope(call, value) * (1 + eps) ** 0.5
     found: tuple[Tensor, Tensor, Tensor] = aten.native_batch_norm_backward(
         call.cotangent.contiguous(), wide, gamma, None, None, mean, (variance + eps).rsqrt(), True, eps, wanted
@@ -108,15 +109,26 @@ def _measured_gamma(call: Call, value: int, shape: tuple[int, ...], standardize:
     return torch.where(gap == 0, torch.zeros_like(gap), (response[0] - response[1]) / gap)
 
 
-def _layer(call: Call, value: int) -> Tensor:
-    shape, eps = _normalized_shape(call.op), _eps(call.op, 4, 1e-5)
-    gamma = _measured_gamma(call, value, shape, lambda p: F.layer_norm(p, shape, eps=float(eps or 0.0)))
+def _layer_backward(call: Call, value: int, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    shape, eps = _normalized_shape(call.op), float(_eps(call.op, 4, 1e-5) or 0.0)
+    gamma = _measured_gamma(call, value, shape, lambda p: F.layer_norm(p, shape, eps=eps))
     wide = call.activity(value).to(call.dtype)
     _, mean, inverse = aten.native_layer_norm(wide, shape, None, None, eps)
-    found: Tensor = aten.native_layer_norm_backward(
-        call.cotangent.contiguous(), wide, shape, mean, inverse, gamma, None, [True, False, False]
-    )[0]
+    found: tuple[Tensor, Tensor, Tensor] = aten.native_layer_norm_backward(
+        call.cotangent.contiguous(), wide, shape, mean, inverse, gamma, torch.zeros_like(gamma), wanted
+    )
     return found
+
+
+def _layer(call: Call, value: int) -> Tensor:
+    return _layer_backward(call, value, [True, False, False])[0]
+
+
+def _layer_with_parameters(call: Call, value: int) -> tuple[Tensor, dict[str, Tensor]]:
+    if call.op.module is None:
+        return _layer(call, value), {}
+    of_input, of_gamma, of_beta = _layer_backward(call, value, [True, True, True])
+    return of_input, {"weight": of_gamma, "bias": of_beta}
 
 
 def _rms(call: Call, value: int) -> Tensor:
@@ -151,7 +163,7 @@ def _group_accepts(graph: Graph, op: Operation, value: int) -> bool:
     return is_first_operand(graph, op, value) and graph.values[value].batch_dim == 0
 
 
-def _group(call: Call, value: int) -> Tensor:
+def _group_backward(call: Call, value: int, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
     groups, eps = _groups(call.op), float(_eps(call.op, 4, 1e-5) or 0.0)
     operand = call.activity(value)
     batch, channels = operand.shape[:2]
@@ -161,16 +173,27 @@ def _group(call: Call, value: int) -> Tensor:
     wide = operand.to(call.dtype).contiguous()
     space = operand.shape[2:].numel()
     _, mean, inverse = aten.native_group_norm(wide, None, None, batch, channels, space, groups, eps)
-    found: Tensor = aten.native_group_norm_backward(
-        call.cotangent.contiguous(), wide, mean, inverse, gamma, batch, channels, space, groups, [True, False, False]
-    )[0]
+    found: tuple[Tensor, Tensor, Tensor] = aten.native_group_norm_backward(
+        call.cotangent.contiguous(), wide, mean, inverse, gamma, batch, channels, space, groups, wanted
+    )
     return found
 
 
+def _group(call: Call, value: int) -> Tensor:
+    return _group_backward(call, value, [True, False, False])[0]
+
+
+def _group_with_parameters(call: Call, value: int) -> tuple[Tensor, dict[str, Tensor]]:
+    if call.op.module is None:
+        return _group(call, value), {}
+    of_input, of_gamma, of_beta = _group_backward(call, value, [True, True, True])
+    return of_input, {"weight": of_gamma, "bias": of_beta}
+
+
 _BATCH = Adjoint("normalizing", _batch, _group_accepts, _batch_probes, _batch_with_parameters)
-_LAYER = Adjoint("normalizing", _layer, _layer_accepts, _layer_probes)
+_LAYER = Adjoint("normalizing", _layer, _layer_accepts, _layer_probes, _layer_with_parameters)
 _RMS = Adjoint("normalizing", _rms, _layer_accepts, _layer_probes)
-_GROUP = Adjoint("normalizing", _group, _group_accepts, _group_probes)
+_GROUP = Adjoint("normalizing", _group, _group_accepts, _group_probes, _group_with_parameters)
 
 MODULES: dict[type[nn.Module], Adjoint] = {
     nn.BatchNorm1d: _BATCH,

@@ -180,7 +180,7 @@ def held(parameters: Sequence[nn.Parameter]) -> Iterator[list[Tensor]]:
             parameter.data.copy_(copy)
 
 
-def accumulate(parameter: nn.Parameter, gradient: Tensor) -> None:
+def accumulate(parameter: Tensor, gradient: Tensor) -> None:
     """Add to ``.grad``, as ``loss.backward()`` does."""
     with torch.no_grad():
         if parameter.grad is None:

@@ -38,14 +38,19 @@ KEEP = 2  # the newest, and one to fall back on by hand
 
 @dataclass
 class Counters:
-    """Where a run is and what it has spent. The next batch is ``position`` of epoch ``epoch``, both from 0."""
+    """Where a run is and what it has spent. The next batch is ``position`` of epoch ``epoch``, both from 0.
+
+    ``cost`` is what a budget is held against: the forward equivalents, and two for every reverse sweep.
+    """
 
     step: int = 0
     epoch: int = 0
     position: int = 0
     queries: int = 0
     stage_evaluations: int = 0
+    adjoints: int = 0
     forward_equivalents: Fraction = field(default_factory=Fraction)
+    cost: Fraction = field(default_factory=Fraction)
     last_cost: Fraction = field(default_factory=Fraction)
     seconds: float = 0.0
     log_lines: int = 0
@@ -94,7 +99,7 @@ def save(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, counters
     return final
 
 
-_FRACTIONS = ("forward_equivalents", "last_cost")
+_FRACTIONS = ("forward_equivalents", "cost", "last_cost")
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -226,7 +226,7 @@ def _conclude(result: Result, go_on: str) -> None:
 
 @app.command("compare")
 def compare_command(
-    methods: Annotated[str, typer.Option(help="Names, with commas between.")] = "hzo,backprop,spsa,forward-gradient",
+    methods: Annotated[str, typer.Option(help="Names, with commas between.")] = "hzo,backprop,node-perturbation,spsa",
     seeds: Annotated[str, typer.Option(help="Whole numbers, with commas between.")] = "0,1,2",
     data: DataName = None,
     data_dir: DataDir = None,

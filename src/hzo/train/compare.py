@@ -122,7 +122,7 @@ def table(outcomes: Sequence[Outcome]) -> Table:
         title_justify="left",
     )
     shown.add_column("method")
-    for name in ("test accuracy, %", "test loss", "cosine", "steps", "forward eq.", "queries", "time"):
+    for name in ("test accuracy, %", "test loss", "cosine", "steps", "forward passes", "queries", "time"):
         shown.add_column(name, justify="right")
     for method, group in by_method(outcomes).items():
         cosines = [o.cosine for o in group if o.cosine is not None]
@@ -132,13 +132,12 @@ def table(outcomes: Sequence[Outcome]) -> Table:
             f"{statistics.fmean(o.result.test_loss for o in group):.4f}",
             f"{statistics.fmean(cosines):.4f}" if cosines else "-",
             f"{statistics.fmean(o.result.step for o in group):,.0f}",
-            large(statistics.fmean(o.result.forward_equivalents for o in group)),
+            large(statistics.fmean(o.result.cost for o in group)),
             large(statistics.fmean(o.result.queries for o in group)),
             clock(statistics.fmean(o.result.seconds for o in group)),
         )
-    if "backprop" in by_method(outcomes):
-        shown.caption = "backprop asks no queries; its way back is taken as two forward passes"
-        shown.caption_justify = "left"
+    shown.caption = "forward passes: the operations of all queries; a sweep by adjoints is taken as two"
+    shown.caption_justify = "left"
     return shown
 
 
@@ -154,6 +153,7 @@ def _row(outcome: Outcome) -> dict[str, Any]:
         "test_loss": result.test_loss,
         "mean_cosine": outcome.cosine,
         "forward_equivalents": result.forward_equivalents,
+        "cost": result.cost,
         "queries": result.queries,
         "seconds": round(result.seconds, 3),
     }

@@ -53,6 +53,7 @@ class Result:
     test_accuracy: float
     queries: int
     forward_equivalents: float
+    cost: float
     seconds: float
     checkpoint: Path
 
@@ -95,6 +96,7 @@ def train(
         test_accuracy=test_accuracy,
         queries=counters.queries,
         forward_equivalents=float(counters.forward_equivalents),
+        cost=float(counters.cost),
         seconds=counters.seconds,
         checkpoint=newest,
     )
@@ -146,7 +148,9 @@ def one_step(run: Run) -> dict[str, Any]:
         "cosine": cosine,
         "queries": counters.queries,
         "stage_evaluations": counters.stage_evaluations,
+        "adjoints": counters.adjoints,
         "forward_equivalents": float(counters.forward_equivalents),
+        "cost": float(counters.cost),
     }
 
 
@@ -180,7 +184,9 @@ def write_summary(run: Run, result: Result) -> None:
         "test_loss": result.test_loss,
         "queries": result.queries,
         "stage_evaluations": run.counters.stage_evaluations,
+        "adjoints": run.counters.adjoints,
         "forward_equivalents": result.forward_equivalents,
+        "cost": result.cost,
         "seconds": round(result.seconds, 3),
         "checkpoint": str(result.checkpoint.relative_to(run.out)),
         "environment": environment(run.device),

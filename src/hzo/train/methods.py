@@ -26,9 +26,7 @@ class Method:
     """A way to make gradients, bound to a model.
 
     Attributes:
-        passes: full forward passes that one gradient is worth and no counter sees: backprop asks no queries,
-            its way back is by custom taken as two forward passes. Used where methods are compared at an
-            equal budget.
+        passes: forward passes that a gradient is worth beyond its queries; see ``REVERSE_SWEEP``.
         plan: what HZO does, printable; None for the others.
     """
 
@@ -37,6 +35,10 @@ class Method:
     passes: int = 0
     plan: hzo.Plan | None = None
 
+
+# A sweep by adjoints asks few queries or none, and is not free: by custom it is taken as two forward passes, backprop's
+# as well as HZO's where a plan applies adjoints. Only a budget counts it; forward equivalents do not.
+REVERSE_SWEEP = 2
 
 # Bytes for the perturbed copies of a chunk. Fixed, not a share of what happens to be free: chunks of another
 # size round otherwise, and a run that is resumed is to give the same bits.
@@ -67,7 +69,7 @@ def prepare(config: TrainConfig, model: nn.Module, loss_fn: Callable[[Tensor, Te
         def by_hzo(x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:  # noqa: ARG001
             return hzo.backward(chain, loss_fn, x, y, plan=plan, memory=memory)
 
-        return Method("hzo", by_hzo, plan=plan)
+        return Method("hzo", by_hzo, passes=REVERSE_SWEEP if plan.adjoints else 0, plan=plan)
 
     if config.method in ("backprop", "coordinate"):
         exact = baselines.backprop if config.method == "backprop" else baselines.coordinate_wise
@@ -75,7 +77,7 @@ def prepare(config: TrainConfig, model: nn.Module, loss_fn: Callable[[Tensor, Te
         def deterministic(x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:  # noqa: ARG001
             return exact(model, loss_fn, x, y)
 
-        return Method(config.method, deterministic, passes=2 if config.method == "backprop" else 0)
+        return Method(config.method, deterministic, passes=REVERSE_SWEEP if config.method == "backprop" else 0)
 
     if config.method in _RANDOM:
         estimate = _RANDOM[config.method]

@@ -102,10 +102,10 @@ def comparison(runs: Mapping[str, Sequence[Sequence[Record]]], path: Path, *, ti
         for method, seeds in runs.items():
             color = COLORS.get(method, "#777777")
             _spread(by_step, [series(r, "test_accuracy") for r in seeds], color, method)
-            _spread(by_cost, [series(r, "test_accuracy", "forward_equivalents") for r in seeds], color, method)
+            _spread(by_cost, [series(r, "test_accuracy", "cost") for r in seeds], color, method)
             _spread(loss, [_running(series(r, "loss")) for r in seeds], color, method)
         by_step.set(title="test accuracy", xlabel="step")
-        by_cost.set(title="test accuracy", xlabel="forward equivalents", xscale="log")
+        by_cost.set(title="test accuracy", xlabel="cost, in forward passes", xscale="log")
         _accuracy_axis(by_step)
         _accuracy_axis(by_cost)
         loss.set(title="training loss", xlabel="step", ylim=(0, None))

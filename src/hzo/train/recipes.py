@@ -32,7 +32,7 @@ _BY_MODEL: dict[str, dict[str, Any]] = {
 }
 # One random direction points nearly at right angles to the gradient and is long: its variance asks for a
 # small rate.
-_RANDOM_RATE = {"spsa": 0.02, "mezo": 0.02, "forward-gradient": 0.02, "node-perturbation": 0.1}
+_RANDOM_RATE = {"spsa": 0.0025, "mezo": 0.0025, "forward-gradient": 0.0025, "node-perturbation": 0.02}
 
 
 def recipe(**given: Any) -> TrainConfig:

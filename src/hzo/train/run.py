@@ -78,7 +78,7 @@ class Run:
         counters = self.counters
         if self.config.budget is None:
             return counters.step / (self.config.epochs * self.steps_per_epoch)
-        spent = float(counters.forward_equivalents)
+        spent = float(counters.cost)
         # Over when another gradient would not fit: a budget is never overdrawn.
         return (
             1.0
@@ -107,7 +107,9 @@ class Run:
             )
         counters.queries += count.queries
         counters.stage_evaluations += count.stage_evaluations
-        counters.forward_equivalents += cost
+        counters.adjoints += count.adjoints
+        counters.forward_equivalents += count.exact_forward_equivalents
+        counters.cost += cost
         counters.last_cost = cost
         return loss
 

@@ -1,0 +1,105 @@
+"""Which elements an output may depend on: patterns of single operations, composed along a slice.
+
+Every rule holds for an exact type or function with nothing in the way, and is decided from shapes and options alone.
+What no rule covers depends on everything, which is always safe. Source: receptive fields, paper; axis by axis through
+reshapes, skips and concatenations: ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+from hzo.adjoints.common import slots_of
+from hzo.chain import Graph, Operation
+from hzo.declaring import declared as declared_of
+from hzo.locality import declared, mixing, pointwise, reindexing, spatial
+from hzo.locality.common import Rule, free
+from hzo.patterns import Link, Links, Pattern, either, follow, identity, without_full
+from hzo.structure import is_elementwise, untouched
+
+__all__ = ["Locality", "operation_links", "slice_locality"]
+
+_FILES = (mixing, pointwise, reindexing, spatial)
+MODULES: dict[type, Rule] = {kind: rule for file in _FILES for kind, rule in file.MODULES.items()}
+FUNCTIONS: dict[object, Rule] = {function: rule for file in _FILES for function, rule in file.FUNCTIONS.items()}
+
+
+@dataclass(frozen=True)
+class Locality:
+    """How a slice depends on one value.
+
+    Attributes:
+        patterns: of every output, over the rows of value and output.
+        local: axes of the value along which some operation sees a window: several places, and not all.
+    """
+
+    patterns: tuple[Pattern, ...]
+    local: tuple[int, ...]
+
+
+def operation_links(graph: Graph, op: Operation, read: int, write: int) -> Links:
+    """From one operand to one result: which indices meet, for each dimension of the operand.
+
+    Dimensions are those of a single sample (``Value.sample_shape``). Where samples influence each other, and where no
+    rule covers the call, every link is free.
+    """
+    rule: Rule | None = None
+    if op.coupled or not op.deterministic:
+        return free(graph, read)
+    if declared_of(op.module) is not None:
+        rule = declared.links
+    elif op.module is not None:
+        rule = MODULES.get(type(op.module)) if untouched(op.module) else None
+    elif isinstance(op.target, Hashable):
+        rule = FUNCTIONS.get(op.target)
+    if rule is None and is_elementwise(op) and slots_of(op, read):
+        rule = pointwise.broadcast
+    found = rule(graph, op, read, write) if rule is not None else None
+    return free(graph, read) if found is None else found
+
+
+def slice_locality(graph: Graph, value: int, operations: Sequence[int], outputs: Sequence[int]) -> Locality:
+    """Compose the operations of a slice: products along paths, unions where paths meet.
+
+    Source: ours. Cost: no query; a boolean matrix product for each operation and axis.
+    """
+    sizes = graph.values[value].sample_shape
+    found: dict[int, Links] = {value: tuple(without_full({d: identity(n)}, n) for d, n in enumerate(sizes))}
+    local: set[int] = set()
+    for k in operations:
+        op = graph.operations[k]
+        for write in op.writes:
+            for read in op.reads:
+                if read not in found or read == write:
+                    continue
+                links = follow(found[read], operation_links(graph, op, read, write), sizes)
+                found[write] = either(found[write], links, sizes) if write in found else links
+            local.update(d for d, link in enumerate(found.get(write, ())) if _is_window(link))
+    order = _row_order(graph, value)
+    patterns = tuple(
+        _over_rows(graph, value, output, found.get(output, free(graph, value)), order) for output in outputs
+    )
+    return Locality(patterns, tuple(axis for axis, d in enumerate(order) if d in local))
+
+
+def _is_window(link: Link) -> bool:
+    """Whether some index of an output depends on several places; links never allow all of them everywhere."""
+    return any(row & (row - 1) for matrix in link.values() for row in matrix)
+
+
+def _row_order(graph: Graph, value: int) -> tuple[int, ...]:
+    """The dimensions of a value as they stand in its rows: what is left of the batch dimension comes first."""
+    found = graph.values[value]
+    batch = found.batch_dim or 0
+    return (batch, *(d for d in range(len(found.shape)) if d != batch))
+
+
+def _over_rows(graph: Graph, value: int, output: int, links: Links, order: tuple[int, ...]) -> Pattern:
+    places = _row_order(graph, output)
+    moved = {d: axis for axis, d in enumerate(places)}
+    return Pattern(
+        tuple(graph.values[value].sample_shape[d] for d in order),
+        tuple(graph.values[output].sample_shape[d] for d in places),
+        tuple({moved[b]: matrix for b, matrix in links[d].items()} for d in order),
+    )

@@ -1,0 +1,17 @@
+"""What was declared of a module (``hzo.declare``), as links."""
+
+from __future__ import annotations
+
+from hzo.adjoints.common import is_first_operand
+from hzo.chain import Graph, Operation
+from hzo.declaring import declared, declared_links
+from hzo.locality.common import sizes
+from hzo.patterns import Links
+
+
+def links(graph: Graph, op: Operation, read: int, write: int) -> Links | None:
+    """Local, elementwise and tokens, between tensors with the batch first."""
+    first = graph.values[read].batch_dim == 0 == graph.values[write].batch_dim
+    if not first or not is_first_operand(graph, op, read):
+        return None
+    return declared_links(declared(op.module) or (), sizes(graph, read), sizes(graph, write))

@@ -1,0 +1,314 @@
+"""What people do around ``loss.backward()`` works around ``hzo.backward`` unchanged."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import hzo
+import oracles
+from cases import CASES
+from oracles import normal, relative_errors, worst
+
+
+def network():
+    torch.manual_seed(0)
+    layers = nn.Linear(6, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 3)
+    return nn.Sequential(*layers).double()
+
+
+def batch(size=6):
+    return normal(size, 6), torch.arange(size) % 3
+
+
+def autograd(model, x, y):
+    model = copy.deepcopy(model)
+    model.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def grads(model):
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def cosine(found, exact):
+    a, b = (torch.cat([g[name].double().flatten() for name in exact]) for g in (found, exact))
+    return float(F.cosine_similarity(a, b, dim=0))
+
+
+def test_gradients_accumulate():
+    model, (x, y) = network(), batch()
+    chain = hzo.trace(model, x)
+    for half in (slice(0, 3), slice(3, 6)):
+        hzo.backward(chain, lambda out, y: F.cross_entropy(out, y) / 2, x[half], y[half])
+    assert worst(relative_errors(grads(model), autograd(model, x, y))) <= oracles.CENTRAL
+
+
+def test_scale():
+    model, (x, y) = network(), batch()
+    for scale in (4.0, torch.tensor(4.0)):
+        model.zero_grad()
+        hzo.backward(model, F.cross_entropy, x, y, scale=scale)
+        exact = {name: 4 * g for name, g in autograd(model, x, y).items()}
+        assert worst(relative_errors(grads(model), exact)) <= oracles.CENTRAL
+
+
+def test_mixes_with_autograd():
+    """Half of the loss by autograd, half by hzo, into one ``.grad``."""
+    model, (x, y) = network(), batch()
+    F.cross_entropy(model(x), y).backward()
+    hzo.backward(model, F.cross_entropy, x, y)
+    exact = {name: 2 * g for name, g in autograd(model, x, y).items()}
+    assert worst(relative_errors(grads(model), exact)) <= oracles.CENTRAL
+
+
+def test_clipping():
+    model, (x, y) = network(), batch()
+    hzo.backward(model, F.cross_entropy, x, y)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+    exact = autograd(model, x, y)
+    torch.testing.assert_close(norm, torch.stack([g.norm() for g in exact.values()]).norm())
+    clipped = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    torch.testing.assert_close(clipped, torch.tensor(0.01, dtype=torch.float64), rtol=1e-3, atol=0)
+    nn.utils.clip_grad_value_(model.parameters(), 1e-4)
+    assert max(float(p.grad.abs().max()) for p in model.parameters()) <= 1e-4
+
+
+# SparseAdam takes sparse gradients alone; LBFGS has a test of its own; Muon takes matrices alone.
+NOT_HERE = {"Optimizer", "SparseAdam", "LBFGS", "Muon"}
+OPTIMIZERS = sorted(
+    name
+    for name, found in vars(torch.optim).items()
+    if isinstance(found, type) and issubclass(found, torch.optim.Optimizer) and name not in NOT_HERE
+)
+
+
+def step_by(model, optimizer, x, y, differentiate):
+    """Three steps; returns the losses."""
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        losses.append(float(differentiate(model, x, y)))
+        optimizer.step()
+    return losses
+
+
+def by_hzo(model, x, y):
+    return hzo.backward(model, F.cross_entropy, x, y)
+
+
+def by_autograd(model, x, y):
+    loss = F.cross_entropy(model(x), y)
+    loss.backward()
+    return loss.detach()
+
+
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers(name, options):
+    """The same three steps as with autograd."""
+    make = getattr(torch.optim, name)
+    models, (x, y) = (network(), network()), batch()
+    try:
+        optimizers = [make(model.parameters(), lr=1e-2, **options) for model in models]
+    except (TypeError, RuntimeError) as error:
+        pytest.skip(str(error))
+    losses = [
+        step_by(model, optimizer, x, y, differentiate)
+        for model, optimizer, differentiate in zip(models, optimizers, (by_hzo, by_autograd), strict=True)
+    ]
+    # Sign-like first steps (Adam, Rprop) blow up the error of components that are nearly zero.
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0][-1] < losses[0][0]
+
+
+def test_lbfgs():
+    model, (x, y) = network(), batch()
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=10, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        return by_hzo(model, x, y)
+
+    first = closure()
+    optimizer.step(closure)
+    assert closure() < 0.1 * first
+
+
+def test_muon():
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
+    model, (x, y) = network(), batch()
+    optimizer = torch.optim.Muon([p for p in model.parameters() if p.dim() == 2], lr=1e-2)
+    losses = step_by(model, optimizer, x, y, by_hzo)
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda o: torch.optim.lr_scheduler.StepLR(o, 1, 0.5),
+        lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 3),
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=4),
+    ],
+)
+def test_schedulers(make):
+    models, (x, y) = (network(), network()), batch()
+    for model, differentiate in zip(models, (by_hzo, by_autograd), strict=True):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        scheduler = make(optimizer)
+        for _ in range(3):
+            optimizer.zero_grad()
+            differentiate(model, x, y)
+            optimizer.step()
+            scheduler.step()
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8)
+
+
+# Rounding of the differences, u^(2/3) for every node of a path; for bfloat16 that is 0.04, for float16 0.01. A cosine
+# loses half the square of the relative error, ten nodes long.
+COSINES = {torch.float32: 0.999999, torch.float16: 0.999, torch.bfloat16: 0.99}
+
+
+@pytest.mark.parametrize("scheme", ["central", "forward"])
+@pytest.mark.parametrize("assume", ["nothing", "structure"])
+@pytest.mark.parametrize("dtype", COSINES)
+def test_narrow_dtypes(dtype, assume, scheme):
+    model, (x, y) = network(), batch(32)
+    exact = autograd(model, x, y)
+    narrow = copy.deepcopy(model).to(dtype)
+    hzo.backward(narrow, F.cross_entropy, x.to(dtype), y, assume=assume, scheme=scheme, tree="planned")
+    assert all(p.grad.dtype == dtype for p in narrow.parameters())
+    # Forward differences leave u^(1/2) instead of u^(2/3): 0.09 a node in bfloat16.
+    assert cosine(grads(narrow), exact) >= COSINES[dtype] - (0.02 if scheme == "forward" else 0)
+
+
+@pytest.mark.parametrize("assume", ["nothing", "structure"])
+def test_autocast(assume):
+    """Weights and input in float32, products in bfloat16: the step is one that bfloat16 sees."""
+    model, (x, y) = network(), batch(32)
+    exact = autograd(model, x, y)
+    single = copy.deepcopy(model).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        hzo.backward(single, F.cross_entropy, x.float(), y, assume=assume)
+    assert all(p.grad.dtype == torch.float32 for p in single.parameters())
+    assert cosine(grads(single), exact) >= COSINES[torch.bfloat16]
+    single.zero_grad()  # a trace under autocast is not one without
+    hzo.backward(single, F.cross_entropy, x.float(), y, assume=assume)
+    assert cosine(grads(single), exact) >= COSINES[torch.float32]
+
+
+def test_grad_scaler():
+    model, (x, y) = network().float(), batch()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            scale = scaler.scale(torch.ones(()))
+            losses.append(float(hzo.backward(model, F.cross_entropy, x.float(), y, scale=scale)))
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+    assert losses[-1] < losses[0]
+
+
+def compiled_child(model):
+    return nn.Sequential(*model[:3], torch.compile(nn.Sequential(*model[3:5]), backend="eager"), model[5])
+
+
+def compiled_in_place(model):
+    model[3].compile(backend="eager")
+    return model
+
+
+def compiled_function(model):
+    return hzo.Chain([*model[:2], torch.compile(torch.tanh, backend="eager"), *model[3:]])
+
+
+@pytest.mark.parametrize(
+    "make", [compiled_child, compiled_in_place, compiled_function, lambda model: torch.compile(model, backend="eager")]
+)
+@pytest.mark.parametrize("assume", ["nothing", "structure"])
+def test_compiled_stages(make, assume):
+    model, (x, y) = network(), batch()
+    exact = autograd(model, x, y)
+    hzo.backward(make(model), F.cross_entropy, x, y, assume=assume)
+    assert worst(relative_errors(grads(model), exact)) <= oracles.CENTRAL
+
+
+def test_frozen_parameters_are_left_alone():
+    model, (x, y) = network(), batch()
+    model[1].requires_grad_(False)
+    model[3].bias.requires_grad_(False)
+    hzo.backward(model, F.cross_entropy, x, y)
+    assert {name for name, p in model.named_parameters() if p.grad is None} == {"1.weight", "1.bias", "3.bias"}
+    model.requires_grad_(True)  # thawed: traced and planned anew
+    hzo.backward(model, F.cross_entropy, x, y)
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("hook", [lambda m, args, out: out * 2, None])
+def test_hooks(hook):
+    """A hook may change what a layer computes: then no closed rule holds, and the parameters are perturbed."""
+    model, (x, y) = network(), batch()
+    model[3].register_forward_hook(hook or (lambda m, args, out: None))
+    model[5].register_forward_pre_hook(lambda m, args: (args[0].sin(),))
+    hzo.backward(model, F.cross_entropy, x, y)
+    assert worst(relative_errors(grads(model), autograd(model, x, y))) <= oracles.CENTRAL
+
+
+@pytest.mark.parametrize("perturbed", [False, True])
+def test_memory_formats(perturbed):
+    """Weights that are not contiguous, by their rule and perturbed."""
+    model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3)).double()
+    model = model.to(memory_format=torch.channels_last)
+    model[3].weight = nn.Parameter(model[3].weight.detach().t().contiguous().t())
+    if perturbed:
+        for layer in (model[0], model[3]):
+            layer.register_forward_hook(lambda m, args, out: out.sin())
+    x, y = normal(4, 2, 3, 3).to(memory_format=torch.channels_last), torch.arange(4) % 3
+    hzo.backward(model, F.cross_entropy, x, y)
+    assert worst(relative_errors(grads(model), autograd(model, x, y))) <= oracles.CENTRAL
+
+
+def test_evaluation_mode_and_back():
+    model, (x, y) = network().append(nn.Dropout(0.5)), batch()
+    for mode in (False, True, False):
+        model.train(mode).zero_grad()
+        torch.manual_seed(3)
+        hzo.backward(model, F.cross_entropy, x, y)
+        torch.manual_seed(3)
+        assert worst(relative_errors(grads(model), autograd(model, x, y))) <= oracles.CENTRAL
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+class TestCuda:
+    @pytest.mark.parametrize("assume", ["nothing", "structure"])
+    @pytest.mark.parametrize("name", CASES)
+    def test_gradients(self, name, assume):
+        with torch.device("cuda"):
+            problem = CASES[name].build()
+        move = lambda tree: torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.cuda(), tree)  # noqa: E731
+        problem.module.cuda()
+        problem = type(problem)(problem.model, problem.loss_fn, move(problem.x), move(problem.y))
+        chain = hzo.trace(problem.model, problem.x)
+        random = torch.cuda.get_rng_state()
+        found, _ = hzo.grad_and_value(chain, *list(problem)[1:], assume=assume)
+        torch.cuda.set_rng_state(random)
+        exact, _ = oracles.gradients(problem, {**oracles.parameters_of(problem), **oracles.unregistered(chain)})
+        assert worst(relative_errors(found, exact)) <= (oracles.KINKS if CASES[name].kinks else oracles.CENTRAL)
+
+    def test_autocast(self):
+        model, (x, y) = network(), batch(32)
+        exact = autograd(model, x, y)
+        model = model.float().cuda()
+        with torch.autocast("cuda", torch.float16):
+            hzo.backward(model, F.cross_entropy, x.float().cuda(), y.cuda())
+        assert cosine({n: g.cpu() for n, g in grads(model).items()}, exact) >= COSINES[torch.float16]
