@@ -169,7 +169,7 @@ def test_compare_prints_one_table(hzo):
         "hzo=0.04",
     )
     assert code == 0
-    assert "test accuracy" in out
+    assert "accuracy, %" in out
     assert "±" in out
     assert json.loads(Path("c/hzo-seed1/config.json").read_text())["lr"] == 0.04
     assert json.loads(Path("c/backprop-seed1/config.json").read_text())["lr"] == 0.05

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import architectures
 import hzo
 import oracles
-from architectures import BasicBlock
 from cases import CASES
 from hzo.coloring_check import allows
 from hzo.locality import slice_locality
@@ -220,6 +220,29 @@ def test_networks_of_the_other_tests_pass_the_checker(name):
     hzo.check_coloring(chain, problem.x, plan, elements=10)
 
 
+@pytest.mark.parametrize(
+    ("build", "size"),
+    [
+        (architectures.resnet18, 32),
+        (architectures.mobilenet, 16),
+        (architectures.DenseNet, 8),
+        (architectures.UNet, 16),
+        (architectures.ConvNeXt, 16),
+        (architectures.Mixer, 8),
+        (architectures.ViT, 8),
+    ],
+)
+@pytest.mark.parametrize("tree", ["planned", "bisect"])
+def test_patterns_cover_what_architectures_do(build, size, tree, monkeypatch):
+    """Skips, concatenation, attention, resizing: single elements moved, by what they really change."""
+    monkeypatch.setattr(hzo.coloring_check, "check_orthogonality", lambda *_: None)  # slow, and tested above
+    model, x = build().double().eval(), torch.randn(2, 3, size, size, dtype=torch.float64)
+    chain = hzo.trace(model, x)
+    plan = hzo.plan(chain, tree=tree, assume="locality")
+    assert any(node.probe.kind == "colored" for node in plan.nodes)
+    hzo.check_coloring(chain, x, plan, elements=8)
+
+
 def residual_cnn(blocks=3, width=4, activation=nn.Tanh):
     """Without norms, as they couple places (or samples), and with a last layer over space, so that windows stay."""
     torch.manual_seed(0)
@@ -274,7 +297,7 @@ def test_dropout_maximum_and_kinks():
 
 
 def test_locality_does_not_hide_batch_norm_in_train_mode():
-    block = BasicBlock(2, 2, 1)
+    block = architectures.BasicBlock(2, 2, 1)
     x = torch.randn(2, 2, 6, 6)
     chain = hzo.trace(nn.Sequential(conv(2, 2), block), x)
     with pytest.raises(hzo.errors.CoupledSamplesError):

@@ -67,8 +67,18 @@ def test_samples_that_influence_each_other(name, x):
     x = {"normal": normal(4, 4), "zeros": normal(4, 4) * 0, "ones": normal(4, 4) * 0 + 1, "one sample": normal(1, 4)}[x]
     if x.shape[0] == 1 and "batch norm" in name:
         pytest.skip("BatchNorm refuses one sample by itself")
+    model = Calls(COUPLED[name])
+    with torch.no_grad():
+        model.layer.bias.zero_()  # so that zeros reach the function as zeros
     with pytest.raises((CoupledSamplesError, TraceError), match=r"influence each other|grow in proportion"):
-        hzo.plan(hzo.trace(Calls(COUPLED[name]), x), tree="bisect", assume="nothing")
+        hzo.plan(hzo.trace(model, x), tree="bisect", assume="nothing")
+
+
+@pytest.mark.parametrize("x", [normal(4, 4), torch.zeros(4, 4), normal(1, 4)])
+def test_samples_that_do_not(x):
+    """Nor does what draws numbers for some elements alone, or computes with the samples' number."""
+    layers = nn.RReLU(), nn.Dropout(0.4), Calls(lambda h: h + h.new_zeros(h.shape[0], 4)), nn.Softmax(1)
+    hzo.plan(hzo.trace(nn.Sequential(nn.Linear(4, 4), *layers).double(), x.double()), tree="bisect", assume="nothing")
 
 
 def test_opaque_random_stage_that_couples_is_seen():

@@ -47,7 +47,7 @@ class Check:
 
 @dataclass(frozen=True)
 class StructureReport:
-    """What ``check_structure`` tested; every promise in it holds."""
+    """What ``check_structure`` tested; every promise in it holds, but for those without tests."""
 
     checks: tuple[Check, ...]
 
@@ -55,7 +55,9 @@ class StructureReport:
         promises: dict[str, list[Check]] = {}
         for check in self.checks:
             promises.setdefault(check.promise, []).append(check)
-        lines = [f"{len(self.checks)} promises hold"]
+        untested = [check for check in self.checks if not check.finding.tests]
+        lines = [f"{len(self.checks) - len(untested)} promises hold"]
+        lines += [f"  not tested: {c.promise}, {c.operation} in {c.stage}: {c.finding.where}" for c in untested]
         for promise, checks in promises.items():
             worst = max(checks, key=lambda c: c.finding.error / max(c.finding.tolerance, 1e-300))
             lines.append(

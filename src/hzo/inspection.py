@@ -127,35 +127,45 @@ def _mixes_samples(
 ) -> bool:
     """Whether the results of a sample change with the samples around it: one before it and one behind it.
 
-    A random operation draws other numbers for another batch: it is compared with a batch of the same size.
+    A random operation draws other numbers for another batch: it is compared with a batch of the same size, and all
+    others stand behind, since what it draws may depend on what came before (RReLU draws for negative elements alone).
     """
 
-    def beside(neighbours: bool) -> list[Tensor]:
+    batch = graph.batch
+    given = {v: graph.values[v].rows(values[v], batch) for v in op.reads if graph.values[v].batched}
+    zero = {v for v, rows in given.items() if rows.is_floating_point() and not rows.any()}
+    given |= {v: _ramp(given[v]) for v in zero}  # nothing shows in zeros
+
+    def arranged(rows: Tensor, others: Tensor) -> Tensor:
+        return torch.cat([rows, others]) if op.random else torch.stack([others, rows], 1).flatten(0, 1)
+
+    def run(samples: int, rows_of: Callable[[Tensor], Tensor]) -> list[Tensor]:
         def lookup(index: int) -> Tensor:
-            value = graph.values[index]
-            if not value.batched:
+            if index not in given:
                 return values[index]
-            rows = value.rows(values[index], graph.batch)
-            others = _others(rows) if neighbours else rows
-            return value.from_rows(torch.stack([others, rows], 1).flatten(0, 1), 2 * graph.batch)
+            return graph.values[index].from_rows(rows_of(given[index]), samples)
 
         rewind()
         try:
-            doubled = call(op, *resolve(op, lookup, 2 * graph.batch))
+            made = call(op, *resolve(op, lookup, samples))
         except Exception as error:
             raise TraceError(
-                f"{op.name} runs with {graph.batch} samples and fails with {2 * graph.batch}: {error}. Queries are "
+                f"{op.name} runs with {batch} samples and fails with {samples}: {error}. Queries are "
                 "folded into the batch; let it take any number of samples (split what needs a fixed one inside)"
             ) from error
-        return [graph.values[v].rows(t, 2 * graph.batch)[1::2] for v, t in zip(op.writes, doubled, strict=True)]
+        return [graph.values[v].rows(t, samples) for v, t in zip(op.writes, made, strict=True)]
 
     if not all(graph.values[v].batched for v in op.writes):
         return True
+    own = slice(batch) if op.random else slice(1, None, 2)
     if op.random:
-        alone = beside(neighbours=False)
+        alone = [rows[own] for rows in run(2 * batch, lambda rows: arranged(rows, rows))]
+    elif zero:
+        alone = run(batch, lambda rows: rows)
     else:
-        alone = [graph.values[v].rows(t, graph.batch) for v, t in zip(op.writes, results, strict=True)]
-    return not all(close(a, b) for a, b in zip(alone, beside(neighbours=True), strict=True))
+        alone = [graph.values[v].rows(t, batch) for v, t in zip(op.writes, results, strict=True)]
+    among = [rows[own] for rows in run(2 * batch, lambda rows: arranged(rows, _others(rows)))]
+    return not all(close(a, b) for a, b in zip(alone, among, strict=True))
 
 
 def _others(rows: Tensor) -> Tensor:
@@ -163,6 +173,8 @@ def _others(rows: Tensor) -> Tensor:
     first = rows[:1].expand_as(rows)
     if not torch.equal(first, rows) or not rows.is_floating_point():
         return first  # another sample of the batch; as a multiset they differ, which a permutation would not
-    if rows.any():
-        return rows / 2
-    return torch.linspace(-1, 1, rows.shape[1], dtype=rows.dtype, device=rows.device).expand_as(rows)
+    return rows / 2
+
+
+def _ramp(rows: Tensor) -> Tensor:
+    return torch.linspace(0.1, 1, rows.numel(), device=rows.device).to(rows.dtype).view_as(rows)

@@ -104,6 +104,8 @@ def repeats(run: Run, rows: Tensor) -> Finding:
 
 def samples_apart(run: Run, rows: Tensor, generator: torch.Generator) -> Finding:
     """A sample's result does not change when others are moved."""
+    if len(rows) == 1:
+        return Finding(0.0, 0.0, 0, "one sample alone")
     base, other = run(rows), moved(rows, generator)
     tolerance, worst, tests = slack(base, rows), Finding(0.0, 0.0, 0), 0
     for mask in separating(rows.shape[0]):
@@ -136,7 +138,7 @@ def elementwise(run: Run, rows: Tensor, shape: Sequence[int], generator: torch.G
             cause = _culprit(run, rows, other, here, lambda t, s=sample, e=element: gap(base, t)[s, e])  # type: ignore[misc]
             where = f"moving element {place(cause, shape)} of sample {sample} changes {place(element, shape)}"
             return Finding(worst, tolerance, tests, where, 0.0, worst)
-    return Finding(worst, tolerance, tests)
+    return Finding(worst, tolerance, tests, "" if tests else "one element alone")
 
 
 def _culprit(run: Run, rows: Tensor, other: Tensor, here: Tensor, change: Callable[[Tensor], Tensor]) -> int:

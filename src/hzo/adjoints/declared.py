@@ -16,10 +16,9 @@ from torch import Tensor
 
 from hzo.adjoints import convolution
 from hzo.adjoints.affine import impulse_size
-from hzo.adjoints.arithmetic import FUNCTIONS
 from hzo.adjoints.common import Adjoint, Call, Shape, is_first_operand
 from hzo.adjoints.convolution import Geometry
-from hzo.chain import Graph, Operation
+from hzo.chain import Graph, Operation, Ref, map_arguments
 from hzo.declaring import Local, Promise, declared, local_along
 
 _CHUNK = 512  # impulses in one call
@@ -125,6 +124,21 @@ def _tokens_accept(graph: Graph, op: Operation, value: int) -> bool:
     return _one_to_one(graph, op, value) and len(operand.shape) >= 2 and operand.shape[:-1] == output.shape[:-1]
 
 
+# ---- reindexing: the places that a run on their numbers shows -------------------------------------------------------
+
+
+def _copied(call: Call, value: int) -> Tensor:
+    operand = call.activity(value)
+    # A module of the user's own may insist on its dtype; where that cannot count so far, float64 can.
+    countable = operand.numel() < 2 / torch.finfo(operand.dtype).eps
+    dtype = operand.dtype if countable else torch.float64
+    numbers = torch.arange(1, operand.numel() + 1, dtype=dtype, device=operand.device).view(operand.shape)
+    args, kwargs = map_arguments(lambda leaf: numbers if leaf == Ref(value) else leaf, (call.op.args, call.op.kwargs))
+    origin = call.op.target(*args, **kwargs).reshape(-1).long()
+    found = torch.zeros(operand.numel() + 1, dtype=call.dtype, device=operand.device)
+    return found.index_add_(0, origin, call.cotangent.reshape(-1))[1:].view(operand.shape)
+
+
 # ---- affine and stationary: impulses on a small canvas --------------------------------------------------------------
 
 
@@ -189,5 +203,4 @@ _AFFINE = Adjoint("affine", _affine, _affine_accepts, _affine_probes)
 _DIAGONAL = Adjoint("affine", _diagonal, _diagonal_accepts, _diagonal_probes)
 _TOKENS = Adjoint("affine", _tokens, _tokens_accept, _token_probes)
 _STATIONARY = Adjoint("stationary", _stationary, _stationary_accepts, _stationary_probes)
-# By the numbers of the places, as for torch's own functions that copy.
-_REINDEXING = Adjoint("reindexing", FUNCTIONS[torch.roll].apply, _one_to_one)
+_REINDEXING = Adjoint("reindexing", _copied, _one_to_one)

@@ -74,6 +74,7 @@ Schedule = Annotated[str | None, typer.Option(help=f"{_one_of(names.SCHEDULES)}.
 Seed = Annotated[int | None, typer.Option(help="Of weights, order, augmentation and directions. Default: 0.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, … Default: cpu.")]
 DType = Annotated[str | None, typer.Option("--dtype", help=f"{_one_of(names.DTYPES)}. Default: float32.")]
+Threads = Annotated[int | None, typer.Option(help="Threads of the CPU. Default: 1 for digits, all for images.")]
 CosineEvery = Annotated[
     int | None, typer.Option(help="Steps between measurements of the cosine with backprop; 0: none.")
 ]
@@ -105,6 +106,7 @@ def train_command(
     seed: Seed = None,
     device: Device = None,
     dtype: DType = None,
+    threads: Threads = None,
     cosine_every: CosineEvery = None,
     checkpoint_every: CheckpointEvery = None,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after this step; --resume goes on.")] = None,
@@ -252,6 +254,7 @@ def compare_command(
     schedule: Schedule = None,
     device: Device = None,
     dtype: DType = None,
+    threads: Threads = None,
     cosine_every: CosineEvery = None,
     out: Annotated[Path, typer.Option(help="New directory for the runs, the table and the plot.")] = Path(
         "runs/compare"

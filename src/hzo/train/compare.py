@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from hzo.errors import CheckpointError, InputError
@@ -117,13 +118,13 @@ def table(outcomes: Sequence[Outcome]) -> Table:
     first = outcomes[0].config
     seeds = sorted({outcome.config.seed for outcome in outcomes})
     end = f"{first.epochs} epochs" if first.budget is None else f"{large(first.budget)} forward equivalents each"
-    shown = Table(
-        title=f"{first.model} on {first.data}, {end}, seeds {', '.join(map(str, seeds))}",
-        title_justify="left",
-    )
-    shown.add_column("method")
-    for name in ("test accuracy, %", "test loss", "cosine", "steps", "forward passes", "queries", "time"):
-        shown.add_column(name, justify="right")
+    title = f"{first.model} on {first.data}, {end}, seeds {', '.join(map(str, seeds))}"
+    caption = "accuracy and loss on the test split; passes: forward passes that all queries amount to,\n"
+    caption += "a sweep by adjoints taken as two"
+    shown = Table(title=title, title_justify="left", caption=caption, caption_justify="left", box=SIMPLE_HEAD)
+    shown.add_column("method", no_wrap=True)
+    for name in ("accuracy, %", "loss", "cosine", "steps", "passes", "queries", "time"):
+        shown.add_column(name, justify="right", no_wrap=True)
     for method, group in by_method(outcomes).items():
         cosines = [o.cosine for o in group if o.cosine is not None]
         shown.add_row(
@@ -136,8 +137,6 @@ def table(outcomes: Sequence[Outcome]) -> Table:
             large(statistics.fmean(o.result.queries for o in group)),
             clock(statistics.fmean(o.result.seconds for o in group)),
         )
-    shown.caption = "forward passes: the operations of all queries; a sweep by adjoints is taken as two"
-    shown.caption_justify = "left"
     return shown
 
 

@@ -37,6 +37,7 @@ class TrainConfig:
         epochs: passes over the training data; the learning rate's schedule ends with them.
         budget: forward equivalents to spend instead; the schedule ends with them, and ``epochs`` is not
             looked at.
+        threads: of the CPU; sums round by how they are shared out, so a resumed run uses as many as it began with.
         lr: the highest learning rate of the schedule.
         log_every, cosine_every: in steps; 0 turns the cosine with backprop off.
         checkpoint_every: in steps; 0 for once an epoch (and once a minute in any case).
@@ -67,6 +68,7 @@ class TrainConfig:
     seed: int = 0
     device: str = "cpu"
     dtype: str = "float32"
+    threads: int = 1
     log_every: int = 5
     cosine_every: int = 22
     probe_size: int = 16
@@ -100,6 +102,7 @@ _BOUNDS = {
     "momentum": (0, True),
     "weight_decay": (0, True),
     "seed": (0, True),
+    "threads": (1, True),
     "log_every": (1, True),
     "cosine_every": (0, True),
     "probe_size": (1, True),

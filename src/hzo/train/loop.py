@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from hzo.train.environment import environment
 from hzo.train.files import CURVES, METRICS, SUMMARY, MetricsLog, disk_errors, read_metrics, replace_file
@@ -58,6 +61,16 @@ class Result:
     checkpoint: Path
 
 
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def train(
     run: Run,
     *,
@@ -66,6 +79,33 @@ def train(
     stop: Callable[[], bool] = lambda: False,
 ) -> Result:
     """Train to the end, to step ``max_steps``, or until ``stop()``; leaves a checkpoint in any case."""
+    with _threads(run.config.threads):
+        loss, newest = _steps(run, max_steps, watch, stop)
+        test_loss, test_accuracy = run.test()
+    result = Result(
+        out=run.out,
+        finished=run.done >= 1,
+        step=run.counters.step,
+        loss=loss,
+        test_loss=test_loss,
+        test_accuracy=test_accuracy,
+        queries=run.counters.queries,
+        forward_equivalents=float(run.counters.forward_equivalents),
+        cost=float(run.counters.cost),
+        seconds=run.counters.seconds,
+        checkpoint=newest,
+    )
+    write_summary(run, result)
+    if records := read_metrics(run.out / METRICS):
+        title = f"{run.config.model} on {run.config.data} by {run.config.method}, seed {run.config.seed}"
+        run_curves(records, run.out / CURVES, title=title, method=run.config.method)
+    return result
+
+
+def _steps(
+    run: Run, max_steps: int | None, watch: Callable[[Progress], object], stop: Callable[[], bool]
+) -> tuple[float, Path]:
+    """Train, log and save; returns the last loss and the newest checkpoint."""
     counters = run.counters
     began, before, at_start = time.monotonic(), counters.seconds, run.done
     seen: dict[str, Any] = {"loss": math.nan, "train_accuracy": None, "test_accuracy": None, "cosine": None}
@@ -86,25 +126,7 @@ def train(
                 run.save(log)
                 saved_at = time.monotonic()
         newest = run.save(log)
-    test_loss, test_accuracy = run.test()
-    result = Result(
-        out=run.out,
-        finished=run.done >= 1,
-        step=counters.step,
-        loss=seen["loss"],
-        test_loss=test_loss,
-        test_accuracy=test_accuracy,
-        queries=counters.queries,
-        forward_equivalents=float(counters.forward_equivalents),
-        cost=float(counters.cost),
-        seconds=counters.seconds,
-        checkpoint=newest,
-    )
-    write_summary(run, result)
-    if records := read_metrics(run.out / METRICS):
-        title = f"{run.config.model} on {run.config.data} by {run.config.method}, seed {run.config.seed}"
-        run_curves(records, run.out / CURVES, title=title, method=run.config.method)
-    return result
+    return seen["loss"], newest
 
 
 def one_step(run: Run) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from hzo.train.config import TrainConfig
 
 # The main job's are the defaults of TrainConfig itself.
@@ -46,4 +48,7 @@ def recipe(**given: Any) -> TrainConfig:
     }
     if "lr" not in asked and (share := _RANDOM_RATE.get(settings.get("method", "hzo"))) is not None:
         settings["lr"] = settings.get("lr", TrainConfig.lr) * share
+    if settings.get("data", "digits") != "digits":
+        # The digits' network is so small that a second thread gains little, and much is lost where cores are shared.
+        settings.setdefault("threads", torch.get_num_threads())
     return TrainConfig(**settings)
