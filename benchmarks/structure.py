@@ -61,10 +61,6 @@ def images(batch: int) -> tuple[Tensor, Tensor]:
     return torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
 
 
-def backprop(model: nn.Module, x: Tensor, y: Tensor) -> None:
-    F.cross_entropy(model(x), y).backward()
-
-
 def steps(problem: Problem) -> dict[str, Callable[[], None]]:
     """A step of each, from the same random numbers and without gradients from before."""
     model, x, y = problem
@@ -78,17 +74,15 @@ def steps(problem: Problem) -> dict[str, Callable[[], None]]:
 
     return {
         "hzo": lambda: run(lambda: hzo.backward(chain, F.cross_entropy, x, y, plan=plan)),
-        "backprop": lambda: run(lambda: backprop(model, x, y)),
+        "backprop": lambda: run(lambda: F.cross_entropy(model(x), y).backward()),
     }
 
 
 def seconds(step: Callable[[], Any], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
     start = time.perf_counter()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    step(), wait()
     return time.perf_counter() - start
 
 

@@ -323,6 +323,12 @@ class GPT(nn.Module):
         return self.head(self.norm(x)).transpose(1, 2)
 
 
+def encoder(width: int = 8) -> nn.Module:
+    """torch's own encoder, with its dropout."""
+    layer = nn.TransformerEncoderLayer(width, 2, 2 * width, batch_first=True)
+    return nn.Sequential(nn.Linear(3, width), nn.TransformerEncoder(layer, 2), nn.Flatten(), nn.Linear(4 * width, 10))
+
+
 class UnrolledGRU(nn.Module):
     def __init__(self, features: int = 3, width: int = 5) -> None:
         super().__init__()

@@ -50,7 +50,7 @@ class Attention(nn.Module):
         else:
             scores = q @ k.transpose(-2, -1) / (width // self.heads) ** 0.5
             if self.causal:
-                later = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
+                later = torch.ones(tokens, tokens, dtype=torch.bool, device=x.device).triu(1)
                 scores = scores.masked_fill(later, float("-inf"))
             mixed = scores.softmax(-1) @ v
         return self.out(mixed.transpose(1, 2).reshape(batch, tokens, width))

@@ -237,6 +237,11 @@ def test_nothing_to_train(unit):
         hzo.backward(model, F.cross_entropy, unit.x, unit.y)
 
 
+def test_parameters_without_a_shape(unit):
+    with pytest.raises(InputError, match=r"parameters without a shape yet .* run it once"):
+        hzo.trace(nn.Sequential(nn.LazyLinear(3)), unit.x)
+
+
 def test_not_a_module(unit):
     with pytest.raises(InputError, match=r"expected an nn.Module or an hzo.Chain, got function; wrap it"):
         hzo.backward(lambda x: x, F.cross_entropy, unit.x, unit.y)

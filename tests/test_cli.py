@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hzo import cli
-from hzo.train import commands
+from hzo.train import terminal
 
 SMALL = ["--depth", "2", "--width", "8", "--batch-size", "64", "--epochs", "1"]
 
@@ -129,7 +129,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(hzo, monkeypatch):
     def display(console):
         yield lambda progress: signal.raise_signal(signal.SIGINT) if progress.step == 4 else None
 
-    monkeypatch.setattr(commands, "display", display)
+    monkeypatch.setattr(terminal, "display", display)
     before = signal.getsignal(signal.SIGINT)
     code, out, _ = hzo("train", *SMALL, "--out", "a")
     assert code == 130
@@ -147,7 +147,7 @@ def test_a_second_ctrl_c_stops_at_once(hzo, monkeypatch):
 
         yield watch
 
-    monkeypatch.setattr(commands, "display", display)
+    monkeypatch.setattr(terminal, "display", display)
     code, out, _ = hzo("train", *SMALL, "--out", "a")
     assert code == 130
     assert "Stopped at once" in out

@@ -13,6 +13,8 @@ from cases import Problem
 from networks import Attention, Residual
 
 BATCH = 2
+# Norms of two or three elements cancel most of a cotangent, and with it a digit of a difference.
+TOLERANCE = 10 * oracles.CENTRAL
 TREES = ("flat", "bisect", "stagewise", 3, "planned")
 SMOOTH = (nn.Tanh, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Identity)
 KINKED = (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.LeakyReLU)
@@ -138,7 +140,7 @@ def check(model, x, **options):
 
     kinks = any(isinstance(m, (*KINKED, nn.MaxPool2d)) for m in model.modules())
     # A kink inside a step is rare; a smaller step leaves it out, at the price of rounding.
-    assert error() <= oracles.CENTRAL or (kinks and error(step=1e-8) <= oracles.KINKS)
+    assert error() <= TOLERANCE or (kinks and error(step=1e-8) <= oracles.KINKS)
 
 
 @pytest.mark.parametrize("assume", ["nothing", "locality", "structure"])

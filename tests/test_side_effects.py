@@ -263,13 +263,25 @@ def test_models_with_traces_copy_pickle_and_go_away():
 
 
 def test_what_is_returned_has_no_history():
-    problem = CASES["mlp"].build()
-    loss = hzo.backward(*problem)
+    loss = hzo.backward(*CASES["mlp"].build())
     assert not loss.requires_grad
-    assert not loss.is_inference()
     assert loss.dim() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_inference_mode_makes_ordinary_gradients(dtype):
+    """Those that it makes itself could be neither clipped nor added to."""
+    model, y = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 3)).to(dtype), torch.arange(3)
     with torch.inference_mode():
-        hzo.grad_and_value(*problem)  # allowed, though what it returns then belongs to inference mode
+        x = normal(3, 4).to(dtype)
+        made = [hzo.backward(model, F.cross_entropy, x, y, scale=2.0), *(p.grad for p in model.parameters())]
+        made += [
+            *hzo.grad_and_value(model, F.cross_entropy, x, y)[0].values(),
+            *hzo.cotangents(model, F.mse_loss, x, x[:, :3]),
+        ]
+    assert not any(t.is_inference() for t in made)
+    hzo.backward(model, F.cross_entropy, x.clone(), y)
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
 
 
 def test_works_under_no_grad_and_leaves_grad_mode_alone():

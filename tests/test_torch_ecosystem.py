@@ -9,7 +9,6 @@ from torch import nn
 
 import hzo
 import oracles
-from cases import CASES
 from oracles import normal, relative_errors, worst
 
 
@@ -169,59 +168,6 @@ def test_schedulers(make):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8)
 
 
-# Rounding of the differences, u^(2/3) for every node of a path; for bfloat16 that is 0.04, for float16 0.01. A cosine
-# loses half the square of the relative error, ten nodes long.
-COSINES = {torch.float32: 0.999999, torch.float16: 0.999, torch.bfloat16: 0.99}
-
-
-@pytest.mark.parametrize("scheme", ["central", "forward"])
-@pytest.mark.parametrize("assume", ["nothing", "structure"])
-@pytest.mark.parametrize("dtype", COSINES)
-def test_narrow_dtypes(dtype, assume, scheme):
-    model, (x, y) = network(), batch(32)
-    exact = autograd(model, x, y)
-    narrow = copy.deepcopy(model).to(dtype)
-    hzo.backward(narrow, F.cross_entropy, x.to(dtype), y, assume=assume, scheme=scheme, tree="planned")
-    assert all(p.grad.dtype == dtype for p in narrow.parameters())
-    # Forward differences leave u^(1/2) instead of u^(2/3): 0.09 a node in bfloat16.
-    assert cosine(grads(narrow), exact) >= COSINES[dtype] - (0.02 if scheme == "forward" else 0)
-
-
-@pytest.mark.parametrize(("scheme", "least"), [("central", 0.999), ("forward", 0.99)])
-@pytest.mark.parametrize("assume", ["nothing", "structure"])
-def test_autocast(assume, scheme, least):
-    """The norm's output is float32, what reads it computes in bfloat16: the step is one that bfloat16 sees."""
-    model, (x, y) = nn.Sequential(nn.LayerNorm(6), *network()).double(), batch(32)
-    exact = autograd(model, x, y)
-    single = copy.deepcopy(model).float()
-    with torch.autocast("cpu", torch.bfloat16):
-        hzo.backward(single, F.cross_entropy, x.float(), y, assume=assume, scheme=scheme)
-    assert all(p.grad.dtype == torch.float32 for p in single.parameters())
-    assert cosine(grads(single), exact) >= least
-    for name, p in single.named_parameters():  # each by itself too: the first norm's are small beside the others
-        assert F.cosine_similarity(p.grad.double().flatten(), exact[name].flatten(), dim=0) >= 10 * least - 9, name
-    single.zero_grad()  # a trace under autocast is not one without
-    hzo.backward(single, F.cross_entropy, x.float(), y, assume=assume)
-    assert cosine(grads(single), exact) >= COSINES[torch.float32]
-
-
-def test_grad_scaler():
-    model, (x, y) = network().float(), batch()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    losses = []
-    for _ in range(5):
-        optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
-            scale = scaler.scale(torch.ones(()))
-            losses.append(float(hzo.backward(model, F.cross_entropy, x.float(), y, scale=scale)))
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        scaler.step(optimizer)
-        scaler.update()
-    assert losses[-1] < losses[0]
-
-
 def compiled_child(model):
     return nn.Sequential(*model[:3], torch.compile(nn.Sequential(*model[3:5]), backend="eager"), model[5])
 
@@ -289,29 +235,3 @@ def test_evaluation_mode_and_back():
         hzo.backward(model, F.cross_entropy, x, y)
         torch.manual_seed(3)
         assert worst(relative_errors(grads(model), autograd(model, x, y))) <= oracles.CENTRAL
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-class TestCuda:
-    @pytest.mark.parametrize("assume", ["nothing", "structure"])
-    @pytest.mark.parametrize("name", CASES)
-    def test_gradients(self, name, assume):
-        with torch.device("cuda"):
-            problem = CASES[name].build()
-        move = lambda tree: torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.cuda(), tree)  # noqa: E731
-        problem.module.cuda()
-        problem = type(problem)(problem.model, problem.loss_fn, move(problem.x), move(problem.y))
-        chain = hzo.trace(problem.model, problem.x)
-        random = torch.cuda.get_rng_state()
-        found, _ = hzo.grad_and_value(chain, *list(problem)[1:], assume=assume)
-        torch.cuda.set_rng_state(random)
-        exact, _ = oracles.gradients(problem, {**oracles.parameters_of(problem), **oracles.unregistered(chain)})
-        assert worst(relative_errors(found, exact)) <= (oracles.KINKS if CASES[name].kinks else oracles.CENTRAL)
-
-    def test_autocast(self):
-        model, (x, y) = network(), batch(32)
-        exact = autograd(model, x, y)
-        model = model.float().cuda()
-        with torch.autocast("cuda", torch.float16):
-            hzo.backward(model, F.cross_entropy, x.float().cuda(), y.cuda())
-        assert cosine({n: g.cpu() for n, g in grads(model).items()}, exact) >= COSINES[torch.float16]

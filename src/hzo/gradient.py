@@ -26,6 +26,7 @@ from hzo.sweep import Cotangents, Sweep, sweep
 from hzo.tracing import call_arguments
 
 
+@torch.inference_mode(False)  # whose tensors could be neither clipped nor added to
 def backward(
     model: Chain | nn.Module,
     loss_fn: Callable[..., Any],
@@ -68,6 +69,7 @@ def backward(
     return loss
 
 
+@torch.inference_mode(False)  # whose tensors could be neither clipped nor added to
 def grad_and_value(
     model: Chain | nn.Module,
     loss_fn: Callable[..., Any],
@@ -83,6 +85,7 @@ def grad_and_value(
     return {name: gradient.to(parameter.dtype) for name, (parameter, gradient) in gradients.items()}, loss
 
 
+@torch.inference_mode(False)  # whose tensors could be neither clipped nor added to
 def cotangents(
     model: Chain | nn.Module,
     loss_fn: Callable[..., Any],

@@ -65,12 +65,15 @@ def trace(model: nn.Module | Chain | Callable[..., Any], x: Any) -> Chain:
         NondeterministicError: see ``hzo.plan``, which decides.
     """
     module = model.model if isinstance(model, Chain) else model if isinstance(model, nn.Module) else Stages([model])
+    if any(nn.parameter.is_lazy(p) for p in module.parameters()):
+        raise InputError("the model has parameters without a shape yet (LazyLinear, ...); run it once: model(x)")
     args, kwargs = call_arguments(x)
     nominal = batch_size(args, kwargs)
     batch = min(nominal, _SAMPLES)
     args, kwargs = pytree.tree_map_only(Tensor, lambda t: t[:batch], (args, kwargs))
     larger = pytree.tree_map_only(Tensor, lambda t: torch.cat([t, t[:1]]), (args, kwargs))
-    with torch.no_grad(), contained([module]):
+    # Outside inference mode, whose tensors do not say when they are written to.
+    with torch.inference_mode(False), torch.no_grad(), contained([module]):
         opaque: frozenset[int] = frozenset()
         first, opaque = record(module, args, kwargs, opaque)
         second, opaque = record(module, larger[0], larger[1], opaque)

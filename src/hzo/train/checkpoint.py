@@ -81,7 +81,7 @@ def save(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, counters
     contents[STATE] = (json.dumps(state) + "\n").encode()
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     contents[HASHES] = (json.dumps(hashes, indent=2) + "\n").encode()
-    older = f"the checkpoint before it is whole, go on from it with `hzo train --resume {run}`"
+    older = f"go on with `hzo train --resume {run}`: the checkpoint before this one is whole"
     with disk_errors(f"writing the checkpoint of step {counters.step} in {folder}", older):
         try:
             shutil.rmtree(partial, ignore_errors=True)

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 import hzo
@@ -17,15 +16,42 @@ from hzo.train import compare as comparing
 from hzo.train import config as names
 from hzo.train import models
 from hzo.train.config import TrainConfig, read_config
-from hzo.train.display import clock, display, large, percent
-from hzo.train.files import CONFIG, CURVES, METRICS
-from hzo.train.interrupt import stop_on_interrupt
-from hzo.train.loop import Result, train
+from hzo.train.files import CONFIG
+from hzo.train.loop import Result
 from hzo.train.methods import make_plan
+from hzo.train.options import (
+    Activation,
+    Assume,
+    Augment,
+    BatchSize,
+    Budget,
+    CheckpointEvery,
+    CosineEvery,
+    DataDir,
+    DataName,
+    Decay,
+    Depth,
+    Device,
+    Directions,
+    DType,
+    Epochs,
+    ImageSize,
+    Method,
+    Model,
+    Optimizer,
+    Rate,
+    Schedule,
+    Scheme,
+    Seed,
+    Threads,
+    Tree,
+    Width,
+    one_of,
+)
 from hzo.train.recipes import recipe
 from hzo.train.run import Run, resume, start
+from hzo.train.terminal import announce, conclude, console, errors, train_shown
 
-INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended
 FAILED = 2
 
 app = typer.Typer(
@@ -34,8 +60,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console()
-errors = Console(stderr=True)
 
 
 def run() -> None:
@@ -45,40 +69,6 @@ def run() -> None:
     except HzoError as error:
         errors.print(f"[bold red]error:[/] [red]{escape(str(error))}[/]", highlight=False, soft_wrap=True)
         sys.exit(FAILED)
-
-
-def _one_of(choices: tuple[str, ...]) -> str:
-    return ", ".join(choices)
-
-
-DataName = Annotated[str | None, typer.Option("--data", help=f"{_one_of(names.DATA)}. Default: digits.")]
-DataDir = Annotated[Path | None, typer.Option(help="Folder of cifar10's or imagefolder's files.")]
-ImageSize = Annotated[int | None, typer.Option(help="Side of imagefolder's images, in pixels. Default: 64.")]
-Augment = Annotated[bool | None, typer.Option(help="Shift and mirror training images. Default: yes.")]
-Model = Annotated[str | None, typer.Option(help=f"{_one_of(names.MODELS)}. Default: mlp for digits, cnn for images.")]
-Depth = Annotated[int | None, typer.Option(help="Blocks of the network (layers, of resnet20).")]
-Width = Annotated[int | None, typer.Option(help="Units or channels of a block.")]
-Activation = Annotated[str | None, typer.Option(help=f"{_one_of(names.ACTIVATIONS)}.")]
-Method = Annotated[str | None, typer.Option(help=f"{_one_of(names.METHODS)}. Default: hzo.")]
-Tree = Annotated[str | None, typer.Option(help=f"{_one_of(names.TREES)}, or a number of parts. Default: bisect.")]
-Assume = Annotated[str | None, typer.Option(help=f"{_one_of(names.ASSUMPTIONS)}. Default: locality.")]
-Scheme = Annotated[str | None, typer.Option(help=f"{_one_of(names.SCHEMES)}. Default: central.")]
-Directions = Annotated[int | None, typer.Option(help="Random directions a gradient, for methods that draw any.")]
-Epochs = Annotated[int | None, typer.Option(help="Passes over the training data. Default: 10, of images 20.")]
-Budget = Annotated[float | None, typer.Option(help="Forward equivalents to spend, instead of a number of epochs.")]
-BatchSize = Annotated[int | None, typer.Option(help="Examples a step.")]
-Rate = Annotated[float | None, typer.Option("--lr", help="Highest learning rate. Default: by data, model and method.")]
-Optimizer = Annotated[str | None, typer.Option(help=f"{_one_of(names.OPTIMIZERS)}. Default: sgd.")]
-Decay = Annotated[float | None, typer.Option(help="Weight decay. Default: 0.0005.")]
-Schedule = Annotated[str | None, typer.Option(help=f"{_one_of(names.SCHEDULES)}. Default: one-cycle.")]
-Seed = Annotated[int | None, typer.Option(help="Of weights, order, augmentation and directions. Default: 0.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, … Default: cpu.")]
-DType = Annotated[str | None, typer.Option("--dtype", help=f"{_one_of(names.DTYPES)}. Default: float32.")]
-Threads = Annotated[int | None, typer.Option(help="Threads of the CPU. Default: 1 for digits, all for images.")]
-CosineEvery = Annotated[
-    int | None, typer.Option(help="Steps between measurements of the cosine with backprop; 0: none.")
-]
-CheckpointEvery = Annotated[int | None, typer.Option(help="Steps between checkpoints. Default: an epoch's.")]
 
 
 @app.command("train")
@@ -122,10 +112,10 @@ def train_command(
     else:
         config = recipe(**given)
         running = start(config, out if out is not None else _free_directory(config))
-    _announce(running, resumed=resume_dir is not None)
+    announce(running, resumed=resume_dir is not None)
     go_on = f"hzo train --resume {running.out}"
-    result = _train(running, max_steps, go_on)
-    _conclude(result, go_on)
+    result = train_shown(running, max_steps, go_on)
+    conclude(result, go_on)
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:
@@ -161,69 +151,6 @@ def _resume(directory: Path, given: dict[str, Any]) -> Run:
                 "on with it, or start a new run."
             )
     return resume(names.replace(config, **movable), directory)
-
-
-def _announce(running: Run, *, resumed: bool) -> None:
-    config = running.config
-    weights = sum(p.numel() for p in running.model.parameters())
-    how = (
-        f"{config.method} ({config.tree}, {config.assume}, {config.scheme})"
-        if config.method == "hzo"
-        else config.method
-    )
-    console.print(
-        f"{config.model} ({weights:,} weights) learns {config.data} by {how}, seed {config.seed}, in "
-        f"{running.out}" + (f", from step {running.counters.step}" if resumed else ""),
-        highlight=False,
-        soft_wrap=True,
-    )
-
-
-def _train(running: Run, max_steps: int | None, go_on: str) -> Result:
-    """Train under a display. Ctrl-C saves, says how to go on, and ends the program."""
-
-    def announce() -> None:
-        console.print("Finishing this step, then saving. Ctrl-C again stops at once.")
-
-    try:
-        with stop_on_interrupt(announce) as stop:
-            with display(console) as watch:
-                result = train(running, max_steps=max_steps, watch=watch, stop=stop)
-            interrupted = stop() and not result.finished
-    except KeyboardInterrupt:
-        console.print(
-            f"Stopped at once; what was done since the last checkpoint is lost. Go on with: {go_on}",
-            soft_wrap=True,
-        )
-        raise typer.Exit(INTERRUPTED) from None
-    if interrupted:
-        console.print(
-            f"Stopped at step {result.step}, all is saved. Go on with: {go_on}",
-            highlight=False,
-            soft_wrap=True,
-        )
-        raise typer.Exit(INTERRUPTED)
-    return result
-
-
-def _conclude(result: Result, go_on: str) -> None:
-    spent = f"{large(result.queries)} queries, {large(result.forward_equivalents)} forward equivalents"
-    state = "Finished" if result.finished else f"Stopped at step {result.step} as asked"
-    console.print(
-        f"[bold]{state}: test accuracy {percent(result.test_accuracy)}[/], loss "
-        f"{result.test_loss:.4f}; {spent}, "
-        f"{clock(result.seconds)}.",
-        highlight=False,
-        soft_wrap=True,
-    )
-    for what, where in (
-        ("curves", result.out / CURVES),
-        ("log", result.out / METRICS),
-        ("weights", result.checkpoint / "weights.safetensors"),
-    ):
-        console.print(f"  {what:8} {where}", highlight=False, soft_wrap=True)
-    if not result.finished:
-        console.print(f"Go on with: {go_on}", highlight=False, soft_wrap=True)
 
 
 @app.command("compare")
@@ -279,7 +206,7 @@ def compare_command(
 
     def train_run(running: Run) -> Result:
         console.print(f"[bold]{running.config.method}[/], seed {running.config.seed}", highlight=False)
-        return _train(running, None, go_on=f"hzo compare --resume {out}")
+        return train_shown(running, None, go_on=f"hzo compare --resume {out}")
 
     outcomes = comparing.compare(configs, out, train_run)
     console.print(comparing.table(outcomes))
@@ -304,7 +231,7 @@ def _rates(given: list[str]) -> dict[str, float]:
     for text in given:
         method, _, number = text.rpartition("=")
         if method and method not in names.METHODS:
-            raise InputError(f"expected --lr of one of {_one_of(names.METHODS)}, got {method!r}.")
+            raise InputError(f"expected --lr of one of {one_of(names.METHODS)}, got {method!r}.")
         try:
             rates[method] = float(number)
         except ValueError:

@@ -119,11 +119,13 @@ def table(outcomes: Sequence[Outcome]) -> Table:
     seeds = sorted({outcome.config.seed for outcome in outcomes})
     end = f"{first.epochs} epochs" if first.budget is None else f"{large(first.budget)} forward equivalents each"
     title = f"{first.model} on {first.data}, {end}, seeds {', '.join(map(str, seeds))}"
-    caption = "accuracy and loss on the test split; passes: forward passes that all queries amount to,\n"
-    caption += "a sweep by adjoints taken as two"
-    shown = Table(title=title, title_justify="left", caption=caption, caption_justify="left", box=SIMPLE_HEAD)
+    caption = "accuracy and loss on the test split; passes: what the queries come to\n"
+    caption += "in forward passes, a sweep by adjoints taken as two"
+    shown = Table(
+        title=title, title_justify="left", caption=caption, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False
+    )
     shown.add_column("method", no_wrap=True)
-    for name in ("accuracy, %", "loss", "cosine", "steps", "passes", "queries", "time"):
+    for name in ("accuracy, %", "loss", "cosine", "passes", "queries", "time"):
         shown.add_column(name, justify="right", no_wrap=True)
     for method, group in by_method(outcomes).items():
         cosines = [o.cosine for o in group if o.cosine is not None]
@@ -132,7 +134,6 @@ def table(outcomes: Sequence[Outcome]) -> Table:
             _percent([o.result.test_accuracy for o in group]),
             f"{statistics.fmean(o.result.test_loss for o in group):.4f}",
             f"{statistics.fmean(cosines):.4f}" if cosines else "-",
-            f"{statistics.fmean(o.result.step for o in group):,.0f}",
             large(statistics.fmean(o.result.cost for o in group)),
             large(statistics.fmean(o.result.queries for o in group)),
             clock(statistics.fmean(o.result.seconds for o in group)),

@@ -105,7 +105,7 @@ def comparison(runs: Mapping[str, Sequence[Sequence[Record]]], path: Path, *, ti
             _spread(by_cost, [series(r, "test_accuracy", "cost") for r in seeds], color, method)
             _spread(loss, [_running(series(r, "loss")) for r in seeds], color, method)
         by_step.set(title="test accuracy", xlabel="step")
-        by_cost.set(title="test accuracy", xlabel="cost, in forward passes", xscale="log")
+        by_cost.set(title="test accuracy by cost", xlabel="cost, in forward passes", xscale="log")
         _accuracy_axis(by_step)
         _accuracy_axis(by_cost)
         loss.set(title="training loss", xlabel="step", ylim=(0, None))
@@ -135,7 +135,19 @@ def _spread(axes: Axes, lines: Sequence[Series], color: str, label: str) -> None
     x = lines[0][0][:length]
     y = np.stack([values[:length] for _, values in lines])
     marker = "o" if length <= 20 else None
-    axes.plot(x, y.mean(axis=0), color=color, label=label, marker=marker, markersize=3.5)
+    # Backprop is what the others are held against: dashed and on top, so that what equals it shows through.
+    exact = label == "backprop"
+    axes.plot(
+        x,
+        y.mean(axis=0),
+        color=color,
+        label=label,
+        marker=None if exact else marker,
+        markersize=3.5,
+        linestyle=(0, (4, 3)) if exact else "-",
+        linewidth=1.4 if exact else 2.2,
+        zorder=3 if exact else 2,
+    )
     if len(lines) > 1:
         axes.fill_between(x, y.min(axis=0), y.max(axis=0), color=color, alpha=0.15, linewidth=0)
 
@@ -146,7 +158,7 @@ def _accuracy_axis(axes: Axes) -> None:
 
 
 def _note_last(axes: Axes, x: float, y: float, text: str) -> None:
-    axes.annotate(text, (x, y), textcoords="offset points", xytext=(0, -14), ha="right", va="top", fontsize=10)
+    axes.annotate(text, (x, y), textcoords="offset points", xytext=(0, -14), ha="right", va="top", color="#D55E00")
 
 
 def _cosine_panel(axes: Axes, lines: Sequence[tuple[Series, str, str]]) -> None:
@@ -162,7 +174,7 @@ def _cosine_panel(axes: Axes, lines: Sequence[tuple[Series, str, str]]) -> None:
     # From the next round number below (0.99, 0.9, 0) to just over one: a cosine near one must look like it.
     floor = next((limit for limit in (0.99, 0.9, 0.0) if lowest > limit), min(-0.05, lowest * 1.1))
     axes.set_ylim(floor, 1 + 0.06 * (1 - floor))
-    axes.set_yticks([floor, (floor + 1) / 2, 1.0])
+    axes.set_yticks([max(floor, 0.0), (max(floor, 0.0) + 1) / 2, 1.0])
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.axhline(1.0, color="#888888", linewidth=0.8)
     axes.set_title(f"lowest {lowest:.6f}" if lowest > 0.9 else f"lowest {lowest:.3f}", loc="right", fontsize=9)
