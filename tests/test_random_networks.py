@@ -12,6 +12,8 @@ import oracles
 from cases import Problem
 from networks import Attention, Residual
 
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # of torch's
+
 BATCH = 2
 # Norms of two or three elements cancel most of a cotangent, and with it a digit of a difference.
 TOLERANCE = 10 * oracles.CENTRAL
