@@ -17,7 +17,7 @@ ROWS = (
     ("trees", "coloring", "probes", "differences", "violations", "dot_product", "vjp"),
     ("parameter_rules", "losses", "adjoints", "locality", "crosstalk"),
     ("plan", "cost", "choice", "planner", "preparation"),
-    ("parameter_gradients", "sweep", "gradient"),
+    ("schedule", "parameter_gradients", "sweep", "gradient"),
     ("checking", "coloring_check", "inference", "blackbox", "presets", "baselines", "hzo"),
     ("train", "cli", "__main__"),
 )

@@ -8,7 +8,7 @@ query sees the same dropout mask.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -32,6 +32,16 @@ class Activities:
     values: dict[int, Tensor] = field(default_factory=dict)
     random: dict[int, RandomState] = field(default_factory=dict)
     buffers: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
+
+    def let_go(self, graph: Graph, values: Iterable[int]) -> None:
+        """Free the memory of these values; a tensor of NaN that takes none keeps their shape, dtype and device.
+
+        Whoever reads one by mistake gets NaN, which no estimate survives.
+        """
+        for value in values:
+            if graph.values[value].batched and graph.values[value].floating:
+                tensor = self.values[value]
+                self.values[value] = tensor.new_full((), float("nan")).expand(tensor.shape)
 
 
 def resolve(op: Operation, lookup: Callable[[int], Tensor], batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -72,8 +82,11 @@ def call(op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
     return (*results, *(c for c in changed if all(c is not r for r in results)))
 
 
-def base_pass(graph: Graph, inputs: Sequence[Tensor]) -> Activities:
+def base_pass(graph: Graph, inputs: Sequence[Tensor], kept: Container[int] | None = None) -> Activities:
     """Run the whole graph once, as an ordinary forward pass does, and keep what queries will need.
+
+    Args:
+        kept: values to keep; what else nobody reads any more is let go. None keeps all.
 
     Cost: one forward pass (``base_evaluations``). Buffers and random state move as in one ordinary forward pass.
     """
@@ -92,6 +105,9 @@ def base_pass(graph: Graph, inputs: Sequence[Tensor]) -> Activities:
         for value, tensor in zip(op.writes, call(op, args, kwargs), strict=True):
             values[value] = tensor
         write_back(op, values, buffers)
+        if kept is not None:
+            read = (v for v in {*op.reads, *op.writes} if graph.last_read[v] <= op.index and v not in kept)
+            activities.let_go(graph, read)
     queries.add(base_evaluations=activities.batch * len(graph.stages))
     return activities
 

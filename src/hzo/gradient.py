@@ -18,11 +18,12 @@ from hzo.chain import Attribute, Chain, Graph, Operation, Ref, tensors_in
 from hzo.errors import InputError, NonFiniteError
 from hzo.execution import Activities, base_pass
 from hzo.losses import loss_and_cotangent
-from hzo.parameter_gradients import Gradients, Local, parameter_gradients
+from hzo.parameter_gradients import Gradients
 from hzo.plan import Plan
 from hzo.preparation import prepare
+from hzo.schedule import schedule
 from hzo.side_effects import contained, undone_on_error
-from hzo.sweep import Cotangents, Sweep, sweep
+from hzo.sweep import Cotangents, sweep
 from hzo.tracing import call_arguments
 
 
@@ -104,7 +105,7 @@ def cotangents(
     """
     if plan is None:
         options = {"boundaries": "all", **options}
-    _, _, (graph, found) = _estimate(model, loss_fn, x, y, plan, memory, options)
+    _, _, (graph, found) = _estimate(model, loss_fn, x, y, plan, memory, options, keep=True)
     result: list[Tensor | tuple[Tensor | None, ...] | None] = []
     for position in graph.boundaries:
         floating = [v for v in graph.live[position] if graph.values[v].floating]
@@ -123,6 +124,7 @@ def _estimate(
     plan: Plan | None,
     memory: int | None,
     options: dict[str, Any],
+    keep: bool = False,
 ) -> tuple[Gradients, Tensor, tuple[Graph, Cotangents]]:
     chain, plan = prepare(model, x, plan, options)
     graph = chain.traced
@@ -132,30 +134,26 @@ def _estimate(
             raise NonFiniteError("the input x holds NaN or infinity; clean the data before training on it")
     modules = [chain.model, *(op.module for op in graph.operations if op.module is not None)]
     with undone_on_error(modules):
-        activities = base_pass(graph, inputs)
+        steps = schedule(graph, plan)
+        activities = base_pass(graph, inputs, steps.kept)
         output = pytree.tree_map_only(Ref, lambda ref: activities.values[ref.value], graph.output)
         output = pytree.tree_map_only(Attribute, Attribute.get, output)
-        loss, cotangent = _loss(graph, activities, loss_fn, output, y)
+        loss, cotangent = _loss(graph, inputs, loss_fn, output, y)
         # Drawn where it moves the random state on, so that the next gradient has other signs.
         seed = int(torch.randint(2**62, ())) if plan.approximate else 0
         with contained(modules):
-            found = sweep(graph, plan, activities, _at_the_end(graph, cotangent), memory, seed)
-            local = Local(graph, activities, plan.perturbed, plan.scheme, plan.step, found.along)
-            gradients = parameter_gradients(local, _of_outputs(found))
-    return gradients, loss, (graph, found.cotangents)
+            at_the_end = _at_the_end(graph, cotangent)
+            del output, cotangent
+            found = sweep(graph, plan, steps, activities, at_the_end, memory=memory, seed=seed, keep=keep)
+    return found.gradients, loss, (graph, found.cotangents)
 
 
-def _of_outputs(found: Sweep) -> dict[int, Tensor]:
-    """The cotangents of what operations with parameters write, at the boundary right behind each."""
-    at = ((op, found.cotangents.get(op.index + 1, {})) for op in found.graph.operations if op.parameters)
-    return {v: behind[v] for op, behind in at for v in op.writes if v in behind}
-
-
-def _loss(graph: Graph, activities: Activities, loss_fn: Callable[..., Any], output: Any, y: Any) -> tuple[Tensor, Any]:
+def _loss(graph: Graph, inputs: list[Tensor], loss_fn: Callable[..., Any], output: Any, y: Any) -> tuple[Tensor, Any]:
     try:
         return loss_and_cotangent(loss_fn, output, y)
     except (NonFiniteError, InputError) as error:
-        first = _first_not_finite(graph, activities)
+        # Once more with everything kept; what this moves is undone with the rest.
+        first = _first_not_finite(graph, base_pass(graph, inputs))
         if first is None:
             raise
         raise NonFiniteError(

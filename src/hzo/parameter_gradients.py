@@ -38,7 +38,7 @@ class Local:
     perturbed: tuple[ParameterProbe, ...]
     scheme: Scheme = "central"
     step: float | None = None
-    along: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
+    along: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
 
 def parameter_gradients(local: Local, cotangents: Mapping[int, Tensor]) -> Gradients:
@@ -49,26 +49,35 @@ def parameter_gradients(local: Local, cotangents: Mapping[int, Tensor]) -> Gradi
 
     Cost: a ``parameter_rule`` for each closed form; 2 n B queries of one operation for n perturbed elements.
     """
-    # Last operation first, so that a value derived from parameters has all its cotangents when it is reached.
-    at = dict(cotangents)
     gradients: Gradients = {}
-    perturbed = {(probe.operation, probe.use) for probe in local.perturbed}
+    derived: dict[int, Tensor] = {}
     for op in reversed(local.graph.operations):
-        given = {v: at[v] for v in op.writes if v in at}
-        if not op.parameters or not given:
-            continue
-        closed = [use for k, use in enumerate(op.parameters) if (op.index, k) not in perturbed]
-        by_probe = [use for k, use in enumerate(op.parameters) if (op.index, k) in perturbed]
-        results = _by_rule(local, op, closed, given)
-        results += [(use, _by_perturbation(local, op, use, given)) for use in by_probe]
-        for use, gradient in results:
-            if isinstance(use.where, Ref):
-                derived = use.where.value
-                at[derived] = at[derived] + gradient if derived in at else gradient
-            else:
-                tied = gradients.get(use.name)
-                gradients[use.name] = (use.where.get(), gradient if tied is None else tied[1] + gradient)
+        add_gradients(local, op, cotangents, derived, gradients)
     return gradients
+
+
+def add_gradients(
+    local: Local, op: Operation, cotangents: Mapping[int, Tensor], derived: dict[int, Tensor], gradients: Gradients
+) -> None:
+    """Add the gradients of one operation's parameters to ``gradients``, of values derived from such to ``derived``.
+
+    Called for the last operation first, so that a derived value has all its cotangents when its maker is reached.
+    """
+    at = cotangents if op.batched else derived
+    given = {v: at[v] for v in op.writes if v in at}
+    if not op.parameters or not given:
+        return
+    perturbed = {probe.use for probe in local.perturbed if probe.operation == op.index}
+    closed = [use for k, use in enumerate(op.parameters) if k not in perturbed]
+    results = _by_rule(local, op, closed, given)
+    results += [(op.parameters[k], _by_perturbation(local, op, op.parameters[k], given)) for k in sorted(perturbed)]
+    for use, gradient in results:
+        if isinstance(use.where, Ref):
+            known = derived.get(use.where.value)
+            derived[use.where.value] = gradient if known is None else known + gradient
+        else:
+            tied = gradients.get(use.name)
+            gradients[use.name] = (use.where.get(), gradient if tied is None else tied[1] + gradient)
 
 
 def _by_rule(
@@ -78,7 +87,7 @@ def _by_rule(
     if not slots:
         return []
     queries.add(parameter_rules=len(slots))
-    along = local.along.get(op.index, {})
+    along = local.along.pop(op.index, {})
     if slots.keys() <= along.keys():
         return [(use, along[str(slot)]) for slot, use in slots.items()]
     args, kwargs = resolve(op, local.activities.values.__getitem__, local.activities.batch)

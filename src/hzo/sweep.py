@@ -13,7 +13,9 @@ from hzo.cost import bytes_per_direction
 from hzo.crosstalk import over_signs
 from hzo.differences import narrowest
 from hzo.execution import Activities, resolve, run_alone, run_slice
+from hzo.parameter_gradients import Gradients, Local, add_gradients
 from hzo.plan import Node, Plan
+from hzo.schedule import Schedule
 from hzo.vjp import directions_per_chunk, vjp_rows
 
 Cotangents = dict[int, dict[int, Tensor]]
@@ -25,9 +27,10 @@ class Sweep:
     """What a sweep works with and what it finds.
 
     Attributes:
-        cotangents: of the values at every position reached.
+        cotangents: of the values at the positions that are still of use, or at all of them if asked to keep them.
+        local: how parameter gradients are taken. gradients: those found.
+        derived: cotangents of values derived from parameters.
         seed: of the signs of approximate probes.
-        along: parameter gradients that the kernel of an adjoint gave along, by operation and name of the parameter.
     """
 
     graph: Graph
@@ -35,38 +38,58 @@ class Sweep:
     activities: Activities
     memory: int | None
     cotangents: Cotangents
+    local: Local
     seed: int = 0
-    along: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    gradients: Gradients = field(default_factory=dict)
+    derived: dict[int, Tensor] = field(default_factory=dict)
 
 
 def sweep(
     graph: Graph,
     plan: Plan,
+    steps: Schedule,
     activities: Activities,
     at_the_end: dict[int, Tensor],
+    *,
     memory: int | None,
     seed: int = 0,
+    keep: bool = False,
 ) -> Sweep:
-    """Carry the cotangents from the end through the nodes of the plan.
+    """Carry the cotangents from the end through the nodes of the plan, and turn them into parameter gradients.
 
     Args:
+        steps: of the plan. activities: of a base pass that kept what the steps read; they are let go as it goes on.
         at_the_end: cotangents of the output's values, in the accumulation dtype.
         memory: bytes for the perturbed copies of a chunk; None takes a share of what is free.
         seed: of the signs of approximate probes.
+        keep: keep all cotangents.
 
     Cost: the plan's. Source: paper (the recursion); which nodes, and by which probe, is the plan's affair (ours).
     """
-    state = Sweep(graph, plan, activities, memory, {len(graph.operations): at_the_end}, seed)
+    end = len(graph.operations)
+    local = Local(graph, activities, plan.perturbed, plan.scheme, plan.step)
+    state = Sweep(graph, plan, activities, memory, {end: at_the_end}, local, seed)
     found = state.cotangents
-    for node in plan.nodes:
-        at_source = found.get(node.source, {})
-        estimate = _estimate(state, node, at_source) if node.operations else None
-        if node.carried and node.value in at_source:
-            carried = at_source[node.value]
-            estimate = carried if estimate is None else estimate + carried
-        if estimate is not None:
-            found.setdefault(node.target, {})[node.value] = estimate
+    for position in range(end, -1, -1):
+        for node in steps.nodes[position]:
+            _run_node(state, node)
+        if position < end:
+            behind = found.get(position + 1, {})
+            add_gradients(local, graph.operations[position], behind, state.derived, state.gradients)
+        activities.let_go(graph, steps.activities[position])
+        for source in steps.cotangents[position] if not keep else ():
+            found.pop(source, None)
     return state
+
+
+def _run_node(state: Sweep, node: Node) -> None:
+    at_source = state.cotangents.get(node.source, {})
+    estimate = _estimate(state, node, at_source) if node.operations else None
+    if node.carried and node.value in at_source:
+        carried = at_source[node.value]
+        estimate = carried if estimate is None else estimate + carried
+    if estimate is not None:
+        state.cotangents.setdefault(node.target, {})[node.value] = estimate
 
 
 def _estimate(state: Sweep, node: Node, at_source: dict[int, Tensor]) -> Tensor | None:
@@ -90,7 +113,8 @@ def _estimate(state: Sweep, node: Node, at_source: dict[int, Tensor]) -> Tensor 
     if probe.coloring is not None:
         probe = replace(probe, coloring=probe.coloring.for_outputs([node.outputs.index(v) for v in outputs]), draws=1)
     cotangents = [values[v].rows(at_source[v], batch) for v in outputs]
-    base = [values[v].rows(activities.values[v], batch) for v in outputs]
+    forward = state.plan.scheme == "forward"
+    base = [values[v].rows(activities.values[v], batch) for v in outputs] if forward else None
     chunk = directions_per_chunk(bytes_per_direction(graph, node, batch), state.memory, rows.device)
     where = f"the activity at {graph.describe(node.target)}"
     precision = narrowest(
@@ -144,7 +168,7 @@ def _apply_adjoint(state: Sweep, node: Node, cotangents: dict[int, Tensor]) -> T
     if rule.with_parameters is None or not _has_closed_parameters(state, op):
         return rule.apply(call, node.value)
     estimate, parameters = rule.with_parameters(call, node.value)
-    state.along[op.index] = parameters
+    state.local.along[op.index] = parameters
     return estimate
 
 

@@ -54,8 +54,8 @@ def _by_matrix(graph: Graph, op: Operation, value: int) -> bool:
     return dims == 2 and _batched(graph, op, value)
 
 
-_LINEAR = Adjoint("affine", _apply, _batched, _probes)
-_MATRIX = Adjoint("affine", _apply, _by_matrix, _probes)
+_LINEAR = Adjoint("affine", _apply, _batched, _probes, reads="shapes")
+_MATRIX = Adjoint("affine", _apply, _by_matrix, _probes, reads="shapes")
 
 MODULES: dict[type[nn.Module], Adjoint] = {nn.Linear: _LINEAR}
 FUNCTIONS = {F.linear: _LINEAR}

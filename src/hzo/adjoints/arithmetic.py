@@ -244,12 +244,12 @@ _COPIES = (
 _PARTS = ("chunk", "split", "tensor_split", "unbind", "narrow", "select")
 _SHAPES_ONLY = ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")
 
-_SUM = Adjoint("sum", _by_local_rule, _has_local_rule)
-_PRODUCT = Adjoint("bilinear", _by_local_rule, _no_weights)
-_SAME_ORDER = Adjoint("reindexing", _same_order, _same_places)
-_REINDEXING = Adjoint("reindexing", _places)
-_OWN_ADJOINT = Adjoint("reindexing", _itself, is_first_operand)
-_PERMUTED = Adjoint("reindexing", _permuted, is_first_operand)
+_SUM = Adjoint("sum", _by_local_rule, _has_local_rule, reads="shapes")
+_PRODUCT = Adjoint("bilinear", _by_local_rule, _no_weights, reads="inputs")
+_SAME_ORDER = Adjoint("reindexing", _same_order, _same_places, reads="shapes")
+_REINDEXING = Adjoint("reindexing", _places, reads="shapes")
+_OWN_ADJOINT = Adjoint("reindexing", _itself, is_first_operand, reads="shapes")
+_PERMUTED = Adjoint("reindexing", _permuted, is_first_operand, reads="shapes")
 
 FUNCTIONS: dict[Any, Adjoint] = {
     **dict.fromkeys(_functions(*_SUMS), _SUM),
@@ -260,17 +260,21 @@ FUNCTIONS: dict[Any, Adjoint] = {
     **dict.fromkeys(_functions("permute"), _PERMUTED),
     # How reading the attributes .T and .mT reaches the recording.
     **dict.fromkeys((Tensor.T.__get__, Tensor.mT.__get__), _PERMUTED),  # type: ignore[attr-defined]
-    **dict.fromkeys(_functions("expand", "expand_as"), Adjoint("reindexing", _expanded)),
-    **dict.fromkeys(_functions("cat", "concat", "concatenate"), Adjoint("reindexing", _concatenated, _joins)),
-    torch.stack: Adjoint("reindexing", _stacked, _joins),
-    **dict.fromkeys(_functions(*_PARTS), Adjoint("reindexing", _parts, is_first_operand)),
-    **dict.fromkeys(_functions(*_SHAPES_ONLY), Adjoint("reindexing", _nothing, is_first_operand)),
-    Tensor.__getitem__: Adjoint("reindexing", _indexed, is_first_operand),
-    F.pad: Adjoint("reindexing", _padded, _pads),
-    **dict.fromkeys(_functions("masked_fill", "masked_fill_"), Adjoint("selection", _masked_fill, _fills)),
-    torch.where: Adjoint("selection", _where, _chooses),
-    **dict.fromkeys(_functions("mean"), Adjoint("sum", _mean, _over_dimensions)),
-    **dict.fromkeys(_functions("sum"), Adjoint("sum", _sum, _over_dimensions)),
+    **dict.fromkeys(_functions("expand", "expand_as"), Adjoint("reindexing", _expanded, reads="shapes")),
+    **dict.fromkeys(
+        _functions("cat", "concat", "concatenate"), Adjoint("reindexing", _concatenated, _joins, reads="shapes")
+    ),
+    torch.stack: Adjoint("reindexing", _stacked, _joins, reads="shapes"),
+    **dict.fromkeys(_functions(*_PARTS), Adjoint("reindexing", _parts, is_first_operand, reads="shapes")),
+    **dict.fromkeys(_functions(*_SHAPES_ONLY), Adjoint("reindexing", _nothing, is_first_operand, reads="shapes")),
+    Tensor.__getitem__: Adjoint("reindexing", _indexed, is_first_operand, reads="shapes"),
+    F.pad: Adjoint("reindexing", _padded, _pads, reads="shapes"),
+    **dict.fromkeys(
+        _functions("masked_fill", "masked_fill_"), Adjoint("selection", _masked_fill, _fills, reads="shapes")
+    ),
+    torch.where: Adjoint("selection", _where, _chooses, reads="shapes"),
+    **dict.fromkeys(_functions("mean"), Adjoint("sum", _mean, _over_dimensions, reads="shapes")),
+    **dict.fromkeys(_functions("sum"), Adjoint("sum", _sum, _over_dimensions, reads="shapes")),
 }
 
 MODULES: dict[type[nn.Module], Adjoint] = {

@@ -83,12 +83,12 @@ def _attention(call: Call, value: int) -> Tensor:
     return found
 
 
-_SOFTMAX = Adjoint("softmax", _softmax, _accepts_softmax)
-_LOG_SOFTMAX = Adjoint("softmax", _log_softmax, _accepts_softmax)
+_SOFTMAX = Adjoint("softmax", _softmax, _accepts_softmax, reads="output")
+_LOG_SOFTMAX = Adjoint("softmax", _log_softmax, _accepts_softmax, reads="output")
 
 MODULES: dict[type[nn.Module], Adjoint] = {nn.Softmax: _SOFTMAX, nn.LogSoftmax: _LOG_SOFTMAX}
 FUNCTIONS: dict[Any, Adjoint] = {
     **dict.fromkeys((F.softmax, torch.softmax, Tensor.softmax), _SOFTMAX),
     **dict.fromkeys((F.log_softmax, torch.log_softmax, Tensor.log_softmax), _LOG_SOFTMAX),
-    F.scaled_dot_product_attention: Adjoint("bilinear", _attention, _accepts_attention),
+    F.scaled_dot_product_attention: Adjoint("bilinear", _attention, _accepts_attention, reads="inputs"),
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -72,6 +72,7 @@ class Adjoint:
         apply: the cotangent of the operand.
         with_parameters: the same, and the gradients of the module's own parameters, where one kernel gives both; they
             are the closed parameter rules' and assume what these do.
+        reads: which activities ``apply`` reads; of others it sees only shape and dtype, their elements are NaN.
         probes: shapes of the inputs that ``apply`` measures with, in order.
     """
 
@@ -80,6 +81,7 @@ class Adjoint:
     accepts: Callable[[Graph, Operation, int], bool] = lambda graph, op, value: True
     probes: Callable[[Graph, Operation, int], list[Shape]] = lambda graph, op, value: []
     with_parameters: Callable[[Call, int], tuple[Tensor, dict[str, Tensor]]] | None = None
+    reads: Literal["all", "inputs", "output", "shapes"] = "all"
 
 
 def slots_of(op: Operation, value: int) -> list[int | str]:

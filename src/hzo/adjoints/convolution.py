@@ -260,7 +260,7 @@ def _probes(graph: Graph, op: Operation, value: int) -> list[Shape]:
     return [shape.probe]
 
 
-_CONVOLUTION = Adjoint("stationary", _apply, _accepts, _probes, _with_parameters)
+_CONVOLUTION = Adjoint("stationary", _apply, _accepts, _probes, _with_parameters, reads="shapes")
 
 MODULES: dict[type[nn.Module], Adjoint] = dict.fromkeys(
     (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _CONVOLUTION

@@ -51,4 +51,4 @@ def _apply(call: Call, value: int) -> Tensor:
 
 
 MODULES: dict[type[nn.Module], Adjoint] = {}
-FUNCTIONS = {torch.einsum: Adjoint("bilinear", _apply, _accepts)}
+FUNCTIONS = {torch.einsum: Adjoint("bilinear", _apply, _accepts, reads="inputs")}

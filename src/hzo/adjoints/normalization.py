@@ -190,10 +190,10 @@ def _group_with_parameters(call: Call, value: int) -> tuple[Tensor, dict[str, Te
     return of_input, {"weight": of_gamma, "bias": of_beta}
 
 
-_BATCH = Adjoint("normalizing", _batch, _group_accepts, _batch_probes, _batch_with_parameters)
-_LAYER = Adjoint("normalizing", _layer, _layer_accepts, _layer_probes, _layer_with_parameters)
-_RMS = Adjoint("normalizing", _rms, _layer_accepts, _layer_probes)
-_GROUP = Adjoint("normalizing", _group, _group_accepts, _group_probes, _group_with_parameters)
+_BATCH = Adjoint("normalizing", _batch, _group_accepts, _batch_probes, _batch_with_parameters, reads="inputs")
+_LAYER = Adjoint("normalizing", _layer, _layer_accepts, _layer_probes, _layer_with_parameters, reads="inputs")
+_RMS = Adjoint("normalizing", _rms, _layer_accepts, _layer_probes, reads="inputs")
+_GROUP = Adjoint("normalizing", _group, _group_accepts, _group_probes, _group_with_parameters, reads="inputs")
 
 MODULES: dict[type[nn.Module], Adjoint] = {
     nn.BatchNorm1d: _BATCH,

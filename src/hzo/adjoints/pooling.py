@@ -73,9 +73,9 @@ def _rectified(call: Call, value: int) -> Tensor:
     return found
 
 
-_MAP = Adjoint("affine", _shared_map, _spatial, _map_probes)
-_MAXIMUM = Adjoint("selection", _maximum, _one_output)
-_RELU = Adjoint("selection", _rectified, is_first_operand)
+_MAP = Adjoint("affine", _shared_map, _spatial, _map_probes, reads="shapes")
+_MAXIMUM = Adjoint("selection", _maximum, _one_output, reads="inputs")
+_RELU = Adjoint("selection", _rectified, is_first_operand, reads="output")
 
 MODULES: dict[type[nn.Module], Adjoint] = {
     **dict.fromkeys(
