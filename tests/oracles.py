@@ -10,8 +10,9 @@ from torch.utils import _pytree as pytree
 
 import hzo
 from cases import CASES, Case, Problem
-from hzo.chain import Chain, Ref
+from hzo.chain import Chain
 from hzo.execution import call, resolve
+from hzo.graph import Ref
 from hzo.tracing import call_arguments
 
 # Central differences of one node in float64, h = u^(1/3) of the scale: h² of curvature and u/h of rounding are each

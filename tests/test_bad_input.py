@@ -46,6 +46,26 @@ def unit():
     return Unit()
 
 
+def test_plan_of_a_chain_with_another_operation(unit):
+    class Net(nn.Module):
+        def __init__(self, act):
+            super().__init__()
+            self.first, self.act, self.last = nn.Linear(4, 4), act, nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.last(self.act(self.first(x)))
+
+    elementwise = hzo.plan(hzo.trace(Net(nn.Tanh()).double(), unit.x))
+    mixing = hzo.trace(Net(nn.Softmax(-1)).double(), unit.x)
+    with pytest.raises(PlanError, match="made for another chain"):
+        hzo.backward(mixing, F.cross_entropy, unit.x, unit.y, plan=elementwise)
+
+
+def test_plan_of_what_is_not_a_chain(unit):
+    with pytest.raises(InputError, match=r"hzo\.trace"):
+        hzo.plan(unit.model)
+
+
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 def test_input_not_finite(unit, value):
     unit.x[2, 1] = value

@@ -13,7 +13,17 @@ FILES = sorted(ROOT.rglob("*.py"))
 # Each may import from what stands above it. A folder is one layer. Put a new file where its imports allow.
 ROWS = (
     ("errors", "queries", "patterns", "declaring"),
-    ("chain", "structure", "decompositions", "side_effects", "execution", "inspection", "recording", "tracing"),
+    (
+        "graph",
+        "chain",
+        "structure",
+        "decompositions",
+        "side_effects",
+        "execution",
+        "inspection",
+        "recording",
+        "tracing",
+    ),
     ("trees", "coloring", "probes", "differences", "violations", "dot_product", "vjp"),
     ("parameter_rules", "losses", "adjoints", "locality", "crosstalk"),
     ("plan", "cost", "choice", "planner", "preparation"),

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hzo.adjoints import find_adjoint
-from hzo.chain import Graph
 from hzo.coloring import color, thin
 from hzo.cost import adjoint_cost, node_cost
 from hzo.crosstalk import DRAWS
 from hzo.differences import Scheme
 from hzo.errors import PlanError
+from hzo.graph import Graph
 from hzo.locality import slice_locality
 from hzo.plan import Cost
 from hzo.probes import Probe

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from fractions import Fraction
 from math import prod
 
-from hzo.chain import Graph
 from hzo.differences import Scheme, evaluations
+from hzo.graph import Graph
 from hzo.plan import Cost, Node
 from hzo.probes import Probe
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from hzo import queries
-from hzo.chain import Attribute, Extent, Graph, Operation, ParameterUse, Ref, leaves, map_arguments, tensors_in
 from hzo.errors import InputError
+from hzo.graph import Attribute, Extent, Graph, Operation, ParameterUse, Ref, leaves, map_arguments, tensors_in
 from hzo.side_effects import RandomState, devices_of, random_state, set_random_state
 
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from hzo.chain import Attribute, Chain, Graph, Operation, Ref, tensors_in
+from hzo.chain import Chain
 from hzo.errors import InputError, NonFiniteError
 from hzo.execution import Activities, base_pass
+from hzo.graph import Attribute, Graph, Operation, Ref, tensors_in
 from hzo.losses import loss_and_cotangent
 from hzo.parameter_gradients import Gradients
 from hzo.plan import Plan

@@ -13,11 +13,12 @@ from itertools import pairwise
 
 import torch
 
-from hzo.chain import Attribute, Chain, Graph, Operation, ParameterUse, Ref, map_arguments
+from hzo.chain import Chain
 from hzo.choice import Allowed, check_spacing, choose_probe
 from hzo.cost import parameter_cost
 from hzo.differences import Scheme, check_scheme, check_step
 from hzo.errors import CoupledSamplesError, InputError, NondeterministicError, PlanError
+from hzo.graph import Attribute, Graph, Operation, ParameterUse, Ref, map_arguments
 from hzo.parameter_rules import find_rule
 from hzo.plan import Cost, Node, ParameterProbe, Plan
 from hzo.structure import Assume, check_assume
@@ -59,10 +60,15 @@ def plan(
     The plan predicts exactly what ``hzo.count_queries`` will count. Source: trees: paper and ours.
 
     Raises:
+        InputError: not a chain. TraceError: a chain that has not seen an input.
         PlanError: an unknown option, or a chain without anything to train.
         CoupledSamplesError: a query would run a stage in which samples influence each other (BatchNorm in train mode).
         NondeterministicError: a stage that does not repeat, and no noise declared.
     """
+    if not isinstance(chain, Chain):
+        raise InputError(
+            f"expected a traced chain, got a {type(chain).__name__}: chain = hzo.trace(model, x), then hzo.plan(chain)"
+        )
     graph = chain.traced
     check_tree(tree), check_assume(assume), check_scheme(scheme), check_step(step)
     if boundaries not in ("needed", "all"):

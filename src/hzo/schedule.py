@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from hzo.adjoints import find_adjoint
-from hzo.chain import Graph
+from hzo.graph import Graph
 from hzo.plan import Node, Plan
 
 

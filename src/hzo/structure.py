@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as _module_globals
 
-from hzo.chain import Graph, Operation
 from hzo.declaring import declared
 from hzo.errors import PlanError
+from hzo.graph import Graph, Operation
 
 Assume = Literal["nothing", "locality", "structure"]
 ASSUMPTIONS = get_args(Assume)

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from hzo import queries
 from hzo.adjoints import Call, find_adjoint
-from hzo.chain import Graph, Operation
 from hzo.cost import bytes_per_direction
 from hzo.crosstalk import over_signs
 from hzo.differences import narrowest
 from hzo.execution import Activities, resolve, run_alone, run_slice
+from hzo.graph import Graph, Operation
 from hzo.parameter_gradients import Gradients, Local, add_gradients
 from hzo.plan import Node, Plan
 from hzo.schedule import Schedule

@@ -17,22 +17,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from hzo.chain import (
+from hzo.chain import Chain, Stages
+from hzo.errors import InputError, TraceError
+from hzo.graph import (
     Attribute,
-    Chain,
     Extent,
     Graph,
     Operation,
     ParameterUse,
     Ref,
     Stage,
-    Stages,
     Value,
     leaves,
     map_arguments,
     tensors_in,
 )
-from hzo.errors import InputError, TraceError
 from hzo.inspection import inspect_operations
 from hzo.recording import Call, ReadsValuesError, Recorder, Recording
 from hzo.side_effects import contained

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from hzo import queries
-from hzo.chain import tensors_in
 from hzo.differences import Scheme, accumulation_dtype, check_scheme, check_step, default_step, narrowest, stepped
 from hzo.errors import InputError, NonFiniteError
+from hzo.graph import tensors_in
 from hzo.probes import Probe, decode, select
 from hzo.side_effects import RandomState, contained, devices_of, random_state, set_random_state
 

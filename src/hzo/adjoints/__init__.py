@@ -23,8 +23,8 @@ from collections.abc import Hashable
 
 from hzo.adjoints import affine, arithmetic, attention, convolution, declared, einsum, normalization, pooling
 from hzo.adjoints.common import Adjoint, Call, Shape
-from hzo.chain import Graph, Operation
 from hzo.declaring import declared as declared_of
+from hzo.graph import Graph, Operation
 from hzo.structure import untouched
 
 __all__ = ["Adjoint", "Call", "Shape", "find_adjoint"]

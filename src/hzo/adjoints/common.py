@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hzo.chain import Graph, Operation, Ref, leaves, map_arguments
+from hzo.graph import Graph, Operation, Ref, leaves, map_arguments
 
 Shape = tuple[int, ...]
 

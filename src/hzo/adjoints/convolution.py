@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from hzo.adjoints.affine import impulse_size
 from hzo.adjoints.common import Adjoint, Call, Shape, argument, is_first_operand
-from hzo.chain import Attribute, Graph, Operation
+from hzo.graph import Attribute, Graph, Operation
 
 
 @dataclass(frozen=True)

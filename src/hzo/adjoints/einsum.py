@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hzo.adjoints.common import Adjoint, Call
-from hzo.chain import Graph, Operation, Ref
+from hzo.graph import Graph, Operation, Ref
 
 
 def _letters(equation: str) -> tuple[list[str], str] | None:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from hzo.baselines import _evaluate as ev
 from hzo.baselines._per_sample import contributions
-from hzo.chain import Graph, Operation, Ref, map_arguments, tensors_in
 from hzo.errors import CoupledSamplesError, InputError
 from hzo.execution import Activities, base_pass, query, resolve
+from hzo.graph import Graph, Operation, Ref, map_arguments, tensors_in
 from hzo.parameter_gradients import Local, parameter_gradients
 from hzo.parameter_rules import find_rule
 from hzo.preparation import traced_for

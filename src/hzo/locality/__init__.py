@@ -11,8 +11,8 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from hzo.adjoints.common import slots_of
-from hzo.chain import Graph, Operation
 from hzo.declaring import declared as declared_of
+from hzo.graph import Graph, Operation
 from hzo.locality import declared, mixing, pointwise, reindexing, spatial
 from hzo.locality.common import Rule, free
 from hzo.patterns import Link, Links, Pattern, either, follow, identity, without_full

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hzo.chain import Graph, Operation
+from hzo.graph import Graph, Operation
 from hzo.patterns import Link, Links, identity
 
 Rule = Callable[[Graph, Operation, int, int], "Links | None"]

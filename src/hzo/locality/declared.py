@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from hzo.adjoints.common import is_first_operand
-from hzo.chain import Graph, Operation
 from hzo.declaring import declared, declared_links
+from hzo.graph import Graph, Operation
 from hzo.locality.common import sizes
 from hzo.patterns import Links
 

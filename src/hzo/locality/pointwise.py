@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hzo.adjoints.common import argument, is_first_operand
-from hzo.chain import Graph, Operation
+from hzo.graph import Graph, Operation
 from hzo.locality.common import Rule, along, dims_of, functions, mixed, sizes
 from hzo.patterns import Links
 
