@@ -40,7 +40,7 @@ Problem = tuple[nn.Module, Tensor, Tensor]
 
 NETWORKS: dict[str, tuple[int, Callable[[int], Problem]]] = {
     "resnet20": (128, lambda batch: (resnet((3, 32, 32), 10), *images(batch))),
-    "resnet18": (32, lambda batch: (ResNet(BasicBlock, (2, 2, 2, 2), 64), *images(batch))),
+    "resnet18": (128, lambda batch: (ResNet(BasicBlock, (2, 2, 2, 2), 64), *images(batch))),
     "gpt": (16, lambda batch: (GPT(65, 64, 128, 4, 4), torch.randint(65, (batch, 64)), torch.randint(65, (batch, 64)))),
 }
 

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from fractions import Fraction
 from math import prod
 
-from hzo.differences import Scheme, evaluations
+import torch
+
+from hzo.differences import Scheme, accumulation_dtype, evaluations
 from hzo.graph import Graph
 from hzo.plan import Cost, Node
 from hzo.probes import Probe
@@ -44,8 +46,11 @@ def parameter_cost(graph: Graph, operation: int, elements: int, scheme: Scheme) 
 
 
 def bytes_per_direction(graph: Graph, node: Node, batch: int) -> int:
-    """Memory that one direction of a node takes while its queries run: perturbed copies, tiled base values, the
-    largest set of values alive at once, and the differences of the outputs.
+    """Memory that one direction of a node takes while its queries run: perturbed states above and below, tiled base
+    values, results above, and then the largest set of values alive at once or the differences of the results.
+
+    What an operation allocates inside is not known; it is taken to be twice what it reads and writes (some convolutions
+    that reorder their operands need that, most operations less, attention as one module with long sequences more).
     """
     values = graph.values
 
@@ -56,16 +61,24 @@ def bytes_per_direction(graph: Graph, node: Node, batch: int) -> int:
     read = {v for k in node.operations for v in graph.operations[k].reads}
     tiled = sum(size(v) for v in read - written - {node.value})
     last_use = {v: k for k in node.operations for v in graph.operations[k].reads}
-    alive, peak = {node.value}, 0
+    alive: set[int] = set()
+    running = 0
     for k in node.operations:
         op = graph.operations[k]
         alive.update(op.writes)
-        copied = sum(size(v) for v in op.reads) if op.mutates else 0
-        peak = max(peak, sum(size(v) for v in alive) + copied)
+        inside = 2 * sum(size(v) for v in {*op.reads, *op.writes})
+        running = max(running, sum(size(v) for v in alive) + inside)
         alive -= {v for v in op.reads if last_use[v] == k and v not in node.outputs}
-    wide = sum(values[v].per_sample * 8 for v in node.outputs)
-    above_and_below = 2 * sum(size(v) for v in node.outputs) + wide
-    return batch * (size(node.value) + tiled + peak + above_and_below) + _decoding(node, batch)
+    results = sum(size(v) for v in node.outputs)
+    comparing = results + sum(values[v].per_sample * _bytes_to_compare(values[v].dtype) for v in node.outputs)
+    decoding = _decoding(node, batch)
+    return batch * (2 * size(node.value) + tiled + results + max(running, comparing)) + decoding
+
+
+def _bytes_to_compare(dtype: torch.dtype) -> int:
+    """A difference, and where it is wider than the results a wider copy of both."""
+    wide = accumulation_dtype(dtype)
+    return wide.itemsize * (1 if wide == dtype else 3)
 
 
 def _decoding(node: Node, batch: int) -> int:

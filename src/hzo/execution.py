@@ -56,8 +56,9 @@ def resolve(op: Operation, lookup: Callable[[int], Tensor], batch: int) -> tuple
             return leaf.per_sample * batch
         return leaf
 
-    args, kwargs = map_arguments(fill, (op.args, op.kwargs))
-    return args, kwargs
+    # Few arguments are nested and few calls have keywords; walking them would take longer than a small call.
+    args = tuple([lookup(arg.value) if isinstance(arg, Ref) else map_arguments(fill, arg) for arg in op.args])
+    return args, map_arguments(fill, op.kwargs) if op.kwargs else {}
 
 
 def call(op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
@@ -148,7 +149,7 @@ def run_slice(
 ) -> list[Tensor]:
     """Run some operations with some values replaced by ``copies`` perturbed copies; return the values ``outputs``.
 
-    ``tiles`` keeps base values repeated ``copies`` times from one call to the next.
+    ``tiles`` keeps base values repeated ``copies`` times from one call to the next, as long as ``copies`` is the same.
     Cost: ``copies × batch`` queries.
     """
     batch = activities.batch * copies
@@ -160,8 +161,9 @@ def run_slice(
             return local[value]
         if copies == 1 or not graph.values[value].batched:
             return activities.values[value]
-        if value not in tiles:
-            tiles[value] = tile(activities.values[value], graph.values[value].batch_dim or 0, copies)
+        base, dim = activities.values[value], graph.values[value].batch_dim or 0
+        if value not in tiles or tiles[value].shape[dim] != copies * base.shape[dim]:
+            tiles[value] = tile(base, dim, copies)
         return tiles[value]
 
     for k in operations:
@@ -188,10 +190,12 @@ def query(
     copies: int,
 ) -> tuple[Tensor, ...]:
     """One operation inside a query: same random numbers and same buffers as in the base pass, none of them moved."""
+    if not op.random and not op.stateful:
+        return call(op, *resolve(op, lookup, batch))
     with _as_in_base_pass(op, activities):
-        if not op.random or copies == 1:
-            if not op.random:
-                return call(op, *resolve(op, lookup, batch))
+        if not op.random:
+            return call(op, *resolve(op, lookup, batch))
+        if copies == 1:
             set_random_state(activities.random[op.index])
             return call(op, *resolve(op, lambda value: _laid_out(lookup(value), activities.values[value]), batch))
         parts = []

@@ -120,13 +120,13 @@ class Value:
         """``tensor`` as a matrix with one row per sample."""
         if self.batch_dim is None:
             raise AssertionError("a value without a batch dimension has no rows")
-        return tensor.movedim(self.batch_dim, 0).reshape(batch, -1)
+        return (tensor.movedim(self.batch_dim, 0) if self.batch_dim else tensor).reshape(batch, -1)
 
     def from_rows(self, rows: Tensor, batch: int) -> Tensor:
         """The inverse of ``rows``."""
         d = self.batch_dim or 0
-        moved = (self.shape[d] // self.batch * batch, *self.shape[:d], *self.shape[d + 1 :])
-        return rows.reshape(moved).movedim(0, d)
+        moved = rows.reshape(self.shape[d] // self.batch * batch, *self.shape[:d], *self.shape[d + 1 :])
+        return moved.movedim(0, d) if d else moved
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ def tree_edges(graph: Graph, tree: Tree, wanted: Wanted, allowed: Allowed) -> li
     inside: dict[int, list[int]] = {}
     outer = {end}
     for position in needed:
-        if position in graph.boundaries:
+        if position in graph.boundaries or _single(graph, position):
             outer.add(position)
         else:
             stage = graph.stage_of[position]
@@ -147,6 +147,11 @@ def tree_edges(graph: Graph, tree: Tree, wanted: Wanted, allowed: Allowed) -> li
     if first in outer:  # the left end itself is asked for: from the boundary next to it
         edges += [(first, groups[0][1])]
     return sorted(edges, key=lambda edge: -edge[0])
+
+
+def _single(graph: Graph, position: int) -> bool:
+    """Whether one tensor carries all influence past a position, as it does at the boundaries of a traced model."""
+    return sum(graph.requires[v] for v in graph.live[position]) == 1
 
 
 def shortest_path(graph: Graph, points: Sequence[int], allowed: Allowed) -> list[Edge]:

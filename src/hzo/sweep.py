@@ -102,11 +102,11 @@ def _estimate(state: Sweep, node: Node, at_source: dict[int, Tensor]) -> Tensor 
     values = graph.values
     value = values[node.value]
     rows = value.rows(activities.values[node.value], batch)
-    tiles: dict[int, dict[int, Tensor]] = {}  # the last chunk may be smaller than the others
+    tiles: dict[int, Tensor] = {}
 
     def run(perturbed: Tensor, copies: int) -> list[Tensor]:
         moved = {node.value: value.from_rows(perturbed, batch * copies)}
-        results = run_slice(graph, node.operations, activities, moved, outputs, copies, tiles.setdefault(copies, {}))
+        results = run_slice(graph, node.operations, activities, moved, outputs, copies, tiles)
         return [values[v].rows(t, batch * copies) for v, t in zip(outputs, results, strict=True)]
 
     probe = node.probe

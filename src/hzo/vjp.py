@@ -15,21 +15,30 @@ import torch
 from torch import Tensor, nn
 
 from hzo import queries
-from hzo.differences import Scheme, accumulation_dtype, check_scheme, check_step, default_step, narrowest, stepped
+from hzo.differences import (
+    Scheme,
+    accumulation_dtype,
+    check_scheme,
+    check_step,
+    default_step,
+    evaluations,
+    narrowest,
+    stepped,
+)
 from hzo.errors import InputError, NonFiniteError
 from hzo.graph import tensors_in
-from hzo.probes import Probe, decode, select
+from hzo.probes import Probe, States, decode
 from hzo.side_effects import RandomState, contained, devices_of, random_state, set_random_state
 
 Run = Callable[[Tensor, int], list[Tensor]]
 """Rows (copies × B, n) and the number of copies -> rows (copies × B, m) of every output."""
 
-# Larger chunks do not run faster on a CPU, they only leave its caches.
-_LARGEST_DEFAULT = {"cpu": 64 * 2**20}
+# Per thread: smaller chunks wait for the interpreter, larger ones for memory (see benchmarks/gradient_time.py).
+_LARGEST_ON_CPU = 16 * 2**20
 
 
 def default_memory(device: torch.device) -> int:
-    """Bytes that the perturbed copies of a chunk may take: a quarter of what is free, on a CPU at most 64 MiB."""
+    """Bytes for the perturbed copies of a chunk: a quarter of what is free, on a CPU at most 16 MiB for each thread."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
     else:
@@ -37,7 +46,8 @@ def default_memory(device: torch.device) -> int:
             free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         except (ValueError, OSError, AttributeError):
             free = 2**30
-    return min(free // 4, _LARGEST_DEFAULT.get(device.type, free))
+    share = free // 4
+    return min(share, _LARGEST_ON_CPU * torch.get_num_threads()) if device.type == "cpu" else share
 
 
 def directions_per_chunk(bytes_per_direction: int, memory: int | None, device: torch.device) -> int:
@@ -84,13 +94,14 @@ def vjp_rows(
     distance_to_move = default_step(rows, scheme, where, precision) if step is None else step
     upper, lower, distance = stepped(rows, distance_to_move, scheme, where)
     result = torch.zeros(rows.shape, dtype=wide, device=rows.device)
+    states = [States(probe, rows) for _ in range(evaluations(scheme))]  # what is above may be a view of its states
     start = 0
     while start < probe.directions:
         stop = min(start + chunk, probe.directions)
         try:
-            above = run(select(probe, start, stop, rows, upper).flatten(0, 1), stop - start)
+            above = run(states[0].moved(start, stop, upper).flatten(0, 1), stop - start)
             if scheme == "central":
-                below = run(select(probe, start, stop, rows, lower).flatten(0, 1), stop - start)
+                below = run(states[1].moved(start, stop, lower).flatten(0, 1), stop - start)
             else:
                 assert base is not None
                 below = [b.unsqueeze(0) for b in base]
@@ -102,6 +113,7 @@ def vjp_rows(
             if stop - start == 1 or not _out_of_memory(error):
                 raise
             chunk = (stop - start) // 2  # the work of this chunk is done again in halves
+            states = [States(probe, rows) for _ in states]
             continue
         start = stop
     result /= distance
@@ -177,7 +189,7 @@ def estimate_vjp(
 
             def run(rows: Tensor, copies: int, k: int = k, shape: torch.Size = tensor.shape[1:]) -> list[Tensor]:
                 state = [t.repeat(copies, *[1] * (t.dim() - 1)) for t in inputs]  # copies, also of one
-                state[k] = rows.reshape(batch * copies, *shape)
+                state[k] = rows.clone().reshape(batch * copies, *shape)  # f may keep or change what it is given
                 return evaluate(state, copies, perturbed=True)
 
             probe = Probe("elementwise" if elementwise else "coordinate", tensor.numel() // batch)
