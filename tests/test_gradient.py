@@ -157,3 +157,25 @@ def test_gradients_own_their_memory():
         storages = [g.untyped_storage().data_ptr() for g in found.values()]
         assert len(set(storages)) == len(storages), name
         assert all(not g.requires_grad and not g.is_inference() for g in found.values())
+
+
+def test_outputs_that_share_memory():
+    """A result and a view of it are both alive where a node takes its differences."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last, self.other = nn.Linear(4, 6), nn.Linear(6, 2), nn.Linear(3, 1)
+
+        def forward(self, x):
+            whole = torch.tanh(self.first(x))
+            halves = whole.view(-1, 2, 3)
+            return self.last(whole) + self.other(halves).flatten(1)
+
+    model, x = Net().double(), torch.randn(3, 4, dtype=torch.float64)
+    chain, y = hzo.trace(model, x), torch.tensor([0, 1, 0])
+    expected = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
+    for tree in ("flat", "stagewise", "bisect"):
+        found, _ = hzo.grad_and_value(chain, F.cross_entropy, x, y, tree=tree, assume="nothing")
+        for (name, _), gradient in zip(model.named_parameters(), expected, strict=True):
+            torch.testing.assert_close(found[name], gradient, rtol=1e-6, atol=1e-9)

@@ -71,6 +71,7 @@ def vjp_rows(
     base: Sequence[Tensor] | None = None,
     where: str = "the perturbed tensor",
     precision: torch.dtype | None = None,
+    fresh: bool = False,
 ) -> Tensor:
     """Estimate ``Σ Jᵀ g`` over the outputs, sample by sample.
 
@@ -80,6 +81,7 @@ def vjp_rows(
         cotangents: (B, m) for every output.
         base: the unperturbed outputs (B, m), for the forward scheme.
         chunk: directions evaluated at once.
+        fresh: whether ``run`` returns memory of its own, which may then be written to.
         precision: narrowest dtype on the way, where that is not the state's; the default step grows with it.
 
     Returns (B, n) in the accumulation dtype. Cost: probe.directions × B queries, twice that for central differences.
@@ -99,14 +101,17 @@ def vjp_rows(
     while start < probe.directions:
         stop = min(start + chunk, probe.directions)
         try:
-            above = run(states[0].moved(start, stop, upper).flatten(0, 1), stop - start)
+            moved = states[0].moved(start, stop, upper).flatten(0, 1)
+            above = run(moved, stop - start)
             if scheme == "central":
                 below = run(states[1].moved(start, stop, lower).flatten(0, 1), stop - start)
             else:
                 assert base is not None
                 below = [b.unsqueeze(0) for b in base]
+            own = fresh and _apart([moved, *above])
             products = [
-                (_difference(a, b, wide, stop - start), g) for a, b, g in zip(above, below, cotangents, strict=True)
+                (_difference(a, b, wide, stop - start, own), g)
+                for a, b, g in zip(above, below, cotangents, strict=True)
             ]
             decode(probe, start, stop, products, result)
         except (torch.OutOfMemoryError, RuntimeError) as error:
@@ -122,10 +127,16 @@ def vjp_rows(
     return result
 
 
-def _difference(above: Tensor, below: Tensor, wide: torch.dtype, copies: int) -> Tensor:
+def _difference(above: Tensor, below: Tensor, wide: torch.dtype, copies: int, fresh: bool) -> Tensor:
     """(copies, B, m) from rows above (copies × B, m) and rows below, perturbed alike or one batch (1, B, m)."""
     outputs = above.shape[-1]
-    return above.to(wide).view(copies, -1, outputs) - below.to(wide).view(-1, above.shape[0] // copies, outputs)
+    above, below = above.to(wide).view(copies, -1, outputs), below.to(wide).view(-1, above.shape[0] // copies, outputs)
+    return above.sub_(below) if fresh else above - below
+
+
+def _apart(tensors: Sequence[Tensor]) -> bool:
+    """Whether no two tensors share memory, as a result and a view of it do."""
+    return len({t.untyped_storage().data_ptr() for t in tensors}) == len(tensors)
 
 
 def _out_of_memory(error: BaseException) -> bool:
