@@ -179,3 +179,27 @@ def test_outputs_that_share_memory():
         found, _ = hzo.grad_and_value(chain, F.cross_entropy, x, y, tree=tree, assume="nothing")
         for (name, _), gradient in zip(model.named_parameters(), expected, strict=True):
             torch.testing.assert_close(found[name], gradient, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("scheme", ["central", "forward"])
+def test_queries_that_hand_memory_through(scheme):
+    """An operation may return an operand that no query moved: its memory belongs to the base pass."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.last = nn.Linear(4, 5), nn.Linear(4, 5), nn.Linear(5, 2)
+
+        def forward(self, x):
+            h, c = torch.tanh(self.first(x)), torch.tanh(self.second(x))
+            u, v = torch.broadcast_tensors(torch.sigmoid(h), c)
+            return self.last(u * v + v)
+
+    model, x = Net().double(), torch.randn(3, 4, dtype=torch.float64)
+    chain, y = hzo.trace(model, x), torch.tensor([0, 1, 0])
+    expected = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
+    for tree in TREES:
+        plan = hzo.plan(chain, tree=tree, assume="nothing", scheme=scheme)
+        found, _ = hzo.grad_and_value(chain, F.cross_entropy, x, y, plan=plan, memory=1)
+        for (name, _), gradient in zip(model.named_parameters(), expected, strict=True):
+            torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6)

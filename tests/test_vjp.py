@@ -173,7 +173,7 @@ def test_chunks_stay_within_the_budget():
 
     x, g = normal(4, 200), normal(4, 200)
     hzo.estimate_vjp(watched, x, g, memory=100_000)
-    assert 20_000 < largest < 100_000
+    assert 5_000 < largest < 100_000
     page = os.sysconf("SC_PAGE_SIZE")
     assert 0 < vjp.default_memory(torch.device("cpu")) <= page * os.sysconf("SC_PHYS_PAGES") // 4
 

@@ -134,7 +134,6 @@ def _estimate(state: Sweep, node: Node, at_source: dict[int, Tensor]) -> Tensor 
             base=base,
             where=where,
             precision=precision,
-            fresh=True,  # tracing refused operations that return memory which they keep
         )
 
     if probe.coloring is None or probe.coloring.spacing is None:

@@ -33,12 +33,12 @@ from hzo.side_effects import RandomState, contained, devices_of, random_state, s
 Run = Callable[[Tensor, int], list[Tensor]]
 """Rows (copies × B, n) and the number of copies -> rows (copies × B, m) of every output."""
 
-# Per thread: smaller chunks wait for the interpreter, larger ones for memory (see benchmarks/gradient_time.py).
-_LARGEST_ON_CPU = 16 * 2**20
+# Smaller chunks wait for the interpreter, larger ones for memory (see benchmarks/gradient_time.py).
+_LARGEST_ON_CPU = 32 * 2**20
 
 
 def default_memory(device: torch.device) -> int:
-    """Bytes for the perturbed copies of a chunk: a quarter of what is free, on a CPU at most 16 MiB for each thread."""
+    """Bytes for the perturbed copies of a chunk: a quarter of what is free, on a CPU at most 32 MiB."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
     else:
@@ -47,16 +47,19 @@ def default_memory(device: torch.device) -> int:
         except (ValueError, OSError, AttributeError):
             free = 2**30
     share = free // 4
-    return min(share, _LARGEST_ON_CPU * torch.get_num_threads()) if device.type == "cpu" else share
+    return min(share, _LARGEST_ON_CPU) if device.type == "cpu" else share
 
 
 def directions_per_chunk(bytes_per_direction: int, memory: int | None, device: torch.device) -> int:
-    """How many directions fit into the budget; at least one."""
+    """How many directions fit into the budget; at least one.
+
+    Room for one more is left to what a node needs once: the moved rows, their distance, the result.
+    """
     if memory is not None and memory <= 0:
         raise InputError(
             f"expected a positive memory budget in bytes, got {memory}; None takes a share of what is free"
         )
-    return max(1, (memory or default_memory(device)) // max(bytes_per_direction, 1))
+    return max(1, (memory or default_memory(device)) // max(bytes_per_direction, 1) - 1)
 
 
 def vjp_rows(
@@ -71,7 +74,6 @@ def vjp_rows(
     base: Sequence[Tensor] | None = None,
     where: str = "the perturbed tensor",
     precision: torch.dtype | None = None,
-    fresh: bool = False,
 ) -> Tensor:
     """Estimate ``Σ Jᵀ g`` over the outputs, sample by sample.
 
@@ -81,7 +83,6 @@ def vjp_rows(
         cotangents: (B, m) for every output.
         base: the unperturbed outputs (B, m), for the forward scheme.
         chunk: directions evaluated at once.
-        fresh: whether ``run`` returns memory of its own, which may then be written to.
         precision: narrowest dtype on the way, where that is not the state's; the default step grows with it.
 
     Returns (B, n) in the accumulation dtype. Cost: probe.directions × B queries, twice that for central differences.
@@ -101,17 +102,14 @@ def vjp_rows(
     while start < probe.directions:
         stop = min(start + chunk, probe.directions)
         try:
-            moved = states[0].moved(start, stop, upper).flatten(0, 1)
-            above = run(moved, stop - start)
+            above = run(states[0].moved(start, stop, upper).flatten(0, 1), stop - start)
             if scheme == "central":
                 below = run(states[1].moved(start, stop, lower).flatten(0, 1), stop - start)
             else:
                 assert base is not None
                 below = [b.unsqueeze(0) for b in base]
-            own = fresh and _apart([moved, *above])
             products = [
-                (_difference(a, b, wide, stop - start, own), g)
-                for a, b, g in zip(above, below, cotangents, strict=True)
+                (_difference(a, b, wide, stop - start), g) for a, b, g in zip(above, below, cotangents, strict=True)
             ]
             decode(probe, start, stop, products, result)
         except (torch.OutOfMemoryError, RuntimeError) as error:
@@ -127,16 +125,11 @@ def vjp_rows(
     return result
 
 
-def _difference(above: Tensor, below: Tensor, wide: torch.dtype, copies: int, fresh: bool) -> Tensor:
+def _difference(above: Tensor, below: Tensor, wide: torch.dtype, copies: int) -> Tensor:
     """(copies, B, m) from rows above (copies × B, m) and rows below, perturbed alike or one batch (1, B, m)."""
     outputs = above.shape[-1]
     above, below = above.to(wide).view(copies, -1, outputs), below.to(wide).view(-1, above.shape[0] // copies, outputs)
-    return above.sub_(below) if fresh else above - below
-
-
-def _apart(tensors: Sequence[Tensor]) -> bool:
-    """Whether no two tensors share memory, as a result and a view of it do."""
-    return len({t.untyped_storage().data_ptr() for t in tensors}) == len(tensors)
+    return above - below  # never in place: a query may hand through memory that is not its own
 
 
 def _out_of_memory(error: BaseException) -> bool:
@@ -187,7 +180,8 @@ def estimate_vjp(
     batch = _check_vjp_arguments(inputs, cotangents, elementwise)
     evaluate = _Repeatable(f, cotangents, batch, random_state(devices_of(inputs)))
     rows_of_g = [g.reshape(batch, -1) for g in cotangents]
-    size = sum(t.numel() * t.element_size() for t in (*inputs, *cotangents, *cotangents))
+    # States above, below and as f is given them; results above and below, as returned and as kept, and differences.
+    size = sum(count * t.numel() * t.element_size() for count, ts in ((3, inputs), (5, cotangents)) for t in ts)
     chunk = directions_per_chunk(size, memory, inputs[0].device) if batched else 1
     narrow = [precision] if precision else [g.dtype for g in cotangents]
     found: list[Tensor | None] = []
