@@ -116,6 +116,10 @@ class Value:
         """The shape with the batch size divided out."""
         return tuple(size // self.batch if d == self.batch_dim else size for d, size in enumerate(self.shape))
 
+    def without_memory(self) -> Tensor:
+        """A tensor of this shape and dtype, for decisions that need no more."""
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
     def rows(self, tensor: Tensor, batch: int) -> Tensor:
         """``tensor`` as a matrix with one row per sample."""
         if self.batch_dim is None:
@@ -283,6 +287,17 @@ class Graph:
     def cost_of(self, operations: Sequence[int]) -> int:
         """Operations that one sample costs when these run."""
         return sum(self.operations[k].cost for k in operations)
+
+    def arguments_without_memory(self, op: Operation) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call, with tensors that take no memory in place of values."""
+
+        def fill(leaf: Any) -> Any:
+            if isinstance(leaf, Ref):
+                return self.values[leaf.value].without_memory()
+            return leaf.get() if isinstance(leaf, Attribute) else leaf
+
+        args, kwargs = map_arguments(fill, (op.args, op.kwargs))
+        return args, kwargs
 
     def cost_alone(self, operation: int, value: int, elements: int) -> Fraction:
         """Forward passes of one sample that an operation costs when its operand ``value`` has so many elements."""

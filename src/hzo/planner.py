@@ -1,13 +1,13 @@
 """``plan``: which boundaries are estimated from which, and by which probe.
 
 Three steps: the boundaries that parameters need; a tree over them (the shortest path through all boundaries for
-``planned``), first between stages, then inside those that hold parameters; and for every edge of the tree the tensors
+``planned``), first where a single tensor is alive, then inside stages; and for every edge of the tree the tensors
 whose cotangents it must give.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from itertools import pairwise
 
@@ -18,7 +18,7 @@ from hzo.choice import Allowed, check_spacing, choose_probe
 from hzo.cost import parameter_cost
 from hzo.differences import Scheme, check_scheme, check_step
 from hzo.errors import CoupledSamplesError, InputError, NondeterministicError, PlanError
-from hzo.graph import Attribute, Graph, Operation, ParameterUse, Ref, map_arguments
+from hzo.graph import Attribute, Graph, Operation, ParameterUse
 from hzo.parameter_rules import find_rule
 from hzo.plan import Cost, Node, ParameterProbe, Plan
 from hzo.structure import Assume, check_assume
@@ -119,7 +119,11 @@ def wanted_everywhere(graph: Graph, wanted: Wanted) -> Wanted:
 
 
 def tree_edges(graph: Graph, tree: Tree, wanted: Wanted, allowed: Allowed) -> list[Edge]:
-    """Edges between positions, the rightmost target first: between stages, then inside each."""
+    """Edges between positions, the rightmost target first.
+
+    The tree first goes over stage boundaries and positions where one tensor carries all influence, then inside those
+    stages that hold parameters between several live tensors.
+    """
     end = len(graph.operations)
     needed = sorted(position for position in wanted if position < end)
     if not needed:
@@ -242,12 +246,7 @@ def operand(graph: Graph, use: ParameterUse) -> torch.Tensor:
     """The tensor that a use refers to; for a derived value one of its shape, without memory."""
     if isinstance(use.where, Attribute):
         return use.where.get()
-    return stand_in(graph, use.where.value)
-
-
-def stand_in(graph: Graph, value: int) -> torch.Tensor:
-    """A tensor of a value's shape and dtype, without memory."""
-    return torch.empty(graph.values[value].shape, dtype=graph.values[value].dtype, device="meta")
+    return graph.values[use.where.value].without_memory()
 
 
 def has_rule(graph: Graph, op: Operation, use: ParameterUse) -> bool:
@@ -255,10 +254,7 @@ def has_rule(graph: Graph, op: Operation, use: ParameterUse) -> bool:
     written = [v for v in op.writes if graph.values[v].floating]
     if use.slot is None or len(written) != 1:
         return False
-    fill: Callable[[object], object] = lambda leaf: (  # noqa: E731
-        stand_in(graph, leaf.value) if isinstance(leaf, Ref) else leaf.get() if isinstance(leaf, Attribute) else leaf
-    )
-    args, kwargs = map_arguments(fill, (op.args, op.kwargs))
+    args, kwargs = graph.arguments_without_memory(op)
     return find_rule(op.target, args, kwargs, frozenset({use.slot})) is not None
 
 

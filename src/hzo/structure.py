@@ -1,7 +1,8 @@
 """What is promised of an operation's Jacobian, by exact type and only where nothing is in the way.
 
-One promise so far: *elementwise*, an output element depends on the input element of the same place alone. All that
-plans may assume is listed in ``ASSUMPTIONS``.
+Here: what a plan may assume, when a layer is what its type says, and the simplest promise, *elementwise* (an output
+element depends on the input element of the same place alone). Locality by axis is in ``locality/``, promises that carry
+a cotangent through one operation are in ``adjoints/``.
 """
 
 from __future__ import annotations

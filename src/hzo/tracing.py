@@ -55,8 +55,7 @@ def trace(model: nn.Module | Chain | Callable[..., Any], x: Any) -> Chain:
         x: a tensor with the batch first; a tuple is passed as positional, a dict as keyword arguments.
 
     Cost: about six forward passes of at most four samples, counted as ``check_evaluations``. Buffers, random state and
-    training flags are as
-    before. Source: ours.
+    training flags are as before. Source: ours.
 
     Raises:
         TraceError: what the model does depends on the data or in an unknown way on the batch size.

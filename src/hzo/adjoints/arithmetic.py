@@ -26,17 +26,8 @@ _OUT_OF_PLACE: dict[Any, Any] = {
 }
 
 
-def _stand_in(graph: Graph, leaf: Any) -> Any:
-    if isinstance(leaf, Ref):
-        value = graph.values[leaf.value]
-        return torch.empty(value.shape, dtype=value.dtype, device="meta")
-    if isinstance(leaf, Attribute):
-        return leaf.get()
-    return leaf
-
-
 def _has_local_rule(graph: Graph, op: Operation, value: int) -> bool:
-    args, kwargs = map_arguments(lambda leaf: _stand_in(graph, leaf), (op.args, op.kwargs))
+    args, kwargs = graph.arguments_without_memory(op)
     slots, target = slots_of(op, value), _OUT_OF_PLACE.get(op.target, op.target)
     nested = sum(isinstance(leaf, Ref) and leaf.value == value for leaf in leaves((op.args, op.kwargs)))
     return nested == len(slots) > 0 and find_rule(target, args, kwargs, frozenset(slots)) is not None
