@@ -12,7 +12,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # Each may import from what stands above it. A folder is one layer. Put a new file where its imports allow.
 ROWS = (
-    ("errors", "queries", "patterns", "declaring"),
+    ("errors", "queries", "patterns", "declaring", "noise"),
     (
         "graph",
         "chain",
@@ -24,9 +24,21 @@ ROWS = (
         "recording",
         "tracing",
     ),
-    ("trees", "coloring", "probes", "differences", "violations", "dot_product", "vjp"),
+    ("trees", "coloring", "probes", "differences", "violations", "dot_product", "vjp", "repeats", "budgets", "optimum"),
     ("parameter_rules", "losses", "adjoints", "locality", "crosstalk"),
-    ("plan", "cost", "choice", "planner", "preparation"),
+    (
+        "plan",
+        "calibration",
+        "cost",
+        "accuracy",
+        "choice",
+        "nodes",
+        "edges",
+        "intervals",
+        "balance",
+        "planner",
+        "preparation",
+    ),
     ("schedule", "parameter_gradients", "sweep", "gradient"),
     ("checking", "coloring_check", "inference", "blackbox", "presets", "baselines", "hzo"),
     ("train", "cli", "__main__"),

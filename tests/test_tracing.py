@@ -101,7 +101,7 @@ def test_a_stage_that_does_not_repeat():
     chain = hzo.trace(nn.Sequential(nn.Linear(4, 4).double(), noisy), normal(3, 4))
     with pytest.raises(NondeterministicError, match=r"gave two results for the same input.*noise="):
         hzo.plan(chain)
-    assert hzo.plan(chain, noise=1e-3).noise == 1e-3
+    assert hzo.plan(chain, noise=1e-3).noise == hzo.Noise(readout=1e-3)
 
 
 def test_numpy_noise_is_seen():

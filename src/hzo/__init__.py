@@ -6,13 +6,15 @@ Data flows one way: model -> chain (``trace``) -> plan (``plan``) -> boundaries 
 
 from hzo import baselines, presets
 from hzo.blackbox import blackbox
-from hzo.chain import Chain
+from hzo.calibration import Calibration
+from hzo.chain import Chain, noisy
 from hzo.checking import StructureReport, check_structure
 from hzo.coloring_check import check_coloring
 from hzo.crosstalk import CrossTalk, report_crosstalk
 from hzo.declaring import Local, declare
 from hzo.gradient import backward, cotangents, grad_and_value
 from hzo.inference import InferredStructure, infer_structure
+from hzo.noise import Noise
 from hzo.plan import Plan
 from hzo.planner import plan
 from hzo.queries import QueryCount, count_queries
@@ -20,10 +22,12 @@ from hzo.tracing import trace
 from hzo.vjp import estimate_vjp
 
 __all__ = [
+    "Calibration",
     "Chain",
     "CrossTalk",
     "InferredStructure",
     "Local",
+    "Noise",
     "Plan",
     "QueryCount",
     "StructureReport",
@@ -38,6 +42,7 @@ __all__ = [
     "estimate_vjp",
     "grad_and_value",
     "infer_structure",
+    "noisy",
     "plan",
     "presets",
     "report_crosstalk",

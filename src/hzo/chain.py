@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from hzo.errors import InputError, TraceError
 from hzo.graph import Graph
+from hzo.noise import Level, Noise, NoiseSource
 
 
 class Stages(nn.Module):
@@ -84,3 +85,22 @@ class Chain:
             names = ", ".join(op.name for op in self.graph.operations[start:stop])
             lines.append(f"  {k:4d}  {self.graph.stages[k].name}: {names} -> {tensors}")
         return "\n".join(lines)
+
+
+def noisy(chain: Chain, readout: Level = 0.0, process: Level = 0.0, seed: int = 0) -> Chain:
+    """The same chain, with noise added to whatever runs it: for experiments on the effect of noise.
+
+    Args:
+        chain: traced. The model itself stays as it is; called directly it adds no noise.
+        readout: standard deviation of what is added to every element that a query returns.
+        process: of what every stage adds to what it hands on, in queries and in the base pass.
+        seed: of the noise; each call starts its numbers anew. Numbers of the model's own random state are not used.
+
+    Both may be one number for all stages or a tuple with one for each. Plans of the chain fit it, too. Source: ours.
+
+    Raises:
+        InputError: a negative level, or levels for another number of stages. TraceError: a chain without a graph.
+    """
+    graph = chain.traced
+    noise = Noise(readout, process).for_stages(len(graph.stages))
+    return Chain(chain.model, replace(graph, noise=NoiseSource(noise, seed)))

@@ -19,8 +19,8 @@ from hzo.errors import StructureError
 from hzo.execution import Activities, base_pass, query, resolve, run_alone, run_with_parameter
 from hzo.graph import Attribute, Graph, Operation, ParameterUse, tensors_in
 from hzo.locality import slice_locality
+from hzo.nodes import has_rule
 from hzo.parameter_rules import find_rule
-from hzo.planner import has_rule
 from hzo.preparation import traced_for
 from hzo.side_effects import contained
 from hzo.structure import is_elementwise

@@ -12,9 +12,10 @@ from math import prod
 
 import torch
 
+from hzo.calibration import Seconds
 from hzo.differences import Scheme, accumulation_dtype, evaluations
 from hzo.graph import Graph
-from hzo.plan import Cost, Node
+from hzo.plan import Cost, Node, Plan
 from hzo.probes import Probe
 
 
@@ -92,3 +93,20 @@ def _decoding(node: Node, batch: int) -> int:
     if coloring.spacing is None:
         return 8 * places * (2 * batch + 3)
     return 8 * batch * (places + 2 * node.probe.elements)
+
+
+def seconds_of(graph: Graph, plan: Plan, known: Seconds) -> float:
+    """The time of one gradient of the batch traced: base pass, queries, adjoints and parameter rules."""
+    batch = graph.nominal_batch
+    total = known.fixed + sum(known.rules.values())
+    for node in plan.nodes:
+        if node.probe.kind == "adjoint":
+            total += node.repeats * known.adjoints.get((node.operations[0], node.value), 0.0)
+        elif node.operations:
+            read = sum(graph.values[v].per_sample for v in node.outputs)
+            query = sum(known.operations[k] for k in node.operations) + known.decoding * read
+            total += node.cost.queries * batch * query
+    for probe in plan.perturbed:
+        read = sum(graph.values[v].per_sample for v in graph.operations[probe.operation].writes)
+        total += probe.cost.queries * batch * (known.operations[probe.operation] + known.decoding * read)
+    return total

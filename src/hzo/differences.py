@@ -53,16 +53,22 @@ def default_step(
     Raises:
         NonFiniteError: the tensor holds NaN or infinity.
     """
+    power = 1 / 3 if scheme == "central" else 1 / 2
+    unit = float(torch.finfo(precision or tensor.dtype).eps)
+    return scaled_step(tensor, unit**power, where, precision)
+
+
+def scaled_step(
+    tensor: Tensor, relative: float, where: str = "the perturbed tensor", precision: torch.dtype | None = None
+) -> float | Tensor:
+    """``relative`` times the scale of the tensor, its root mean square; as a ``default_step`` else."""
     norm = torch.linalg.vector_norm(tensor, dtype=accumulation_dtype(tensor.dtype))
     scale = float(norm) / max(tensor.numel(), 1) ** 0.5
     if not scale < float("inf"):
         raise NonFiniteError(f"{where} holds NaN or infinity; find out why before estimating a gradient there")
-    power = 1 / 3 if scheme == "central" else 1 / 2
+    step = (scale or 1.0) * relative
     unit = float(torch.finfo(precision or tensor.dtype).eps)
-    step: float = (scale or 1.0) * unit**power
-    if unit < 1e-4:
-        return step
-    return (tensor.abs() * (8 * unit)).clamp(min=step)
+    return step if unit < 1e-4 else (tensor.abs() * (8 * unit)).clamp(min=step)
 
 
 def check_step(step: float | None) -> float | None:

@@ -103,7 +103,7 @@ def base_pass(graph: Graph, inputs: Sequence[Tensor], kept: Container[int] | Non
         if op.stateful:
             activities.buffers[op.index] = tuple(buffer.get().clone() for buffer in op.stateful)
         args, kwargs = resolve(op, values.__getitem__, activities.batch)
-        for value, tensor in zip(op.writes, call(op, args, kwargs), strict=True):
+        for value, tensor in zip(op.writes, _processed(graph, op, call(op, args, kwargs)), strict=True):
             values[value] = tensor
         write_back(op, values, buffers)
         if kept is not None:
@@ -178,7 +178,24 @@ def run_slice(
         stage_evaluations=batch * graph.stages_in(operations),
         forward_equivalents=Fraction(copies * graph.cost_of(operations), graph.cost),
     )
-    return [lookup(value) for value in outputs]
+    stage = graph.stage_of[operations[-1]] if operations else 0
+    return [read(graph, lookup(value), stage) for value in outputs]
+
+
+def read(graph: Graph, tensor: Tensor, stage: int) -> Tensor:
+    """What a query returns of a tensor behind a stage."""
+    return tensor if graph.noise is None else graph.noise.read(tensor, stage)
+
+
+def _processed(graph: Graph, op: Operation, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What an operation hands on, with the noise of its stage where it is the stage's result."""
+    if graph.noise is None:
+        return results
+    stage, source = graph.stage_of[op.index], graph.noise
+    return tuple(
+        source.processed(tensor, stage) if graph.handed_on[value] else tensor
+        for value, tensor in zip(op.writes, results, strict=True)
+    )
 
 
 def query(
@@ -190,6 +207,17 @@ def query(
     copies: int,
 ) -> tuple[Tensor, ...]:
     """One operation inside a query: same random numbers and same buffers as in the base pass, none of them moved."""
+    return _processed(graph, op, _as_before(graph, op, activities, lookup, batch, copies))
+
+
+def _as_before(
+    graph: Graph,
+    op: Operation,
+    activities: Activities,
+    lookup: Callable[[int], Tensor],
+    batch: int,
+    copies: int,
+) -> tuple[Tensor, ...]:
     if not op.random and not op.stateful:
         return call(op, *resolve(op, lookup, batch))
     with _as_in_base_pass(op, activities):
@@ -260,7 +288,7 @@ def run_alone(graph: Graph, op: Operation, activities: Activities, value: int, p
         stage_evaluations=probe.shape[0],
         forward_equivalents=graph.cost_alone(op.index, value, probe.numel()) / activities.batch,
     )
-    return results
+    return tuple(read(graph, tensor, graph.stage_of[op.index]) for tensor in results)
 
 
 def run_with_parameter(
@@ -285,7 +313,7 @@ def run_with_parameter(
         stage_evaluations=activities.batch,
         forward_equivalents=Fraction(op.cost, graph.cost),
     )
-    return results
+    return tuple(read(graph, tensor, graph.stage_of[op.index]) for tensor in results)
 
 
 def _substitute(arguments: Any, where: Attribute, tensor: Tensor) -> Any:

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hzo.noise import NoiseSource
+
 
 @dataclass(frozen=True)
 class Ref:
@@ -213,6 +215,7 @@ class Graph:
     batch: int  # of the samples that the trace ran, to which all shapes refer
     nominal_batch: int  # of the input that was handed over, to which predicted totals refer
     signature: tuple[Any, ...]  # what must not change for the trace to stay valid
+    noise: NoiseSource | None = None  # added to what runs, for experiments
 
     @cached_property
     def outputs(self) -> tuple[int, ...]:
@@ -324,6 +327,16 @@ class Graph:
             )
         )
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @cached_property
+    def handed_on(self) -> tuple[bool, ...]:
+        """For every value whether it outlives the stage that makes it: what that stage's process noise is added to."""
+        return tuple(
+            value.producer >= 0
+            and self.last_read[value.index] >= self.stages[self.stage_of[value.producer]].stop
+            and value.batched
+            for value in self.values
+        )
 
     @cached_property
     def boundaries(self) -> tuple[int, ...]:

@@ -5,10 +5,11 @@ Nothing here knows the values of a network: a plan can be printed, compared and 
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from fractions import Fraction
 
 from hzo.differences import Scheme, evaluations
+from hzo.noise import Noise
 from hzo.probes import Probe
 from hzo.structure import Assume
 from hzo.trees import Tree
@@ -20,7 +21,9 @@ class Node:
 
     ``operations`` are what a query runs, ``outputs`` the values at ``source`` that they change; ``carried`` says that
     the value itself is alive at ``source`` too, so that its cotangent there is carried over. A node without
-    operations costs nothing.
+    operations costs nothing. The estimate is the mean of ``repeats`` measurements, whose price ``cost``
+    includes; ``step`` is the distance h of its differences in units of the activity's root mean square, None for that
+    of the plan.
     """
 
     value: int
@@ -31,6 +34,8 @@ class Node:
     carried: bool
     probe: Probe
     cost: Cost
+    repeats: int = 1
+    step: float | None = None
 
 
 @dataclass(frozen=True)
@@ -65,9 +70,32 @@ class Cost:
     def __add__(self, other: Cost) -> Cost:
         return Cost(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
+    def __mul__(self, times: int) -> Cost:
+        return Cost(*(times * a for a in astuple(self)))
+
     def forward_equivalents_of(self, batch: int) -> Fraction:
         """Operations of all queries over those of one forward pass of a batch."""
         return self.forward_equivalents + self.measured / batch
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the error model expects of a plan.
+
+    Attributes:
+        errors: squared relative error of every estimated cotangent, by position and value.
+        parameters: of every parameter's gradient, by name.
+        seconds: of one gradient; None where no time was measured.
+    """
+
+    errors: dict[tuple[int, int], float] = field(hash=False)
+    parameters: dict[str, float] = field(hash=False)
+    seconds: float | None = None
+
+    @property
+    def cosine(self) -> float:
+        """The lowest cosine of an estimated cotangent."""
+        return float((1 + max(self.errors.values(), default=0.0)) ** -0.5)
 
 
 @dataclass(frozen=True)
@@ -80,6 +108,7 @@ class Plan:
         perturbed: parameters without a closed rule.
         trainable: names of the parameters that get a gradient.
         batch: batch size that the totals below refer to, that of the trace.
+        expected: errors and time, where a noise, a calibration or a target was given.
     """
 
     fingerprint: str
@@ -87,12 +116,13 @@ class Plan:
     assume: Assume
     scheme: Scheme
     step: float | None
-    noise: float | None
+    noise: Noise | None
     nodes: tuple[Node, ...]
     perturbed: tuple[ParameterProbe, ...]
     trainable: tuple[str, ...]
     batch: int
     labels: tuple[str, ...]  # of the positions, for printing
+    expected: Expected | None = None
 
     @property
     def cost(self) -> Cost:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -83,4 +84,6 @@ def traced_for(model: Chain | nn.Module, x: Any, *, strict: bool) -> Chain:
             kept.pop(next(iter(kept)))
         kept[wanted] = trace(model, x)
     found: Chain = kept[wanted]
+    if isinstance(model, Chain) and model.graph is not None and model.graph.noise is not None:
+        return Chain(found.model, replace(found.traced, noise=model.graph.noise))
     return found

@@ -10,8 +10,8 @@ from hzo import queries
 from hzo.adjoints import Call, find_adjoint
 from hzo.cost import bytes_per_direction
 from hzo.crosstalk import over_signs
-from hzo.differences import narrowest
-from hzo.execution import Activities, resolve, run_alone, run_slice
+from hzo.differences import narrowest, scaled_step
+from hzo.execution import Activities, read, resolve, run_alone, run_slice
 from hzo.graph import Graph, Operation
 from hzo.parameter_gradients import Gradients, Local, add_gradients
 from hzo.plan import Node, Plan
@@ -84,12 +84,24 @@ def sweep(
 
 def _run_node(state: Sweep, node: Node) -> None:
     at_source = state.cotangents.get(node.source, {})
-    estimate = _estimate(state, node, at_source) if node.operations else None
+    estimate = estimate_node(state, node, at_source) if node.operations else None
     if node.carried and node.value in at_source:
         carried = at_source[node.value]
         estimate = carried if estimate is None else estimate + carried
     if estimate is not None:
         state.cotangents.setdefault(node.target, {})[node.value] = estimate
+
+
+def estimate_node(state: Sweep, node: Node, at_source: dict[int, Tensor]) -> Tensor | None:
+    """The cotangent of a node's value, the mean of its repeats; None where the source's cotangents are all missing."""
+    total = _estimate(state, node, at_source)
+    if total is None or node.repeats == 1:
+        return total
+    for _ in range(1, node.repeats):
+        again = _estimate(state, node, at_source)
+        assert again is not None
+        total = total + again
+    return total / node.repeats
 
 
 def _estimate(state: Sweep, node: Node, at_source: dict[int, Tensor]) -> Tensor | None:
@@ -114,12 +126,14 @@ def _estimate(state: Sweep, node: Node, at_source: dict[int, Tensor]) -> Tensor 
         probe = replace(probe, coloring=probe.coloring.for_outputs([node.outputs.index(v) for v in outputs]), draws=1)
     cotangents = [values[v].rows(at_source[v], batch) for v in outputs]
     forward = state.plan.scheme == "forward"
-    base = [values[v].rows(activities.values[v], batch) for v in outputs] if forward else None
+    stage = graph.stage_of[node.source - 1]
+    base = [values[v].rows(read(graph, activities.values[v], stage), batch) for v in outputs] if forward else None
     chunk = directions_per_chunk(bytes_per_direction(graph, node, batch), state.memory, rows.device)
     where = f"the activity at {graph.describe(node.target)}"
     precision = narrowest(
         [value.dtype, *(values[v].dtype for k in node.operations for v in graph.operations[k].writes)]
     )
+    step = state.plan.step if node.step is None else scaled_step(rows, node.step, where, precision)
 
     def estimate(signs: Tensor | None = None) -> Tensor:
         """In coordinates flipped by the signs, in which every element moves up."""
@@ -129,7 +143,7 @@ def _estimate(state: Sweep, node: Node, at_source: dict[int, Tensor]) -> Tensor 
             cotangents,
             probe=probe,
             scheme=state.plan.scheme,
-            step=state.plan.step,
+            step=step,
             chunk=chunk,
             base=base,
             where=where,

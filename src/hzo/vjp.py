@@ -69,7 +69,7 @@ def vjp_rows(
     *,
     probe: Probe,
     scheme: Scheme,
-    step: float | None = None,
+    step: float | Tensor | None = None,
     chunk: int = 1,
     base: Sequence[Tensor] | None = None,
     where: str = "the perturbed tensor",

@@ -1,0 +1,179 @@
+"""Steps, repeats and tree together: the cheapest way to keep an error, by the error model.
+
+A step balances noise and rounding, which a larger one lowers, against curvature. Repeats lower noise alone. Which of
+them pays depends on how much of the error a node may take, and that on the tree: a step is chosen for an even
+share first, then tree and repeats, and at last each node's step again for what its repeats leave. Source: ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import ceil, inf, log2
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from hzo.accuracy import ErrorModel
+from hzo.errors import PlanError
+from hzo.intervals import Segments
+from hzo.nodes import Hop
+from hzo.optimum import optimum
+from hzo.repeats import Intervals, price_of, repeats_optimal, repeats_uniform
+from hzo.trees import Edge
+
+Repeats = Literal["optimal", "uniform"]
+MAX_STEP = 1.0  # in units of the activity: what lies beyond has not been calibrated
+
+
+def check_repeats(repeats: str) -> Repeats:
+    """How repeats are shared out, or an error that lists the ways."""
+    if repeats not in get_args(Repeats):
+        raise PlanError(f"expected repeats to be one of {get_args(Repeats)}, got {repeats!r}")
+    return repeats  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, eq=False)
+class Balance:
+    """What steps, repeats and tree are chosen from.
+
+    Attributes:
+        noise, lasting: (steps, points, points): η that falls with repeats, and η that does not.
+        steps: relative to the activity's root mean square; one None where the user has fixed the step.
+        edges: of a given tree, by point; None where the tree is to be found.
+    """
+
+    segments: Segments
+    noise: Tensor
+    lasting: Tensor
+    steps: tuple[float | None, ...]
+    edges: tuple[Edge, ...] | None
+    repeats: Repeats
+
+
+def balance(
+    model: ErrorModel, found: Segments, eps: float, step: float | None, edges: Sequence[Edge] | None, repeats: Repeats
+) -> Balance:
+    """The errors of all segments for every step that may be chosen.
+
+    Args:
+        eps: unit in the last place of the widest dtype: no step is worth taking below its root.
+        step: the user's, for all nodes. edges: of a given tree, by position.
+    """
+    points = torch.tensor(found.points)
+    target, source = points[:, None], points[None, :]
+    smallest = eps ** (1 / 3) / 8
+    relative = [MAX_STEP * 2**-k for k in range(ceil(log2(MAX_STEP / smallest)) + 1)]
+    if step is None:
+        distances = [model.scale[points] * factor for factor in relative]
+    else:
+        distances = [torch.full_like(model.scale[points], step)]
+    noise, lasting = [], []
+    adjoint = model.by_measured_adjoint(found.measured, target, source)
+    for h in distances:
+        differences = found.spread > 0
+        bent = model.bends(points, h)[:, points] * differences
+        noise.append(model.by_noise(found.spread, target, source, h[:, None]) + adjoint)
+        lasting.append(model.lasting(found.spread, target, source, h[:, None]) + bent)
+    steps: tuple[float | None, ...] = tuple(relative) if step is None else (None,)
+    place = {position: k for k, position in enumerate(found.points)}
+    tree = None if edges is None else tuple((place[t], place[s]) for t, s in edges)
+    return Balance(found, torch.stack(noise), torch.stack(lasting), steps, tree, repeats)
+
+
+def steadiest_steps(choice: Balance) -> list[Hop]:
+    """A given tree, each node asked once, with the step of the smallest error."""
+    assert choice.edges is not None
+    best = (choice.noise + choice.lasting).argmin(0)
+    points = choice.segments.points
+    return [Hop(points[k], points[j], 1, choice.steps[int(best[k, j])]) for k, j in choice.edges]
+
+
+def keeping(choice: Balance, error: float) -> list[Hop] | None:
+    """The cheapest hops whose errors stay below ``error`` along every path; None where no repeats can keep it."""
+    depth = 1 + log2(max(2, len(choice.segments.points)))
+    shares = [error] if len(choice.steps) == 1 else [error / 2, error / depth, error / len(choice.segments.points)]
+    best: tuple[float, list[Hop]] | None = None
+    for share in shares:
+        found = _for_share(choice, error, share)
+        if found is not None and (best is None or found[0] < best[0]):
+            best = found
+    return None if best is None else best[1]
+
+
+def _for_share(choice: Balance, error: float, share: float) -> tuple[float, list[Hop]] | None:
+    """Price and hops where each node steps as is best if it may take ``share`` of the error."""
+    room = share - choice.lasting
+    score = torch.where(room > 0, choice.noise / room.clamp(min=1e-300), inf)
+    hopeless = (score == inf).all(0)
+    best = torch.where(hopeless, choice.lasting.argmin(0), score.argmin(0))
+    intervals = _intervals(choice, best)
+    result = _solve(choice, intervals, error)
+    if result is None:
+        return None
+    edges, repeats = result
+    points = choice.segments.points
+    hops, price = [], 0.0
+    for (k, j), r in zip(edges, repeats, strict=True):
+        least, at = _fewest(choice, k, j, r, int(best[k, j]))
+        if choice.repeats == "uniform":
+            least, at = r, int(best[k, j])
+        hops.append(Hop(points[k], points[j], least, choice.steps[at]))
+    counts = [hop.repeats for hop in hops]
+    price = price_of(intervals, edges, counts)
+    return price, hops
+
+
+def _fewest(choice: Balance, k: int, j: int, repeats: int, at: int) -> tuple[int, int]:
+    """The fewest repeats, and the step for them, that do no worse than so many repeats with the step ``at``."""
+    allowed = choice.noise[at, k, j] / repeats + choice.lasting[at, k, j]
+    room = allowed - choice.lasting[:, k, j]
+    needed = torch.where(room > 0, (choice.noise[:, k, j] / room.clamp(min=1e-300)).sub(1e-9).ceil(), inf)
+    needed[at] = min(float(needed[at]), repeats)
+    fewest = int(needed.argmin())
+    return max(1, int(needed[fewest])), fewest
+
+
+def _solve(choice: Balance, intervals: Intervals, error: float) -> tuple[list[Edge], list[int]] | None:
+    if choice.edges is None and choice.repeats == "optimal":
+        return optimum(intervals, error)
+    if choice.edges is None:
+        found = optimum(intervals, error)
+        if found is None:
+            return None
+        edges = found[0]
+    else:
+        edges = list(choice.edges)
+    share_out = repeats_uniform if choice.repeats == "uniform" else repeats_optimal
+    repeats = share_out(intervals, edges, error)
+    return None if repeats is None else (edges, [round(r) for r in repeats])
+
+
+def _intervals(choice: Balance, best: Tensor) -> Intervals:
+    found = choice.segments
+    return Intervals(
+        wanted=found.wanted,
+        cost=found.cost,
+        relay=found.relay,
+        noise=choice.noise.gather(0, best[None])[0],
+        fixed=choice.lasting.gather(0, best[None])[0],
+    )
+
+
+def within(choice: Balance, fits: Callable[[list[Hop]], bool]) -> list[Hop] | None:
+    """The hops of the smallest error that still fit a budget; None where not even one query each does."""
+    low, high = 1e-12, 1e6  # of the error: log-bisection between what no budget pays and what every plan keeps
+    best = keeping(choice, high)
+    if best is None or not fits(best):
+        return None
+    for _ in range(24):
+        middle = (low * high) ** 0.5
+        found = keeping(choice, middle)
+        if found is not None and fits(found):
+            best, high = found, middle
+        else:
+            low = middle
+        if high / low < 1.02:
+            break
+    return best
