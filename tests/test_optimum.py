@@ -159,12 +159,12 @@ def test_real_repeats_cannot_be_shifted(n):
 @few
 @given(
     seed=seeds,
-    n=st.integers(1, 4),
+    n=st.integers(1, 6),
     holes=st.sampled_from([0.0, 0.3]),
-    fixed=st.sampled_from([0.0, 0.2]),
+    fixed=st.sampled_from([0.0, 0.13]),
     noiseless=st.sampled_from([0.0, 0.3]),
     whole=st.booleans(),
-    error=st.sampled_from([0.4, 0.7, 1.0, 2.0, 3.0]),
+    error=st.sampled_from([0.25, 0.4, 0.7, 1.0, 2.0, 3.0]),
 )
 def test_whole_repeats_the_optimum(seed, n, holes, fixed, noiseless, whole, error):
     intervals = drawn(seed, n, holes=holes, fixed=fixed, noiseless=noiseless, whole=whole)
@@ -173,14 +173,14 @@ def test_whole_repeats_the_optimum(seed, n, holes, fixed, noiseless, whole, erro
     if found is None:  # then no number of repeats helps
         assert all(
             any(p + e == math.inf for below in terms(intervals, edges).values() for _, p, e, _ in below)
-            or not keeps(intervals, edges, [1e12] * len(edges), error)
+            or not keeps(intervals, edges, [1e9] * len(edges), error)
             for edges in trees(intervals, nested=False)
         )
         return
     assert keeps(intervals, *found, error)
     least = min(best_whole(intervals, terms(intervals, edges), n, error, limit) for edges in trees(intervals))
     assert limit <= least * (1 + 1e-9)
-    programme = whole_tree(intervals, error, limit * 1.5)  # a loose limit changes nothing
+    programme = whole_tree(intervals, error, limit * 1.05)  # a looser limit changes nothing
     assert programme is None or price_of(intervals, *programme) == pytest.approx(least, rel=1e-9)
     assert (programme is None) == math.isinf(least)
 
@@ -274,7 +274,7 @@ def test_more_error_allowed_never_costs_more(seed, n):
 def test_fixed_errors_the_bound_is_kept_or_cannot_be(seed, n, error, whole):
     intervals = drawn(seed, n, fixed=0.3, noiseless=0.2)
     for edges in (over_wanted(intervals, "bisect"), over_wanted(intervals, "stagewise"), steadiest(intervals)):
-        possible = keeps(intervals, edges, [1e15] * len(edges), error)
+        possible = keeps(intervals, edges, [1e9] * len(edges), error)
         uniform_ones = repeats_uniform(intervals, edges, error)
         repeats = repeats_optimal(intervals, edges, error, whole=whole)
         assert (uniform_ones is not None) == (repeats is not None) == possible
@@ -315,6 +315,8 @@ def test_no_tree():
     ):
         assert optimum(impossible, 1.0) is None
     assert optimum(intervals, 0.0) is None
+    assert optimum(uniform(6, fixed=0.5), 0.5) is None  # nothing left for noise
+    assert optimum(uniform(6, noise=0.0, fixed=0.5), 0.5) == ([(k, 6) for k in range(5, 0, -1)], [1] * 5)
     assert cheapest(replace(intervals, cost=never, relay=never)) is None
 
 

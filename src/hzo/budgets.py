@@ -18,7 +18,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hzo.repeats import Intervals, fewest
+from hzo.repeats import MOST, Intervals, fewest
 from hzo.trees import Edge
 
 _EXACT = 1e-12
@@ -50,9 +50,13 @@ class _Programme:
 
     @cached_property
     def least(self) -> list[float]:
-        """The least that each point costs in any tree: nothing if it is not wanted."""
-        n = self.intervals.n
-        lowest = [float(self.intervals.cost[point, point + 1 :].min()) for point in range(n)]
+        """The least that each point costs in any tree, with the whole budget for itself: 0 if it is not wanted."""
+        n, terms = self.intervals.n, self.intervals
+        room = self.error * (1 + _EXACT) - terms.fixed
+        r = torch.where(terms.noise > 0, (terms.noise / room * (1 - _EXACT)).ceil().clamp(min=1), 1.0)
+        enough = (room * MOST >= terms.noise) & (room >= 0)
+        price = torch.where(enough & r.isfinite() & terms.cost.isfinite(), terms.cost * r, math.inf)
+        lowest = [float(price[point, point + 1 :].min()) for point in range(n)]
         return [own if self.intervals.wanted[point] else 0.0 for point, own in enumerate(lowest)]
 
     @cached_property
@@ -143,7 +147,7 @@ class _Programme:
         """The same for all targets: (targets 0..j−1, budgets at j); inf where there is none."""
         noise = self.intervals.noise[:j, j, None]
         room = self.left[j] - self.intervals.fixed[:j, j, None] + _EXACT * self.error
-        noisy = torch.where(room > 0, (noise / room * (1 - _EXACT)).ceil().clamp(min=1), math.inf)
+        noisy = torch.where(room * MOST >= noise, (noise / room * (1 - _EXACT)).ceil().clamp(min=1), math.inf)
         return torch.where(noise > 0, noisy, torch.where(room >= 0, 1.0, math.inf))
 
     def steps(self, j: int, targets: list[int]) -> tuple[Tensor, Tensor]:

@@ -19,10 +19,10 @@ from hzo.trees import Edge, Tree, fixed_tree
 
 TREES: tuple[Tree, ...] = ("flat", "stagewise", "bisect", 3, 4, 8)
 # Operations that the whole-repeat programme may take at full resolution; longer chains get fewer budgets.
-_OPERATIONS = 1.5e8
-_LEVELS, _CHOICES = 192, 16
+_OPERATIONS = 1e8
+_LEVELS, _FEW_LEVELS, _CHOICES = 192, 96, 16
 # Short chains: more budgets and repeats than they have, unless the bound asks for hundreds of repeats.
-_EXACT_UP_TO, _EXACT_LEVELS, _EXACT_CHOICES = 8, 20_000, 96
+_EXACT_UP_TO, _EXACT_LEVELS, _EXACT_CHOICES = 8, 4096, 64
 
 
 def cheapest(intervals: Intervals) -> list[Edge] | None:
@@ -164,13 +164,13 @@ def optimum(intervals: Intervals, error: float | None) -> tuple[list[Edge], list
         found.try_tree(steadiest(intervals))
     if not found.all:
         return None
-    if intervals.n <= _EXACT_UP_TO:
+    levels, choices = _resolution(intervals.n)
+    found.add(whole_tree(intervals, error, found.price, levels=levels, choices=choices))
+    if intervals.n <= _EXACT_UP_TO:  # the lower the price to beat, the fewer budgets are left to look at
         found.add(whole_tree(intervals, error, found.price, levels=_EXACT_LEVELS, choices=_EXACT_CHOICES))
     else:
-        levels, choices = _resolution(intervals.n)
-        found.add(whole_tree(intervals, error, found.price, levels=levels, choices=choices))
         few = _only(intervals, {edge for _, edges, _ in found.all for edge in edges})
-        found.add(whole_tree(few, error, found.price, levels=_LEVELS, choices=_CHOICES))
+        found.add(whole_tree(few, error, found.price, levels=_FEW_LEVELS, choices=_CHOICES))
     _, edges, repeats = min(found.all, key=lambda one: one[0])
     return edges, repeats
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from hzo.trees import Edge
 
 TOLERANCE = 1e-9
+MOST = 10**9  # more repeats than this are rounding's, not a budget's
 _EXACT = 1e-12  # rounding inside the searches: well below TOLERANCE, so that paths of hundreds of edges keep to it
 
 
@@ -89,10 +90,10 @@ def keeps(intervals: Intervals, edges: Sequence[Edge], repeats: Sequence[float],
 
 
 def fewest(noise: float, room: float) -> float:
-    """The fewest whole repeats with noise/r ≤ room; inf where there is none."""
+    """The fewest whole repeats with noise/r ≤ room; inf where there is none up to ``MOST``."""
     if noise == 0:
         return 1 if room >= 0 else math.inf
-    return max(1, math.ceil(noise / room * (1 - _EXACT))) if room > 0 else math.inf
+    return max(1, math.ceil(noise / room * (1 - _EXACT))) if room * MOST >= noise < math.inf else math.inf
 
 
 def repeats_uniform(intervals: Intervals, edges: Sequence[Edge], error: float) -> list[int] | None:
