@@ -77,7 +77,7 @@ def _best(
         left = before[k] - torch.where(row > 0, (before + wanted)[(row - 1).clamp(min=0)], 0)
         serves = left > 0
         weight, price = (torch.where(serves, terms[place + 1][k, j], terms[place][k, j]) for place in (0, 2))
-        s_k = (weight.sqrt() + s[row, k].sqrt()) ** 2.02 + s[k + 1, j]
+        s_k = (weight.sqrt() + s[row, k].sqrt()) ** 2 + s[k + 1, j]
         p_k = price + p[row, k] + p[k + 1, j]
         total = torch.where(serves | wanted[k], s_k + p_k, math.inf)
         best = total.argmin(1, keepdim=True)
