@@ -26,8 +26,8 @@ ROWS = (
     ),
     ("trees", "coloring", "probes", "differences", "violations", "dot_product", "vjp"),
     ("parameter_rules", "losses", "adjoints", "locality", "crosstalk"),
-    ("plan", "cost", "choice", "planner", "preparation"),
-    ("schedule", "parameter_gradients", "sweep", "gradient"),
+    ("storage", "plan", "cost", "choice", "schedule", "memory", "planner", "preparation"),
+    ("parameter_gradients", "sweep", "gradient"),
     ("checking", "coloring_check", "inference", "blackbox", "presets", "baselines", "hzo"),
     ("train", "cli", "__main__"),
 )

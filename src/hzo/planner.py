@@ -19,6 +19,7 @@ from hzo.cost import parameter_cost
 from hzo.differences import Scheme, check_scheme, check_step
 from hzo.errors import CoupledSamplesError, InputError, NondeterministicError, PlanError
 from hzo.graph import Attribute, Graph, Operation, ParameterUse
+from hzo.memory import with_storage
 from hzo.parameter_rules import find_rule
 from hzo.plan import Cost, Node, ParameterProbe, Plan
 from hzo.structure import Assume, check_assume
@@ -37,6 +38,7 @@ def plan(
     noise: float | None = None,
     boundaries: str = "needed",
     spacing: int | None = None,
+    memory: int | None = None,
 ) -> Plan:
     """Plan the gradient of a traced chain.
 
@@ -56,12 +58,16 @@ def plan(
             axis on which the segment sees windows; random signs keep such a node unbiased, and the plan takes it where
             it costs less than the exact coloring. ``hzo.report_crosstalk()`` tells its error. Each gradient then draws
             one number more from the random state than a forward pass does.
+        memory: bytes that stored activities and pending cotangents of one gradient of the batch traced may take (the
+            perturbed copies of a chunk have a budget of their own: ``hzo.backward(memory=)``). None stores all that is
+            read again. A number does so too where that fits, else stores a path of about log₂ L boundaries and runs
+            stages again, about (L/2) log₂ L of them; the gradients stay the same to the bit.
 
     The plan predicts exactly what ``hzo.count_queries`` will count. Source: trees: paper and ours.
 
     Raises:
         InputError: not a chain. TraceError: a chain that has not seen an input.
-        PlanError: an unknown option, or a chain without anything to train.
+        PlanError: an unknown option, a chain without anything to train, or more memory needed than allowed.
         CoupledSamplesError: a query would run a stage in which samples influence each other (BatchNorm in train mode).
         NondeterministicError: a stage that does not repeat, and no noise declared.
     """
@@ -84,7 +90,7 @@ def plan(
         raise PlanError("no parameter of this chain requires a gradient; set requires_grad=True on those to train")
     allowed = Allowed(assume, scheme, check_spacing(spacing, assume))
     edges = tree_edges(graph, tree, wanted, allowed)
-    return Plan(
+    found = Plan(
         fingerprint=graph.fingerprint,
         tree=tree,
         assume=assume,
@@ -97,6 +103,7 @@ def plan(
         batch=graph.nominal_batch,
         labels=tuple(graph.describe(position) for position in range(len(graph.operations) + 1)),
     )
+    return with_storage(graph, found, memory)
 
 
 def wanted_by_parameters(graph: Graph) -> Wanted:
