@@ -97,7 +97,10 @@ def cosine(model: nn.Sequential, run: Callable[[], Any], reference: dict[str, Te
     """The least over all parameters."""
     model.zero_grad()
     run()
-    return min(float(F.cosine_similarity(p.grad.flatten(), reference[n], dim=0)) for n, p in model.named_parameters())  # type: ignore[union-attr]
+    return min(
+        float(F.cosine_similarity(p.grad.flatten(), reference[n], dim=0, eps=1e-30))
+        for n, p in model.named_parameters()
+    )  # type: ignore[union-attr]
 
 
 def measure(depth: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -158,7 +161,7 @@ def main() -> None:
     parser.add_argument("--depths", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256, 512])
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--batch", type=int, default=192)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=OUT)
