@@ -92,7 +92,7 @@ def peak_bytes(run: object) -> int:
 def held_bytes(chain: hzo.Chain, plan: hzo.Plan, x: Tensor) -> int:
     """What the base pass leaves for the queries, which is not the budget's affair."""
     with torch.no_grad():
-        activities = base_pass(chain.traced, [x], schedule(chain.traced, plan).kept)
+        activities = base_pass(chain.traced, [x], schedule(chain.traced, plan).base_pass)
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in activities.values.values()}
     return sum(storages.values()) - x.untyped_storage().nbytes()
 

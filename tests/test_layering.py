@@ -27,6 +27,7 @@ ROWS = (
     ("trees", "coloring", "probes", "differences", "violations", "dot_product", "vjp", "repeats", "budgets", "optimum"),
     ("parameter_rules", "losses", "adjoints", "locality", "crosstalk"),
     (
+        "storage",
         "plan",
         "calibration",
         "cost",
@@ -36,10 +37,13 @@ ROWS = (
         "edges",
         "intervals",
         "balance",
+        "aims",
+        "schedule",
+        "memory",
         "planner",
         "preparation",
     ),
-    ("schedule", "parameter_gradients", "sweep", "gradient"),
+    ("parameter_gradients", "sweep", "gradient"),
     ("checking", "coloring_check", "inference", "blackbox", "presets", "baselines", "hzo"),
     ("train", "cli", "__main__"),
 )

@@ -8,7 +8,7 @@ query sees the same dropout mask.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -32,16 +32,19 @@ class Activities:
     values: dict[int, Tensor] = field(default_factory=dict)
     random: dict[int, RandomState] = field(default_factory=dict)
     buffers: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
+    layouts: dict[int, Tensor] = field(default_factory=dict)  # of what random operations read; without memory
 
     def let_go(self, graph: Graph, values: Iterable[int]) -> None:
-        """Free the memory of these values; a tensor of NaN that takes none keeps their shape, dtype and device.
+        """Free the memory of these values; a tensor that takes none keeps their shape, dtype and device.
 
-        Whoever reads one by mistake gets NaN, which no estimate survives.
+        Whoever reads one by mistake gets NaN, which no estimate survives, or the least integer, which is no index.
         """
         for value in values:
-            if graph.values[value].batched and graph.values[value].floating:
-                tensor = self.values[value]
-                self.values[value] = tensor.new_full((), float("nan")).expand(tensor.shape)
+            tensor, about = self.values[value], graph.values[value]
+            if about.batched:
+                integer = torch.iinfo(tensor.dtype).min if not about.floating and tensor.dtype != torch.bool else False
+                nothing = float("nan") if about.floating else integer
+                self.values[value] = tensor.new_full((), nothing).expand(tensor.shape)
 
 
 def resolve(op: Operation, lookup: Callable[[int], Tensor], batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -83,11 +86,11 @@ def call(op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
     return (*results, *(c for c in changed if all(c is not r for r in results)))
 
 
-def base_pass(graph: Graph, inputs: Sequence[Tensor], kept: Container[int] | None = None) -> Activities:
+def base_pass(graph: Graph, inputs: Sequence[Tensor], let_go: Sequence[Iterable[int]] | None = None) -> Activities:
     """Run the whole graph once, as an ordinary forward pass does, and keep what queries will need.
 
     Args:
-        kept: values to keep; what else nobody reads any more is let go. None keeps all.
+        let_go: for every operation the values to let go after it. None keeps all.
 
     Cost: one forward pass (``base_evaluations``). Buffers and random state move as in one ordinary forward pass.
     """
@@ -100,17 +103,38 @@ def base_pass(graph: Graph, inputs: Sequence[Tensor], kept: Container[int] | Non
     for op in graph.operations:
         if op.random:
             activities.random[op.index] = random_state(devices)
+            activities.layouts.update({v: torch.empty_like(values[v], device="meta") for v in op.reads})
         if op.stateful:
             activities.buffers[op.index] = tuple(buffer.get().clone() for buffer in op.stateful)
         args, kwargs = resolve(op, values.__getitem__, activities.batch)
         for value, tensor in zip(op.writes, _processed(graph, op, call(op, args, kwargs)), strict=True):
             values[value] = tensor
         write_back(op, values, buffers)
-        if kept is not None:
-            read = (v for v in {*op.reads, *op.writes} if graph.last_read[v] <= op.index and v not in kept)
-            activities.let_go(graph, read)
+        if let_go is not None:
+            activities.let_go(graph, let_go[op.index])
     queries.add(base_evaluations=activities.batch * len(graph.stages))
     return activities
+
+
+def run_again(
+    graph: Graph, activities: Activities, start: int, stop: int, stages: int, let_go: Sequence[Iterable[int]]
+) -> None:
+    """Run operations [start, stop) again, as the base pass did, from activities still stored.
+
+    Args:
+        stages: how many these operations make up. let_go: for every operation the values to let go after it.
+
+    Cost: ``stages`` base evaluations a sample. Random numbers and buffers are those of the base pass, and none of them
+    moves; values without a batch dimension are still there and are not made again.
+    """
+    values = activities.values
+    for op, gone in zip(graph.operations[start:stop], let_go, strict=True):
+        if op.batched:
+            results = query(graph, op, activities, values.__getitem__, activities.batch, copies=1)
+            values.update(zip(op.writes, results, strict=True))
+            del results  # or it would be held while the next operation runs
+        activities.let_go(graph, gone)
+    queries.add(base_evaluations=activities.batch * stages)
 
 
 def batch_of(graph: Graph, inputs: Sequence[Tensor]) -> int:
@@ -225,13 +249,13 @@ def _as_before(
             return call(op, *resolve(op, lookup, batch))
         if copies == 1:
             set_random_state(activities.random[op.index])
-            return call(op, *resolve(op, lambda value: _laid_out(lookup(value), activities.values[value]), batch))
+            return call(op, *resolve(op, lambda value: _laid_out(lookup(value), activities.layouts[value]), batch))
         parts = []
         for copy in range(copies):
             set_random_state(activities.random[op.index])
 
             def one(value: int, copy: int = copy) -> Tensor:
-                tensor, base = lookup(value), activities.values[value]
+                tensor, base = lookup(value), activities.layouts[value]
                 dim = graph.values[value].batch_dim
                 if dim is None:
                     return tensor
@@ -250,7 +274,7 @@ def _laid_out(tensor: Tensor, base: Tensor) -> Tensor:
     """With the strides of the base pass: random numbers are drawn in the order of the memory."""
     if tensor.shape != base.shape or tensor.stride() == base.stride():
         return tensor
-    return torch.empty_like(base, dtype=tensor.dtype).copy_(tensor)
+    return torch.empty_like(base, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 @contextmanager

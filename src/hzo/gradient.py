@@ -50,6 +50,7 @@ def backward(
         plan: from ``hzo.plan``; None plans with ``options`` (those of ``hzo.plan``).
         scale: factor on the gradients, for a ``GradScaler``: ``scale=scaler.scale(torch.ones(()))``.
         memory: bytes that the perturbed copies of one chunk may take; None takes a share of what is free.
+            What is stored of the base pass is the plan's affair: ``hzo.plan(..., memory=)``.
 
     Returns the loss, a scalar without gradient history. Afterwards buffers and random state are as after one ordinary
     forward pass; on an error nothing has changed.
@@ -136,7 +137,7 @@ def _estimate(
     modules = [chain.model, *(op.module for op in graph.operations if op.module is not None)]
     with undone_on_error(modules):
         steps = schedule(graph, plan)
-        activities = base_pass(graph, inputs, steps.kept)
+        activities = base_pass(graph, inputs, steps.base_pass)
         output = pytree.tree_map_only(Ref, lambda ref: activities.values[ref.value], graph.output)
         output = pytree.tree_map_only(Attribute, Attribute.get, output)
         loss, cotangent = _loss(graph, inputs, loss_fn, output, y)

@@ -11,6 +11,7 @@ from fractions import Fraction
 from hzo.differences import Scheme, evaluations
 from hzo.noise import Noise
 from hzo.probes import Probe
+from hzo.storage import Storage
 from hzo.structure import Assume
 from hzo.trees import Tree
 
@@ -108,6 +109,9 @@ class Plan:
         perturbed: parameters without a closed rule.
         trainable: names of the parameters that get a gradient.
         batch: batch size that the totals below refer to, that of the trace.
+        storage: of activities: those of the whole base pass, or of a path, from which stages are run again.
+        activity_bytes: the most that activities and pending cotangents take at once, in one gradient of the batch
+            traced. recomputed: stages run again in it, on one sample each; counted with the base evaluations.
         expected: errors and time, where a noise, a calibration or a target was given.
     """
 
@@ -122,6 +126,9 @@ class Plan:
     trainable: tuple[str, ...]
     batch: int
     labels: tuple[str, ...]  # of the positions, for printing
+    storage: Storage = "all"
+    activity_bytes: int = 0
+    recomputed: int = 0
     expected: Expected | None = None
 
     @property
@@ -177,6 +184,8 @@ def describe(plan: Plan, rows: int = 40) -> str:
         f"tree {plan.tree}, assume {plan.assume}, {plan.scheme} differences, step {step}",
         f"one gradient of {plan.batch} samples: {plan.queries:,} queries, {plan.stage_evaluations:,} stage "
         f"evaluations, {plan.adjoints:,} adjoints, {plan.forward_equivalents:,.2f} forward equivalents",
+        f"activities: {plan.storage} stored, at most {plan.activity_bytes:,} bytes at once, {plan.recomputed:,} stages "
+        "run again",
     ]
     by_probe: dict[str, Cost] = {}
     for node in plan.nodes:

@@ -11,7 +11,7 @@ from hzo.adjoints import Call, find_adjoint
 from hzo.cost import bytes_per_direction
 from hzo.crosstalk import over_signs
 from hzo.differences import narrowest, scaled_step
-from hzo.execution import Activities, read, resolve, run_alone, run_slice
+from hzo.execution import Activities, read, resolve, run_again, run_alone, run_slice
 from hzo.graph import Graph, Operation
 from hzo.parameter_gradients import Gradients, Local, add_gradients
 from hzo.plan import Node, Plan
@@ -58,7 +58,8 @@ def sweep(
     """Carry the cotangents from the end through the nodes of the plan, and turn them into parameter gradients.
 
     Args:
-        steps: of the plan. activities: of a base pass that kept what the steps read; they are let go as it goes on.
+        steps: of the plan. activities: of a base pass that let go what the steps say; they say too what is run again
+            before it is read, and what is let go after.
         at_the_end: cotangents of the output's values, in the accumulation dtype.
         memory: bytes for the perturbed copies of a chunk; None takes a share of what is free.
         seed: of the signs of approximate probes.
@@ -70,12 +71,15 @@ def sweep(
     local = Local(graph, activities, plan.perturbed, plan.scheme, plan.step)
     state = Sweep(graph, plan, activities, memory, {end: at_the_end}, local, seed)
     found = state.cotangents
+    activities.let_go(graph, steps.after_loss)
     for position in range(end, -1, -1):
+        for again in steps.again[position]:
+            run_again(graph, activities, again.start, again.stop, again.stages, again.let_go)
         for node in steps.nodes[position]:
             _run_node(state, node)
         if position < end:
-            behind = found.get(position + 1, {})
-            add_gradients(local, graph.operations[position], behind, state.derived, state.gradients)
+            op = graph.operations[position]
+            add_gradients(local, op, found.get(position + 1, {}), state.derived, state.gradients)
         activities.let_go(graph, steps.activities[position])
         for source in steps.cotangents[position] if not keep else ():
             found.pop(source, None)
