@@ -7,8 +7,8 @@ A node that estimates g_i from g_j by D directions with step h adds the squared 
 with ρ_j = σ²‖g_j‖² for readout noise at the source, π_s = σ_s²‖g_s‖² for the process noise of every stage s of the
 segment, κ_s likewise for rounding, and r repeats, which help against noise alone. Forward differences have four times
 the noise, half of it from the stored result, which no repeat changes. Errors of the cotangents that a node starts from
-are carried over: 1 + E_i = (1 + τ E_j)(1 + η), with τ how much more errors grow on the way than the cotangent does. A cosine
-is 1/√(1 + E). Source: ours.
+are carried over: 1 + E_i = (1 + τ E_j)(1 + η), with τ how much more errors grow on the way than the cotangent does. A
+cosine is 1/√(1 + E). Source: ours.
 """
 
 from __future__ import annotations
