@@ -71,6 +71,7 @@ def calibrate(
     check_assume(assume), check_scheme(scheme)
     if repeats < 2:
         raise InputError(f"expected 2 repeats or more, to see how far two estimates lie apart; got {repeats}")
+    chain.traced  # noqa: B018  raises where there is no graph yet
     graph = traced_for(chain, x, strict=True).traced
     modules = [chain.model, *(op.module for op in graph.operations if op.module is not None)]
     with contained(modules), as_checks():

@@ -186,7 +186,7 @@ class Hops:
         if self.noise is not None:
             explained = sum(self._explained(node, step, at_source) / node.repeats for step in (NOISY, LARGEST))
             left = distance(LARGEST) - explained
-            if left < _RESOLVED * explained:
+            if left <= _RESOLVED * explained:
                 return None
             part = 1 - (NOISY / LARGEST) ** (highest / 2)  # of an error c·h², what the two steps differ by
             return Bend(left / part**2 / (LARGEST * scale) ** highest, highest)
@@ -198,9 +198,9 @@ class Hops:
         middle_floor, large_floor = (shown * (fade + fades[3]) / fades[0] for fade in fades[1:3])
         self._rounding[self.graph.stage_of[node.source - 1]] += shown / (self._share * node.probe.directions * fades[0])
         large, middle = distance(LARGE), distance(MIDDLE)
-        if large < _RESOLVED * large_floor:
+        if large <= _RESOLVED * large_floor:
             return None
-        power = highest if middle < _RESOLVED * middle_floor else log(large / middle) / log(LARGE / MIDDLE)
+        power = highest if middle <= _RESOLVED * middle_floor else log(large / middle) / log(LARGE / MIDDLE)
         power = min(highest, max(1.0, power))
         return Bend(large / (LARGE * scale) ** power, power)
 
