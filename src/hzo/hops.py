@@ -11,12 +11,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from hzo.adjoints import find_adjoint
 from hzo.calibration import Bend, Seconds
 from hzo.choice import Allowed
 from hzo.cost import bytes_per_direction
 from hzo.differences import evaluations, scaled_step
 from hzo.execution import Activities, run_slice
-from hzo.graph import Attribute, Graph
+from hzo.graph import Attribute, Graph, Operation
 from hzo.nodes import check_coupling, has_rule, make_node
 from hzo.parameter_gradients import Gradients, Local, add_gradients
 from hzo.plan import Cost, Node, Plan
@@ -249,7 +250,8 @@ class Hops:
             return found
 
         taken, exact = timed(lambda: gradients(given))
-        self._rules += taken
+        if not self._along(op):
+            self._rules += taken
         wrong = {v: self._scattered(v, g) for v, g in given.items()}
         response = gradients(wrong)
         for use in uses:
@@ -257,6 +259,13 @@ class Hops:
             error = float(response[use.name][1].double().square().sum())
             if signal > 0:
                 self.parameters[use.name] = max(self.parameters.get(use.name, 0.0), error / signal)
+
+    def _along(self, op: Operation) -> bool:
+        """Whether the adjoint of an operation gives the gradients of its parameters along."""
+        if self.allowed.assume != "structure":
+            return False
+        rules = [find_adjoint(self.graph, op, v) for v in op.reads if self.graph.requires[v]]
+        return any(rule is not None and rule.with_parameters is not None for rule in rules)
 
     def _scattered(self, value: int, cotangent: Tensor) -> Tensor:
         """A random error as large as the cotangent, in every sample."""
