@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 from hzo.train.environment import environment
-from hzo.train.files import CURVES, METRICS, SUMMARY, MetricsLog, disk_errors, read_metrics, replace_file
+from hzo.train.files import CURVES, METRICS, SUMMARY, MetricsLog, disk_errors, read_metrics
 from hzo.train.images import batch_indices
 from hzo.train.plots import run_curves
 from hzo.train.run import Run
 from hzo.train.schedule import relative_rate, set_rate
 from hzo.train.seeds import generator
+from hzo.writing import replace_file
 
 CHECKPOINT_SECONDS = 60.0
 

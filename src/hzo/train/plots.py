@@ -14,7 +14,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
-from hzo.train.files import disk_errors, replace_file
+from hzo.train.files import disk_errors
+from hzo.writing import replace_file
 
 Record = Mapping[str, Any]
 Series = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
