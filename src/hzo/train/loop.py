@@ -63,7 +63,7 @@ class Result:
 
 
 @contextmanager
-def _threads(number: int) -> Iterator[None]:
+def on_threads(number: int) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
@@ -80,7 +80,7 @@ def train(
     stop: Callable[[], bool] = lambda: False,
 ) -> Result:
     """Train to the end, to step ``max_steps``, or until ``stop()``; leaves a checkpoint in any case."""
-    with _threads(run.config.threads):
+    with on_threads(run.config.threads):
         loss, newest = _steps(run, max_steps, watch, stop)
         test_loss, test_accuracy = run.test()
     result = Result(
