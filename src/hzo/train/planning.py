@@ -172,8 +172,7 @@ def _cosines(
         ours if isinstance(ours, tuple) else (ours,), true if isinstance(true, tuple) else (true,), strict=False
     )
     for a, b in pairs:
-        if a is None or b is None:
-            continue
-        a, b = a.double().flatten(), b.double().flatten()
-        if (size := float(a.norm() * b.norm())) > 0:
-            yield float(a @ b) / size
+        if a is not None and b is not None:
+            size = float(a.double().norm() * b.double().norm())
+            if size > 0:
+                yield float((a.double() * b).sum()) / size
