@@ -45,7 +45,18 @@ ROWS = (
         "preparation",
     ),
     ("parameter_gradients", "sweep", "gradient"),
-    ("checking", "coloring_check", "inference", "blackbox", "presets", "baselines", "hzo"),
+    (
+        "hops",
+        "noise_measured",
+        "calibrate",
+        "checking",
+        "coloring_check",
+        "inference",
+        "blackbox",
+        "presets",
+        "baselines",
+        "hzo",
+    ),
     ("train", "cli", "__main__"),
 )
 ORDER = [name for row in ROWS for name in row]

@@ -6,6 +6,7 @@ Data flows one way: model -> chain (``trace``) -> plan (``plan``) -> boundaries 
 
 from hzo import baselines, presets
 from hzo.blackbox import blackbox
+from hzo.calibrate import calibrate
 from hzo.calibration import Calibration
 from hzo.chain import Chain, noisy
 from hzo.checking import StructureReport, check_structure
@@ -35,6 +36,7 @@ __all__ = [
     "backward",
     "baselines",
     "blackbox",
+    "calibrate",
     "check_coloring",
     "check_structure",
     "cotangents",

@@ -7,7 +7,8 @@ A node that estimates g_i from g_j by D directions with step h adds the squared 
 with ρ_j = σ²‖g_j‖² for readout noise at the source, π_s = σ_s²‖g_s‖² for the process noise of every stage s of the
 segment, κ_s likewise for rounding, and r repeats, which help against noise alone. Forward differences have four times
 the noise, half of it from the stored result, which no repeat changes. Errors of the cotangents that a node starts from
-are carried over: 1 + E_i = (1 + E_j)(1 + η). A cosine is 1/√(1 + E). Source: ours.
+are carried over: 1 + E_i = (1 + τ E_j)(1 + η), with τ how much more errors grow on the way than the cotangent does. A
+cosine is 1/√(1 + E). Source: ours.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class ErrorModel:
     Attributes:
         gain: squared norm of all cotangents at a position. scale: root mean square of the activities there.
         readout: ρ. process, rounding: running sums of π and κ over the stages that end before or at a position.
-        bend, power: of the hop that starts at a position.
+        bend, power: of the hop that starts at a position. outer: whether that is a stage boundary.
+        transport: how much more errors have grown from the output to a position than cotangents have.
         calibration: what all this was made from.
     """
 
@@ -48,6 +50,8 @@ class ErrorModel:
     rounding: Tensor
     bend: Tensor
     power: Tensor
+    outer: Tensor
+    transport: Tensor
 
     def by_noise(self, spread: Tensor, target: Tensor, source: Tensor, h: Tensor) -> Tensor:
         """η of one repeat that more repeats lower; arguments broadcast. ``spread``: directions D."""
@@ -68,12 +72,22 @@ class ErrorModel:
     def bends(self, targets: Tensor, h: Tensor) -> Tensor:
         """(targets, positions): what curvature adds to an estimate of each target from each position behind it.
 
-        A perturbation is taken to grow along the chain as cotangents grow against it, and hops to bend independently.
+        A perturbation is taken to grow along the chain as cotangents grow against it, and stages to bend independently.
         """
         positions = torch.arange(len(self.gain))
         grown = h[:, None] * (self.gain[targets][:, None] / self.gain[None, :]).sqrt()
-        hops = self.bend * grown**self.power * (positions >= targets[:, None])
+        hops = (
+            self.bend
+            * grown**self.power
+            * ((positions > targets[:, None]) & self.outer | (positions == targets[:, None]))
+        )
         return torch.cat([torch.zeros(len(targets), 1, dtype=hops.dtype), hops.cumsum(1)[:, :-1]], 1)
+
+    def worst_growth(self) -> Tensor:
+        """(positions,): growth of errors to each position, where they shrink on no part of the way: what a planner may
+        rely on whatever the tree."""
+        steps = (self.transport[:-1] / self.transport[1:]).clamp(min=1.0)
+        return torch.cat([steps.flip(0).cumprod(0).flip(0), torch.ones(1, dtype=steps.dtype)])
 
     @property
     def _share(self) -> float:
@@ -103,8 +117,24 @@ def error_model(graph: Graph, calibration: Calibration, noise: Noise | None, sch
     bend, power = torch.zeros(end + 1, dtype=torch.float64), torch.full((end + 1,), 4.0, dtype=torch.float64)
     for position, found in calibration.bends.items():
         bend[position], power[position] = found.size, found.power
+    outer = torch.zeros(end + 1, dtype=torch.bool)
+    outer[list(graph.boundaries)] = True
+    transport, last = torch.ones(end + 1, dtype=torch.float64), 1.0
+    for position in range(end, -1, -1):
+        last = transport[position] = calibration.transport.get(position, last)
     return ErrorModel(
-        scheme, noise, calibration, gain, scale, readout, process.cumsum(0), rounding.cumsum(0), bend, power
+        scheme=scheme,
+        noise=noise,
+        calibration=calibration,
+        gain=gain,
+        scale=scale,
+        readout=readout,
+        process=process.cumsum(0),
+        rounding=rounding.cumsum(0),
+        bend=bend,
+        power=power,
+        outer=outer,
+        transport=transport,
     )
 
 
@@ -153,7 +183,8 @@ def expected_errors(
         total = sum(weights) or 1.0
         incoming = sum(w * found.get((node.source, v), 0.0) for v, w in zip(sources, weights, strict=True)) / total
         own = node_error(model, graph, node, step) if node.operations else 0.0
-        found[node.target, node.value] = (1 + incoming) * (1 + own) - 1
+        grown = float(model.transport[node.target] / model.transport[node.source])
+        found[node.target, node.value] = (1 + grown * incoming) * (1 + own) - 1
     return found
 
 

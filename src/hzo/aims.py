@@ -110,7 +110,7 @@ def choices(
 ) -> Balance:
     """All that steps, repeats and, where no tree is given, the tree may be chosen from."""
     if edges is None:
-        points = _points(graph, wanted, allowed)
+        points = points_of(graph, wanted, allowed)
     else:
         points = sorted({position for edge in edges for position in edge} | {len(graph.operations)})
     found = segments(graph, points, wanted, allowed)
@@ -118,7 +118,7 @@ def choices(
     return balance(model, found, eps, step, edges, repeats)
 
 
-def _points(graph: Graph, wanted: Wanted, allowed: Allowed) -> list[int]:
+def points_of(graph: Graph, wanted: Wanted, allowed: Allowed) -> list[int]:
     """Positions that a tree may go over: what is asked for, boundaries, and where one tensor carries all influence;
     every position where single operations have adjoints."""
     end = len(graph.operations)

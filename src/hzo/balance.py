@@ -42,6 +42,7 @@ class Balance:
         noise, lasting: (steps, points, points): η that falls with repeats, and η that does not.
         steps: relative to the activity's root mean square; one None where the user has fixed the step.
         edges: of a given tree, by point; None where the tree is to be found.
+        growth: the most that errors grow beside cotangents, from the output to a wanted point.
     """
 
     segments: Segments
@@ -50,6 +51,7 @@ class Balance:
     steps: tuple[float | None, ...]
     edges: tuple[Edge, ...] | None
     repeats: Repeats
+    growth: float
 
 
 def balance(
@@ -77,9 +79,13 @@ def balance(
         noise.append(model.by_noise(found.spread, target, source, h[:, None]) + adjoint)
         lasting.append(model.lasting(found.spread, target, source, h[:, None]) + bent)
     steps: tuple[float | None, ...] = tuple(relative) if step is None else (None,)
+    # Errors counted at the output: what a path adds up there is the same for all that lies behind it.
+    growth = model.worst_growth()[points][:, None]
+    noise, lasting = [n / growth for n in noise], [n / growth for n in lasting]
     place = {position: k for k, position in enumerate(found.points)}
     tree = None if edges is None else tuple((place[t], place[s]) for t, s in edges)
-    return Balance(found, torch.stack(noise), torch.stack(lasting), steps, tree, repeats)
+    highest = max((float(g) for g, asked in zip(growth, found.wanted, strict=True) if asked), default=1.0)
+    return Balance(found, torch.stack(noise), torch.stack(lasting), steps, tree, repeats, highest)
 
 
 def steadiest_steps(choice: Balance) -> list[Hop]:
@@ -92,6 +98,7 @@ def steadiest_steps(choice: Balance) -> list[Hop]:
 
 def keeping(choice: Balance, error: float) -> list[Hop] | None:
     """The cheapest hops whose errors stay below ``error`` along every path; None where no repeats can keep it."""
+    error = error / choice.growth
     depth = 1 + log2(max(2, len(choice.segments.points)))
     shares = [error] if len(choice.steps) == 1 else [error / 2, error / depth, error / len(choice.segments.points)]
     best: tuple[float, list[Hop]] | None = None

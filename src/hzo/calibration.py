@@ -25,19 +25,19 @@ class Bend:
 
 @dataclass(frozen=True)
 class Seconds:
-    """Measured times, in seconds for one sample.
+    """Measured times.
 
     Attributes:
-        operations: of every operation, inside a query.
-        adjoints: of every operation's adjoint, by operation and value. rules: of every parameter rule, by operation.
+        hops: of the estimate of a value at a target from the nearest source, for the batch, by target, source, value.
+        operations: of every operation inside a query, for one sample.
         decoding: of one element of a result that a query returns: differences, products and sums.
-        fixed: of a gradient, for the base pass, the loss and what else does not depend on the plan.
+        rules: of all parameter rules. fixed: of the base pass, the loss and what else does not depend on the plan.
     """
 
+    hops: dict[tuple[int, int, int], float]
     operations: tuple[float, ...]
-    adjoints: dict[tuple[int, int], float]
-    rules: dict[int, float]
     decoding: float
+    rules: float
     fixed: float
 
 
@@ -48,6 +48,8 @@ class Calibration:
     Attributes:
         fingerprint: of the chain.
         norms: squared norm of the cotangent, by position and value, relative to that at the output.
+        transport: by position, how much more the error of an estimate has grown on its way from the output than the
+            cotangent itself (squared).
         scales: root mean square of the activity, by value.
         bends: by position, of the hop from there to the next position that was measured.
         noise: measured, for each stage. None: every query repeats.
@@ -59,6 +61,7 @@ class Calibration:
 
     fingerprint: str
     norms: dict[tuple[int, int], float]
+    transport: dict[int, float]
     scales: dict[int, float]
     bends: dict[int, Bend]
     noise: Noise | None
@@ -79,6 +82,7 @@ def unitary(graph: Graph, scheme: str) -> Calibration:
     return Calibration(
         fingerprint=graph.fingerprint,
         norms=norms,
+        transport={},
         scales={value.index: 1.0 for value in graph.values},
         bends=dict.fromkeys(graph.boundaries[:-1], bend),
         noise=None,

@@ -6,7 +6,7 @@ boundary and its source. execution.py counts the same numbers while they run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from math import prod
 
@@ -98,15 +98,15 @@ def _decoding(node: Node, batch: int) -> int:
 def seconds_of(graph: Graph, plan: Plan, known: Seconds) -> float:
     """The time of one gradient of the batch traced: base pass, queries, adjoints and parameter rules."""
     batch = graph.nominal_batch
-    total = known.fixed + sum(known.rules.values())
+    total = known.fixed + known.rules
+
+    def queries(cost: Cost, operations: Sequence[int], read: Iterable[int]) -> float:
+        elements = sum(graph.values[v].per_sample for v in read)
+        return cost.queries * batch * (sum(known.operations[k] for k in operations) + known.decoding * elements)
+
     for node in plan.nodes:
-        if node.probe.kind == "adjoint":
-            total += node.repeats * known.adjoints.get((node.operations[0], node.value), 0.0)
-        elif node.operations:
-            read = sum(graph.values[v].per_sample for v in node.outputs)
-            query = sum(known.operations[k] for k in node.operations) + known.decoding * read
-            total += node.cost.queries * batch * query
+        hop = known.hops.get((node.target, node.source, node.value))
+        total += queries(node.cost, node.operations, node.outputs) if hop is None else node.repeats * hop
     for probe in plan.perturbed:
-        read = sum(graph.values[v].per_sample for v in graph.operations[probe.operation].writes)
-        total += probe.cost.queries * batch * (known.operations[probe.operation] + known.decoding * read)
+        total += queries(probe.cost, [probe.operation], graph.operations[probe.operation].writes)
     return total

@@ -138,16 +138,26 @@ def _estimate(
     with undone_on_error(modules):
         steps = schedule(graph, plan)
         activities = base_pass(graph, inputs, steps.base_pass)
-        output = pytree.tree_map_only(Ref, lambda ref: activities.values[ref.value], graph.output)
-        output = pytree.tree_map_only(Attribute, Attribute.get, output)
-        loss, cotangent = _loss(graph, inputs, loss_fn, output, y)
+        loss, at_the_end = loss_at_the_end(graph, activities, inputs, loss_fn, y)
         # Drawn where it moves the random state on, so that the next gradient has other signs.
         seed = int(torch.randint(2**62, ())) if plan.approximate else 0
         with contained(modules):
-            at_the_end = _at_the_end(graph, cotangent)
-            del output, cotangent
             found = sweep(graph, plan, steps, activities, at_the_end, memory=memory, seed=seed, keep=keep)
     return found.gradients, loss, (graph, found.cotangents)
+
+
+def loss_at_the_end(
+    graph: Graph, activities: Activities, inputs: list[Tensor], loss_fn: Callable[..., Any], y: Any
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """The loss and the cotangents of the output's values, in the accumulation dtype.
+
+    Raises:
+        NonFiniteError: names the first operation whose result holds NaN or infinity.
+    """
+    output = pytree.tree_map_only(Ref, lambda ref: activities.values[ref.value], graph.output)
+    output = pytree.tree_map_only(Attribute, Attribute.get, output)
+    loss, cotangent = _loss(graph, inputs, loss_fn, output, y)
+    return loss, _at_the_end(graph, cotangent)
 
 
 def _loss(graph: Graph, inputs: list[Tensor], loss_fn: Callable[..., Any], output: Any, y: Any) -> tuple[Tensor, Any]:

@@ -1,0 +1,138 @@
+"""``calibrate``: what the error model needs to know of a chain, measured by forward passes.
+
+One base pass; identical queries, whose scatter is the noise; and a sweep from hop to hop, in which every hop is
+estimated at several steps: a small one shows rounding, two large ones the curvature. All of it is timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hzo import noise_measured as scatter
+from hzo.aims import points_of
+from hzo.calibration import Calibration, unitary
+from hzo.chain import Chain
+from hzo.choice import Allowed
+from hzo.differences import Scheme, accumulation_dtype, check_scheme
+from hzo.errors import InputError
+from hzo.execution import Activities, base_pass
+from hzo.gradient import loss_at_the_end
+from hzo.graph import Graph, tensors_in
+from hzo.hops import Hops, timed
+from hzo.nodes import Wanted, wanted_by_parameters, wanted_everywhere
+from hzo.preparation import traced_for
+from hzo.queries import as_checks
+from hzo.side_effects import contained
+from hzo.structure import Assume, check_assume
+from hzo.tracing import call_arguments
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def calibrate(
+    chain: Chain,
+    x: Any,
+    loss_fn: Callable[..., Any] | None = None,
+    y: Any = None,
+    *,
+    assume: Assume = "structure",
+    scheme: Scheme = "central",
+    repeats: int = 32,
+    seconds: bool = True,
+) -> Calibration:
+    """Measure gains, scales, curvature, noise, rounding and times of a traced chain on one batch.
+
+    Args:
+        x: a batch of the traced shape; the more samples, the better noise and gains are known.
+        loss_fn, y: as for ``hzo.backward``; the gains are those of this loss's cotangents. None takes random ones.
+        assume, scheme: of the plans to be made. Cost grows with what may not be assumed.
+        repeats: the most estimates of a hop whose mean is taken, where the chain is noisy.
+        seconds: measure times, too.
+
+    Returns a frozen record for ``hzo.plan(calibration=...)``. Parameters, buffers, gradients and the random state are
+    untouched.
+
+    Cost: about 5 gradients of a stagewise plan, up to 5 ``repeats`` of them where the chain is noisy; counted as
+    ``check_evaluations``. Source: ours; rounding and curvature from estimates at several steps in the spirit of Moré
+    and Wild, Estimating derivatives of noisy simulations (2012).
+
+    Raises:
+        InputError: not a chain, too few repeats, inputs that do not fit. TraceError: a chain that has not seen an
+        input. CoupledSamplesError: samples influence each other where differences would have to be taken.
+    """
+    if not isinstance(chain, Chain):
+        raise InputError(f"expected a traced chain, got a {type(chain).__name__}: chain = hzo.trace(model, x)")
+    check_assume(assume), check_scheme(scheme)
+    if repeats < 2:
+        raise InputError(f"expected 2 repeats or more, to see how far two estimates lie apart; got {repeats}")
+    graph = traced_for(chain, x, strict=True).traced
+    modules = [chain.model, *(op.module for op in graph.operations if op.module is not None)]
+    with contained(modules), as_checks():
+        inputs = tensors_in(call_arguments(x))
+        forward, activities = timed(lambda: base_pass(graph, inputs))
+        began = perf_counter()
+        at_the_end = _at_the_end(graph, activities, inputs, loss_fn, y)
+        fixed = forward + perf_counter() - began
+        total = scatter.of_stages(graph, activities)
+        allowed = Allowed(assume, scheme)
+        wanted = wanted_everywhere(graph, wanted_by_parameters(graph))
+        hops = Hops(graph, activities, at_the_end, allowed, total, repeats)
+        for target, source in hops_of(graph, wanted, allowed):
+            hops.measure(target, source)
+        noise = None if total is None else scatter.split(graph, activities, total, hops.cotangents)
+        return Calibration(
+            fingerprint=graph.fingerprint,
+            norms=hops.norms,
+            transport=hops.transport,
+            scales=_scales(graph, activities),
+            bends=hops.bends,
+            noise=noise,
+            rounding=hops.rounding_of_stages() if total is None else unitary(graph, scheme).rounding,
+            parameters=hops.parameters,
+            seconds=hops.seconds(fixed) if seconds else None,
+        )
+
+
+def hops_of(graph: Graph, wanted: Wanted, allowed: Allowed) -> list[tuple[int, int]]:
+    """What is measured from what, from the end to the left: single operations where those have adjoints of their own,
+    else each stage as a whole and what is asked for inside it."""
+    if allowed.assume == "structure":
+        return list(reversed([*pairwise(points_of(graph, wanted, allowed))]))
+    first = min(wanted, default=0)
+    found = []
+    for stage in reversed(graph.stages):
+        inner = [p for p in range(stage.stop - 1, stage.start, -1) if p in wanted]
+        found += [(p, stage.stop) for p in (*inner, stage.start) if p >= first]
+    return found
+
+
+def _at_the_end(
+    graph: Graph, activities: Activities, inputs: list[Tensor], loss_fn: Callable[..., Any] | None, y: Any
+) -> dict[int, Tensor]:
+    """The loss's cotangents, or random ones; scaled so that their squared norm is one."""
+    if loss_fn is not None:
+        found = loss_at_the_end(graph, activities, inputs, loss_fn, y)[1]
+    else:
+        values = {v: activities.values[v] for v in graph.outputs if graph.values[v].floating}
+        found = {v: torch.randn_like(t, dtype=accumulation_dtype(t.dtype)) for v, t in values.items()}
+    size = sum(float(g.double().square().sum()) for g in found.values()) ** 0.5
+    if not size > 0:
+        raise InputError("the loss has no gradient at this batch; calibrate on one that has, or without a loss")
+    return {v: g / size for v, g in found.items()}
+
+
+def _scales(graph: Graph, activities: Activities) -> dict[int, float]:
+    """Root mean square of every batched activity."""
+    found = {}
+    for value in graph.values:
+        if value.batched and value.floating:
+            tensor = activities.values[value.index]
+            norm = float(torch.linalg.vector_norm(tensor, dtype=accumulation_dtype(tensor.dtype)))
+            found[value.index] = norm / max(tensor.numel(), 1) ** 0.5 or 1.0
+    return found

@@ -1,0 +1,313 @@
+"""Measuring a chain hop by hop: every point's cotangents from the next point's, at several steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from math import log
+from time import perf_counter
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from hzo.calibration import Bend, Seconds
+from hzo.choice import Allowed
+from hzo.cost import bytes_per_direction
+from hzo.differences import evaluations, scaled_step
+from hzo.execution import Activities, run_slice
+from hzo.graph import Attribute, Graph
+from hzo.nodes import check_coupling, has_rule, make_node
+from hzo.parameter_gradients import Gradients, Local, add_gradients
+from hzo.plan import Cost, Node, Plan
+from hzo.probes import Probe
+from hzo.sweep import Cotangents, Sweep, estimate_node
+from hzo.vjp import directions_per_chunk
+
+LARGE, MIDDLE = 0.25, 0.0625  # steps at which curvature is seen, in units of the activity
+NOISY, LARGEST = 0.5, 1.0  # those of a noisy chain: smaller ones drown
+_HOP_ERROR = 0.01  # squared relative error of one hop that repeats are to reach in a noisy chain
+_RESOLVED = 3.0  # times what noise and rounding explain, from which on a difference is taken for curvature
+
+T = TypeVar("T")
+
+
+def _square(tensor: Tensor) -> float:
+    return float(tensor.double().square().sum())
+
+
+def timed(function: Callable[[], T]) -> tuple[float, T]:
+    """Seconds of the quicker of two calls, and the result of the last."""
+    best = float("inf")
+    for _ in range(2):
+        began = perf_counter()
+        result = function()
+        best = min(best, perf_counter() - began)
+    return best, result
+
+
+class Hops:
+    """What has been measured so far, from the end to the left.
+
+    In a noisy chain two independent sweeps run side by side: the product of the two has no noise of its own to square,
+    so that norms come out unbiased. One sweep more carries a random error along, as estimates carry theirs.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        activities: Activities,
+        at_the_end: dict[int, Tensor],
+        allowed: Allowed,
+        noise: tuple[float, ...] | None,
+        repeats: int,
+    ) -> None:
+        self.graph, self.activities, self.allowed = graph, activities, allowed
+        self.noise, self.repeats = noise, repeats
+        end = len(graph.operations)
+        self.sweeps = [self._sweep(dict(at_the_end)) for _ in range(1 if noise is None else 2)]
+        self._error = self._sweep({v: self._scattered(v, g) for v, g in at_the_end.items()})
+        self.norms = {(end, v): _square(g) for v, g in at_the_end.items()}
+        self.transport = {end: 1.0}
+        self.bends: dict[int, Bend] = {}
+        self.parameters: dict[str, float] = {}
+        self._rounding = [0.0] * len(graph.stages)
+        self._hops: dict[tuple[int, int, int], float] = {}
+        self._rules = 0.0
+        self._plain: list[tuple[Node, float]] = []
+        self._rules_of(end)
+
+    def _sweep(self, at_the_end: dict[int, Tensor]) -> Sweep:
+        plan = Plan(
+            fingerprint=self.graph.fingerprint,
+            tree="stagewise",
+            assume=self.allowed.assume,
+            scheme=self.allowed.scheme,
+            step=None,
+            noise=None,
+            nodes=(),
+            perturbed=(),
+            trainable=(),
+            batch=self.activities.batch,
+            labels=(),
+        )
+        local = Local(self.graph, self.activities, (), self.allowed.scheme)
+        return Sweep(self.graph, plan, self.activities, None, {len(self.graph.operations): at_the_end}, local)
+
+    @property
+    def cotangents(self) -> Cotangents:
+        """The best there are: of the one sweep, or of the first of two."""
+        return self.sweeps[0].cotangents
+
+    def measure(self, target: int, source: int) -> None:
+        """All that is alive at a target, from all that is known at its source."""
+        graph = self.graph
+        nodes = []
+        for value in graph.live[target]:
+            node = make_node(graph, value, target, source, self.allowed, everything=True)
+            if graph.values[value].floating and node is not None:
+                check_coupling(graph, node)
+                nodes.append(node)
+        bends = [bend for node in nodes if (bend := self._node(node)) is not None]
+        norm = self._norm(target)
+        if bends and norm > 0:
+            power = max(bend.power for bend in bends)
+            self.bends[target] = Bend(sum(bend.size for bend in bends) / norm, power)
+        self._carry(nodes, target, source)
+        self._rules_of(target)
+
+    def _norm(self, position: int) -> float:
+        return sum(self.norms.get((position, v), 0.0) for v in self.graph.live[position])
+
+    def _node(self, node: Node) -> Bend | None:
+        """Estimate a node's value in every sweep; what curvature adds, in squared size (not relative yet)."""
+        found: list[Tensor] = []
+        bend = None
+        differences = bool(node.operations) and node.probe.kind != "adjoint"
+        asked = replace(node, step=NOISY, repeats=self._repeats(node)) if self.noise is not None else node
+        asked = asked if differences else replace(node, repeats=1 if self.noise is None else self.repeats // 2)
+        for sweep in self.sweeps:
+            at_source = sweep.cotangents.get(node.source, {})
+            total = None
+            if node.operations:
+
+                def once(sweep: Sweep = sweep, at: dict[int, Tensor] = at_source) -> Tensor | None:
+                    return estimate_node(sweep, asked, at)
+
+                taken, total = timed(once) if self.noise is None else (0.0, once())
+                if taken:
+                    self._hops[node.target, node.source, node.value] = taken
+                if differences and not found and total is not None:
+                    self._plain.append((node, taken))
+                    bend = self._bend(sweep, asked, at_source, total)
+            if node.carried and node.value in at_source:
+                total = at_source[node.value] if total is None else total + at_source[node.value]
+            if total is None:
+                return None
+            sweep.cotangents.setdefault(node.target, {})[node.value] = total
+            found.append(total)
+        squared = float((found[0].double() * found[-1].double()).sum())
+        smallest = 1e-6 * float(found[0].norm()) * float(found[-1].norm())  # noise may hide a small one
+        self.norms[node.target, node.value] = max(squared, smallest)
+        return bend
+
+    def _repeats(self, node: Node) -> int:
+        """As many as bring the noise of one hop down to what is needed, within bounds."""
+        relative = self._explained(node, NOISY, self.cotangents.get(node.source, {}))
+        size = sum(_square(g) for g in self.cotangents.get(node.source, {}).values())
+        return max(1, min(self.repeats, round(relative / size / _HOP_ERROR))) if size > 0 else 1
+
+    def _explained(self, node: Node, step: float, at_source: dict[int, Tensor]) -> float:
+        """Squared error that the noise of one measurement leaves in an estimate with this step."""
+        assert self.noise is not None
+        rows = self._rows(node)
+        variance = self.noise[self.graph.stage_of[node.source - 1]] ** 2 * sum(_square(g) for g in at_source.values())
+        height = float(torch.as_tensor(scaled_step(rows, step)).double().square().mean())
+        return self._share * node.probe.directions * variance / height
+
+    @property
+    def _share(self) -> float:
+        return 0.5 if self.allowed.scheme == "central" else 1.0
+
+    def _rows(self, node: Node) -> Tensor:
+        return self.graph.values[node.value].rows(self.activities.values[node.value], self.activities.batch)
+
+    def _bend(self, sweep: Sweep, node: Node, at_source: dict[int, Tensor], reference: Tensor) -> Bend | None:
+        """Curvature from what larger steps change, where noise and rounding do not explain it."""
+        rows = self._rows(node)
+        scale = float(rows.double().square().mean()) ** 0.5 or 1.0
+        highest = 4.0 if self.allowed.scheme == "central" else 2.0
+
+        def distance(step: float) -> float:
+            other = estimate_node(sweep, replace(node, step=step), at_source)
+            assert other is not None
+            return _square(other.double() - reference.double())
+
+        if self.noise is not None:
+            explained = sum(self._explained(node, step, at_source) / node.repeats for step in (NOISY, LARGEST))
+            left = distance(LARGEST) - explained
+            if left < _RESOLVED * explained:
+                return None
+            part = 1 - (NOISY / LARGEST) ** (highest / 2)  # of an error c·h², what the two steps differ by
+            return Bend(left / part**2 / (LARGEST * scale) ** highest, highest)
+        unit = float(torch.finfo(rows.dtype).eps)
+        small, usual = unit ** (2 / 3), unit ** (1 / 3 if self.allowed.scheme == "central" else 1 / 2)
+        # Rounding lowers with the square of the step: what the smallest shows, the others have less of.
+        shown = distance(small)
+        fades = [self._inverse_square(rows, step) for step in (small, MIDDLE, LARGE, usual)]
+        middle_floor, large_floor = (shown * (fade + fades[3]) / fades[0] for fade in fades[1:3])
+        self._rounding[self.graph.stage_of[node.source - 1]] += shown / (self._share * node.probe.directions * fades[0])
+        large, middle = distance(LARGE), distance(MIDDLE)
+        if large < _RESOLVED * large_floor:
+            return None
+        power = highest if middle < _RESOLVED * middle_floor else log(large / middle) / log(LARGE / MIDDLE)
+        power = min(highest, max(1.0, power))
+        return Bend(large / (LARGE * scale) ** power, power)
+
+    @staticmethod
+    def _inverse_square(rows: Tensor, step: float) -> float:
+        """Mean of 1/h² over the elements: in low precision each has a step of its own."""
+        heights = torch.as_tensor(scaled_step(rows, step, precision=rows.dtype)).double()
+        return float(heights.square().reciprocal().mean())
+
+    def _carry(self, nodes: list[Node], target: int, source: int) -> None:
+        """Carry the random error over a hop; see how it grows beside the cotangent; add what the hop itself adds."""
+        before, after = self._error.cotangents.get(source, {}), 0.0
+        carried: dict[int, Tensor] = {}
+        for node in nodes:
+            asked = node if self.noise is None or node.probe.kind == "adjoint" else replace(node, step=NOISY)
+            parts = [estimate_node(self._error, asked, before) for _ in self.sweeps] if node.operations else [None]
+            own = before.get(node.value) if node.carried else None
+            sums = [p if own is None else own if p is None else p + own for p in parts]
+            if sums[0] is None or sums[-1] is None:
+                continue
+            carried[node.value] = sums[0]
+            after += float((sums[0].double() * sums[-1].double()).sum())  # of two estimates: without their noise
+        errors, gains = sum(_square(g) for g in before.values()), self._norm(source)
+        if errors > 0 and gains > 0 and after > 0 and self._norm(target) > 0:
+            grown = (after / errors) / (self._norm(target) / gains)
+            self.transport[target] = self.transport.get(source, 1.0) * grown
+        hops = len(self.transport)
+        for value, error in carried.items():
+            fresh = self._scattered(value, error) / hops**0.5
+            self._error.cotangents.setdefault(target, {})[value] = error + fresh
+
+    def _rules_of(self, position: int) -> None:
+        """Time of the rules of the operation before a position, and how relative errors add up in its gradients."""
+        if position == 0:
+            return
+        op = self.graph.operations[position - 1]
+        at = self.cotangents.get(position, {})
+        given = {v: at[v] for v in op.writes if v in at}
+        uses = [use for use in op.parameters if use.name and isinstance(use.where, Attribute)]
+        if not given or not uses or not op.batched or not all(has_rule(self.graph, op, use) for use in op.parameters):
+            return
+
+        def gradients(cotangents: dict[int, Tensor]) -> Gradients:
+            found: Gradients = {}
+            add_gradients(Local(self.graph, self.activities, ()), op, cotangents, {}, found)
+            return found
+
+        taken, exact = timed(lambda: gradients(given))
+        self._rules += taken
+        wrong = {v: self._scattered(v, g) for v, g in given.items()}
+        response = gradients(wrong)
+        for use in uses:
+            signal = float(exact[use.name][1].double().square().sum())
+            error = float(response[use.name][1].double().square().sum())
+            if signal > 0:
+                self.parameters[use.name] = max(self.parameters.get(use.name, 0.0), error / signal)
+
+    def _scattered(self, value: int, cotangent: Tensor) -> Tensor:
+        """A random error as large as the cotangent, in every sample."""
+        found, batch = self.graph.values[value], self.activities.batch
+        rows = found.rows(cotangent, batch)
+        drawn = torch.randn_like(rows)
+        drawn *= rows.norm(dim=1, keepdim=True) / drawn.norm(dim=1, keepdim=True)
+        return found.from_rows(drawn, batch)
+
+    def rounding_of_stages(self) -> tuple[float, ...]:
+        """Standard deviation of what rounding adds to the results of each stage."""
+        found = []
+        for stage, variance in zip(self.graph.stages, self._rounding, strict=True):
+            norm = sum(self.norms.get((stage.stop, v), 0.0) for v in self.graph.live[stage.stop])
+            found.append((variance / norm) ** 0.5 if norm > 0 else 0.0)
+        return tuple(found)
+
+    def seconds(self, fixed: float) -> Seconds:
+        """The times of all parts; those of operations in chunks of the size that queries have."""
+        graph, batch = self.graph, self.activities.batch
+        operations = [0.0] * len(graph.operations)
+        for op in graph.operations:
+            moved = next((v for v in op.reads if graph.values[v].batched and graph.values[v].floating), None)
+            if not op.batched or moved is None or op.coupled:
+                continue
+            probe = Probe("coordinate", graph.values[moved].per_sample)
+            node = Node(moved, op.index, op.index + 1, (op.index,), op.writes, False, probe, Cost())
+            at = self.activities.values[moved]
+            chunk = directions_per_chunk(
+                bytes_per_direction(graph, node, batch), None, self.activities.values[moved].device
+            )
+            copies = max(1, min(chunk, graph.values[moved].per_sample, 256))
+            value = graph.values[moved]
+            rows = value.rows(at, batch).repeat(copies, 1)
+            state = {moved: value.from_rows(rows, batch * copies)}
+            outputs = [v for v in op.writes if graph.values[v].batched]
+            tiles: dict[int, Tensor] = {}
+
+            def run(
+                k: int = op.index,
+                state: dict[int, Tensor] = state,
+                outputs: list[int] = outputs,
+                copies: int = copies,
+                tiles: dict[int, Tensor] = tiles,
+            ) -> list[Tensor]:
+                return run_slice(graph, [k], self.activities, state, outputs, copies, tiles)
+
+            operations[op.index] = timed(run)[0] / (copies * batch)
+        spent = elements = 0.0
+        for node, taken in self._plain:
+            queries = node.probe.directions * evaluations(self.allowed.scheme) * batch
+            spent += max(0.0, taken - queries * sum(operations[k] for k in node.operations))
+            elements += queries * sum(graph.values[v].per_sample for v in node.outputs)
+        return Seconds(self._hops, tuple(operations), spent / elements if elements else 0.0, self._rules, fixed)
