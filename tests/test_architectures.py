@@ -12,6 +12,7 @@ import architectures
 import hzo
 import oracles
 from cases import Problem
+from hzo.plan import describe
 
 TOLERANCE = 1e-6
 BATCH = 3
@@ -90,7 +91,7 @@ def test_what_takes_plain_queries_is_named_with_its_share(problem):
     """Only maps smaller than the canvas that measures a convolution: then coordinates are the cheaper way."""
     chain = hzo.trace(problem.model, problem.x)
     plan = hzo.plan(chain)
-    rows = [match for line in str(plan).splitlines() if (match := PLAIN.match(line))]
+    rows = [match for line in describe(plan, width=300).splitlines() if (match := PLAIN.match(line))]
     listed = [(row["where"], int(row["directions"])) for row in rows if row["kind"] not in ("adjoint", "elementwise")]
     assert listed == [(plan.labels[node.target], node.probe.directions) for node in plain_nodes(plan)]
     assert not plan.perturbed
@@ -105,7 +106,7 @@ def test_an_unknown_operation_is_named():
 
     model = nn.Sequential(nn.Linear(8, 8), Cumulative(), nn.Linear(8, 3)).double()
     plan = hzo.plan(hzo.trace(model, torch.randn(4, 8, dtype=torch.float64)))
-    (row,) = [match for line in str(plan).splitlines() if (match := PLAIN.match(line))]
+    (row,) = [match for line in describe(plan, width=300).splitlines() if (match := PLAIN.match(line))]
     assert row["where"] == "boundary 1"
     assert int(row["directions"]) == 8
     assert 0 < float(row["share"]) < 100

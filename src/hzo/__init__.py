@@ -17,6 +17,7 @@ from hzo.gradient import backward, cotangents, grad_and_value
 from hzo.inference import InferredStructure, infer_structure
 from hzo.noise import Noise
 from hzo.plan import Plan
+from hzo.plan_file import load_plan, save_plan
 from hzo.planner import plan
 from hzo.queries import QueryCount, count_queries
 from hzo.tracing import trace
@@ -44,9 +45,11 @@ __all__ = [
     "estimate_vjp",
     "grad_and_value",
     "infer_structure",
+    "load_plan",
     "noisy",
     "plan",
     "presets",
     "report_crosstalk",
+    "save_plan",
     "trace",
 ]

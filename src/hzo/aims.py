@@ -18,8 +18,8 @@ from hzo.edges import single
 from hzo.errors import PlanError
 from hzo.graph import Graph
 from hzo.intervals import segments
-from hzo.nodes import Hop, Wanted
-from hzo.plan import Expected, Plan
+from hzo.nodes import Wanted
+from hzo.plan import Expected, Hop, Plan
 from hzo.trees import Edge
 
 _IMPOSSIBLE = (

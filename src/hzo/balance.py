@@ -18,8 +18,8 @@ from torch import Tensor
 from hzo.accuracy import ErrorModel
 from hzo.errors import PlanError
 from hzo.intervals import Segments
-from hzo.nodes import Hop
 from hzo.optimum import optimum
+from hzo.plan import Hop
 from hzo.repeats import Intervals, price_of, repeats_optimal, repeats_uniform
 from hzo.trees import Edge
 

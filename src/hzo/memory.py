@@ -11,7 +11,7 @@ from hzo.errors import InputError, PlanError
 from hzo.graph import Graph
 from hzo.plan import Node, Plan
 from hzo.schedule import Schedule, schedule
-from hzo.storage import run_again
+from hzo.storage import Storage, run_again
 
 
 def with_storage(graph: Graph, plan: Plan, memory: int | None) -> Plan:
@@ -22,19 +22,27 @@ def with_storage(graph: Graph, plan: Plan, memory: int | None) -> Plan:
     """
     if memory is not None and not memory > 0:
         raise InputError(f"expected memory in bytes, a number > 0, or None for no limit; got {memory}")
-    needed = activity_bytes(graph, schedule(graph, plan))
-    if memory is None or needed <= memory:
-        return replace(plan, activity_bytes=needed)
-    path = replace(plan, storage="path")
-    on_a_path = activity_bytes(graph, schedule(graph, path))
-    if on_a_path > memory:
+    everything = stored(graph, plan, "all")
+    if memory is None or everything.activity_bytes <= memory:
+        return everything
+    path = stored(graph, plan, "path")
+    if path.activity_bytes > memory:
         raise PlanError(
-            f"activities and cotangents of {plan.batch} samples take {needed:,} bytes if all are stored and "
-            f"{on_a_path:,} on a path, and memory={memory:,} allows neither; allow more, trace a smaller batch "
-            "(gradients of several add up), or cut large stages into smaller ones"
+            f"activities and cotangents of {plan.batch} samples take {everything.activity_bytes:,} bytes if all are "
+            f"stored and {path.activity_bytes:,} on a path, and memory={memory:,} allows neither; allow more, trace a "
+            "smaller batch (gradients of several add up), or cut large stages into smaller ones"
         )
-    again = plan.batch * run_again(len(graph.stages), "path")
-    return replace(path, activity_bytes=on_a_path, recomputed=again)
+    return path
+
+
+def stored(graph: Graph, plan: Plan, storage: Storage) -> Plan:
+    """The plan with its activities stored this way, and with what that takes."""
+    chosen = replace(plan, storage=storage)
+    return replace(
+        chosen,
+        activity_bytes=activity_bytes(graph, schedule(graph, chosen)),
+        recomputed=plan.batch * run_again(len(graph.stages), storage),
+    )
 
 
 def activity_bytes(graph: Graph, steps: Schedule) -> int:

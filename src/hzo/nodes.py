@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -12,24 +12,14 @@ from hzo.cost import parameter_cost
 from hzo.differences import Scheme
 from hzo.errors import CoupledSamplesError
 from hzo.graph import Attribute, Graph, Operation, ParameterUse
+from hzo.noise import Noise
 from hzo.parameter_rules import find_rule
-from hzo.plan import Node, ParameterProbe
+from hzo.plan import Boundaries, Hop, Node, ParameterProbe, Plan
+from hzo.structure import Assume
+from hzo.trees import Tree
 
 Wanted = dict[int, set[int]]
 """Values whose cotangents are asked for, by position."""
-
-
-@dataclass(frozen=True)
-class Hop:
-    """An edge of a tree with what was decided about it: ``target`` takes its cotangents from ``source``.
-
-    ``step`` in units of the activity's root mean square; None for that of the plan.
-    """
-
-    target: int
-    source: int
-    repeats: int = 1
-    step: float | None = None
 
 
 def wanted_by_parameters(graph: Graph) -> Wanted:
@@ -49,6 +39,52 @@ def wanted_everywhere(graph: Graph, wanted: Wanted) -> Wanted:
     for position in graph.boundaries:
         result.setdefault(position, set()).update(v for v in graph.live[position] if graph.values[v].floating)
     return result
+
+
+def plan_without_nodes(
+    graph: Graph,
+    *,
+    tree: Tree,
+    assume: Assume,
+    scheme: Scheme,
+    step: float | None,
+    noise: Noise | None,
+    boundaries: Boundaries,
+    spacing: int | None,
+) -> Plan:
+    """All of a plan that does not depend on its hops."""
+    return Plan(
+        fingerprint=graph.fingerprint,
+        tree=tree,
+        assume=assume,
+        scheme=scheme,
+        step=step,
+        noise=noise,
+        nodes=(),
+        perturbed=tuple(perturbed_parameters(graph, scheme)),
+        trainable=tuple(dict.fromkeys(use.name for op in graph.operations for use in op.parameters if use.name)),
+        batch=graph.nominal_batch,
+        labels=tuple(graph.describe(position) for position in range(len(graph.operations) + 1)),
+        boundaries=boundaries,
+        spacing=spacing,
+    )
+
+
+def with_hops(graph: Graph, plan: Plan, hops: Sequence[Hop]) -> Plan:
+    """The plan with these hops and the nodes that follow from them.
+
+    Raises:
+        CoupledSamplesError: a query would run a stage in which samples influence each other.
+    """
+    allowed = Allowed(plan.assume, plan.scheme, plan.spacing)
+    nodes = nodes_of(graph, hops, wanted_by(graph, plan.boundaries), allowed, everything=plan.boundaries == "all")
+    return replace(plan, hops=tuple(hops), nodes=nodes)
+
+
+def wanted_by(graph: Graph, boundaries: Boundaries) -> Wanted:
+    """What a plan must estimate."""
+    wanted = wanted_by_parameters(graph)
+    return wanted_everywhere(graph, wanted) if boundaries == "all" else wanted
 
 
 def make_node(

@@ -7,13 +7,37 @@ from __future__ import annotations
 
 from dataclasses import astuple, dataclass, field
 from fractions import Fraction
+from typing import Literal, get_args
 
 from hzo.differences import Scheme, evaluations
+from hzo.errors import PlanError
 from hzo.noise import Noise
 from hzo.probes import Probe
 from hzo.storage import Storage
 from hzo.structure import Assume
 from hzo.trees import Tree
+
+Boundaries = Literal["needed", "all"]
+
+
+def check_boundaries(boundaries: str) -> Boundaries:
+    """Which boundaries are estimated, or an error that lists the ways."""
+    if boundaries not in get_args(Boundaries):
+        raise PlanError(f"expected boundaries 'needed' or 'all', got {boundaries!r}")
+    return boundaries  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Hop:
+    """An edge of a tree with what was decided about it: ``target`` takes its cotangents from ``source``.
+
+    ``step`` in units of the activity's root mean square; None for that of the plan.
+    """
+
+    target: int
+    source: int
+    repeats: int = 1
+    step: float | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +120,11 @@ class Expected:
     @property
     def cosine(self) -> float:
         """The lowest cosine of an estimated cotangent."""
-        return float((1 + max(self.errors.values(), default=0.0)) ** -0.5)
+        return self.cosine_of(*self.errors) if self.errors else 1.0
+
+    def cosine_of(self, *estimates: tuple[int, int]) -> float:
+        """The lowest cosine of these estimates, each given by its position and value."""
+        return float((1 + max(self.errors[estimate] for estimate in estimates)) ** -0.5)
 
 
 @dataclass(frozen=True)
@@ -105,7 +133,8 @@ class Plan:
 
     Attributes:
         fingerprint: of the chain that it was made for.
-        nodes: in the order in which they run, from the output to the input.
+        hops: the tree's edges, from the output to the input, with what was decided about each.
+        nodes: what follows from the hops, in the order in which they run.
         perturbed: parameters without a closed rule.
         trainable: names of the parameters that get a gradient.
         batch: batch size that the totals below refer to, that of the trace.
@@ -113,6 +142,7 @@ class Plan:
         activity_bytes: the most that activities and pending cotangents take at once, in one gradient of the batch
             traced. recomputed: stages run again in it, on one sample each; counted with the base evaluations.
         expected: errors and time, where a noise, a calibration or a target was given.
+        boundaries, spacing: as ``hzo.plan`` took them.
     """
 
     fingerprint: str
@@ -130,6 +160,9 @@ class Plan:
     activity_bytes: int = 0
     recomputed: int = 0
     expected: Expected | None = None
+    hops: tuple[Hop, ...] = ()
+    boundaries: Boundaries = "needed"
+    spacing: int | None = None
 
     @property
     def cost(self) -> Cost:
@@ -166,19 +199,17 @@ class Plan:
         return describe(self)
 
 
-def describe(plan: Plan, rows: int = 40) -> str:
-    """The plan as text: totals, what each kind of probe costs, then the costly nodes, the first ``rows`` of them."""
+def describe(plan: Plan, rows: int = 40, width: int = 120) -> str:
+    """The plan as text: totals, what is expected, what each kind of probe costs, then the nodes that perturb something,
+    the first ``rows`` of them. Labels are cut so that lines keep to ``width`` columns."""
     step = "from dtype and scale" if plan.step is None else f"{plan.step:g}"
+    if plan.step is None and plan.expected is not None:
+        step = "of each node, in units of its activity"
     whole = plan.cost.forward_equivalents_of(plan.batch) or Fraction(1)
 
-    def price(cost: Cost) -> str:
+    def price(cost: Cost, unit: str = "") -> str:
         fe = cost.forward_equivalents_of(plan.batch)
-        return f"{float(fe):.2f} forward equivalents ({float(fe / whole):.1%})"
-
-    def colors(probe: Probe) -> str:
-        if probe.coloring is None:
-            return ""
-        return f" (colors {probe.coloring}" + (f", {probe.draws} draws)" if probe.draws > 1 else ")")
+        return f"{float(fe):,.2f}{unit} ({float(fe / whole):.1%})"
 
     lines = [
         f"tree {plan.tree}, assume {plan.assume}, {plan.scheme} differences, step {step}",
@@ -187,24 +218,78 @@ def describe(plan: Plan, rows: int = 40) -> str:
         f"activities: {plan.storage} stored, at most {plan.activity_bytes:,} bytes at once, {plan.recomputed:,} stages "
         "run again",
     ]
+    if plan.expected is not None:
+        lines.append(expectation(plan))
     by_probe: dict[str, Cost] = {}
     for node in plan.nodes:
         if node.operations:
             name = f"{node.probe.kind} ({node.probe.promise})" if node.probe.promise else node.probe.kind
             by_probe[name] = by_probe.get(name, Cost()) + node.cost
-    lines += [f"  {name} probes: {price(cost)}" for name, cost in by_probe.items()]
-    costly = [node for node in plan.nodes if node.probe.kind != "adjoint" and node.operations]
+    lines += [f"  {name} probes: {price(cost, ' forward equivalents')}" for name, cost in by_probe.items()]
+    costly = costly_nodes(plan)
+    if costly or plan.perturbed:
+        lines.append("what is perturbed, with forward equivalents and their share:")
     for node in costly[:rows]:
-        lines.append(
-            f"  {plan.labels[node.target]} from {plan.labels[node.source]}: {node.probe.kind} probe, "
-            f"{node.probe.directions} directions{colors(node.probe)} × {evaluations(plan.scheme)}, {price(node.cost)}"
-        )
+        parts = []
+        if plan.expected is not None:
+            parts.append(f"{node.repeats:,} repeat" + ("s" if node.repeats != 1 else ""))
+            parts += [] if node.step is None else [f"step {node.step:.3g}"]
+            parts.append(f"cosine {plan.expected.cosine_of((node.target, node.value)):.4f}")
+        rest = ", ".join((f" × {evaluations(plan.scheme)}", *parts, price(node.cost)))
+        lines.append(_row(plan, node, rest, width))
     if len(costly) > rows:
-        rest = sum((node.cost for node in costly[rows:]), start=Cost())
-        lines.append(f"  … and {len(costly) - rows} more nodes, {price(rest)}")
+        others = sum((node.cost for node in costly[rows:]), start=Cost())
+        lines.append(f"  … and {len(costly) - rows} more nodes, {price(others)}")
     for probe in plan.perturbed:
         lines.append(
-            f"  parameters of {plan.labels[probe.operation]}: perturbed, {probe.elements} elements × "
+            f"  parameters of {plan.labels[probe.operation]}: {probe.elements} elements × "
             f"{evaluations(plan.scheme)}, {price(probe.cost)}"
         )
     return "\n".join(lines)
+
+
+def _row(plan: Plan, node: Node, rest: str, width: int) -> str:
+    """A node's line; where it would be too long, first without its coloring, then with labels cut."""
+    target, source = plan.labels[node.target], plan.labels[node.source]
+    text = f"{node.probe.kind} probe, {directions(node)}{rest}"
+    if len(f"  {target} from {source}: {text}") > width and plan.expected is not None:
+        text = f"{node.probe.kind} probe, {node.probe.directions} directions{rest}"
+    room = width - len(f"   from : {text}")
+    target = _cut(target, max(room - len(source), room // 2))
+    return f"  {target} from {_cut(source, room - len(target))}: {text}"
+
+
+def _cut(label: str, width: int) -> str:
+    width = max(width, 10)  # less says nothing; such a line is longer
+    return label if len(label) <= width else label[: width - 1] + "…"
+
+
+def costly_nodes(plan: Plan) -> list[Node]:
+    """The nodes that perturb something."""
+    return [node for node in plan.nodes if node.probe.kind != "adjoint" and node.operations]
+
+
+def directions(node: Node) -> str:
+    """How many directions a node perturbs, and from what coloring, in words."""
+    probe = node.probe
+    if probe.coloring is None:
+        return f"{probe.directions} directions"
+    draws = f", {probe.draws} draws" if probe.draws > 1 else ""
+    return f"{probe.directions} directions (colors {probe.coloring}{draws})"
+
+
+def expectation(plan: Plan) -> str:
+    """What is expected of a plan, in a line."""
+    if plan.expected is None:
+        return "expected: nothing is known of errors; plan with a noise, a calibration or a target"
+    repeats = [node.repeats for node in plan.nodes if node.operations]
+    fewest, most = min(repeats, default=1), max(repeats, default=1)
+    text = f"expected: lowest cosine {plan.expected.cosine:.4f}"
+    if plan.expected.errors:
+        (position, _), _ = max(plan.expected.errors.items(), key=lambda item: item[1])
+        text += f" at {plan.labels[position]}"
+    if plan.expected.seconds is not None:
+        text += f", {plan.expected.seconds:.3g} seconds"
+    if most == 1:
+        return text + "; every node is asked once"
+    return text + f"; {fewest:,}" + (f" to {most:,}" if most > fewest else "") + " repeats of each node"

@@ -6,8 +6,6 @@ steps and repeats by the error model; and for every hop of the tree the tensors 
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from hzo.accuracy import error_model
 from hzo.aims import Aim, check_aim, choices, decide, expecting
 from hzo.balance import Repeats, check_repeats
@@ -19,9 +17,9 @@ from hzo.edges import tree_edges
 from hzo.errors import InputError, NondeterministicError, PlanError
 from hzo.graph import Graph
 from hzo.memory import with_storage
-from hzo.nodes import Hop, nodes_of, perturbed_parameters, wanted_by_parameters, wanted_everywhere
+from hzo.nodes import plan_without_nodes, wanted_by, with_hops
 from hzo.noise import Noise, as_noise
-from hzo.plan import Plan
+from hzo.plan import Boundaries, Hop, Plan, check_boundaries
 from hzo.structure import Assume, check_assume
 from hzo.trees import Tree, check_tree
 
@@ -34,7 +32,7 @@ def plan(
     step: float | None = None,
     noise: float | Noise | None = None,
     repeats: Repeats = "optimal",
-    boundaries: str = "needed",
+    boundaries: Boundaries = "needed",
     spacing: int | None = None,
     *,
     calibration: Calibration | None = None,
@@ -90,8 +88,7 @@ def plan(
         )
     graph = chain.traced
     check_tree(tree), check_assume(assume), check_scheme(scheme), check_step(step), check_repeats(repeats)
-    if boundaries not in ("needed", "all"):
-        raise PlanError(f"expected boundaries 'needed' or 'all', got {boundaries!r}")
+    check_boundaries(boundaries)
     declared = as_noise(noise)
     if declared is not None:
         declared.for_stages(len(graph.stages))
@@ -99,36 +96,29 @@ def plan(
     if calibration is not None and calibration.fingerprint != graph.fingerprint:
         raise PlanError("this calibration was made for another chain, input shape or dtype; calibrate this one")
     _check_repeats(graph, declared or (None if calibration is None else calibration.noise))
-    wanted = wanted_by_parameters(graph)
-    if boundaries == "all":
-        wanted = wanted_everywhere(graph, wanted)
-    trainable = tuple(dict.fromkeys(use.name for op in graph.operations for use in op.parameters if use.name))
-    if not trainable and boundaries == "needed":
+    if boundaries == "needed" and not any(use.name for op in graph.operations for use in op.parameters):
         raise PlanError("no parameter of this chain requires a gradient; set requires_grad=True on those to train")
-    allowed = Allowed(assume, scheme, check_spacing(spacing, assume))
-    made = Plan(
-        fingerprint=graph.fingerprint,
+    wanted, allowed = wanted_by(graph, boundaries), Allowed(assume, scheme, check_spacing(spacing, assume))
+    made = plan_without_nodes(
+        graph,
         tree=tree,
         assume=assume,
         scheme=scheme,
         step=step,
         noise=declared,
-        nodes=(),
-        perturbed=tuple(perturbed_parameters(graph, scheme)),
-        trainable=trainable,
-        batch=graph.nominal_batch,
-        labels=tuple(graph.describe(position) for position in range(len(graph.operations) + 1)),
+        boundaries=boundaries,
+        spacing=spacing,
     )
 
-    def with_hops(hops: list[Hop]) -> Plan:
-        return replace(made, nodes=nodes_of(graph, hops, wanted, allowed, everything=boundaries == "all"))
+    def planned(hops: list[Hop]) -> Plan:
+        return with_hops(graph, made, hops)
 
     edges = tree_edges(graph, tree, wanted, allowed) if tree != "planned" or not aim.given else None
-    found = with_hops([Hop(target, source) for target, source in edges or ()])
+    found = planned([Hop(target, source) for target, source in edges or ()])
     if declared is not None or calibration is not None or aim.given:
         model = error_model(graph, calibration or unitary(graph, scheme), declared, scheme)
         choice = choices(graph, model, step, edges, wanted, allowed, repeats)
-        found = expecting(graph, with_hops(decide(graph, model, choice, aim, with_hops)), model)
+        found = expecting(graph, planned(decide(graph, model, choice, aim, planned)), model)
     return with_storage(graph, found, memory)
 
 

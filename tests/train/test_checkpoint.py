@@ -13,7 +13,8 @@ from torch import nn
 from hzo.errors import CheckpointError
 from hzo.train import checkpoint
 from hzo.train.checkpoint import HASHES, OPTIMIZER, STATE, WEIGHTS, Counters
-from hzo.train.files import MetricsLog, read_metrics, replace_file
+from hzo.train.files import MetricsLog, read_metrics
+from hzo.writing import replace_file
 
 
 def trained(optimizer="sgd", seed=0):

@@ -24,8 +24,9 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from hzo.errors import CheckpointError
-from hzo.train.files import disk_errors, sync_directory, write_synced
+from hzo.train.files import disk_errors
 from hzo.train.seeds import generator_states, restore_generators
+from hzo.writing import sync_directory, write_synced
 
 FOLDER = "checkpoints"
 WEIGHTS = "weights.safetensors"

@@ -6,19 +6,15 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.markup import escape
 
-import hzo
 from hzo.errors import CheckpointError, HzoError, InputError
 from hzo.train import compare as comparing
 from hzo.train import config as names
-from hzo.train import models
 from hzo.train.config import TrainConfig, read_config
 from hzo.train.files import CONFIG
 from hzo.train.loop import Result
-from hzo.train.methods import make_plan
 from hzo.train.options import (
     Activation,
     Assume,
@@ -46,8 +42,10 @@ from hzo.train.options import (
     Threads,
     Tree,
     Width,
+    given_options,
     one_of,
 )
+from hzo.train.plan_command import plan_command
 from hzo.train.recipes import recipe
 from hzo.train.run import Run, resume, start
 from hzo.train.terminal import announce, conclude, console, errors, train_shown
@@ -104,7 +102,7 @@ def train_command(
     resume_dir: Annotated[Path | None, typer.Option("--resume", help="Go on with the run in this directory.")] = None,
 ) -> None:
     """Train a network. Without options: a residual MLP learns handwritten digits by HZO in a minute or two."""
-    given = _given(locals())
+    given = given_options(locals())
     if resume_dir is not None:
         if out is not None:
             raise InputError("give --resume DIR to go on with a run or --out DIR to start one, not both.")
@@ -116,17 +114,6 @@ def train_command(
     go_on = f"hzo train --resume {running.out}"
     result = train_shown(running, max_steps, go_on)
     conclude(result, go_on)
-
-
-def _given(values: dict[str, Any]) -> dict[str, Any]:
-    """The options that were given, as fields of a TrainConfig."""
-    fields = {name: value for name, value in values.items() if name in TrainConfig.__dataclass_fields__}
-    given = {name: value for name, value in fields.items() if value is not None}
-    if "data_dir" in given:
-        given["data_dir"] = str(given["data_dir"])
-    if given.get("tree", "").lstrip("-").isdigit():
-        given["tree"] = int(given["tree"])
-    return given
 
 
 def _free_directory(config: TrainConfig) -> Path:
@@ -189,7 +176,7 @@ def compare_command(
     resume_dir: Annotated[Path | None, typer.Option("--resume", help="Go on with the comparison in this one.")] = None,
 ) -> None:
     """Train several methods on the same data, seeds and order, for equal epochs or an equal budget."""
-    given = _given(locals())
+    given = given_options(locals())
     if resume_dir is not None:
         out = resume_dir
         configs = comparing.read(out)
@@ -239,32 +226,4 @@ def _rates(given: list[str]) -> dict[str, float]:
     return rates
 
 
-@app.command("plan")
-def plan_command(
-    data: DataName = None,
-    image_size: ImageSize = None,
-    model: Model = None,
-    depth: Depth = None,
-    width: Width = None,
-    activation: Activation = None,
-    tree: Tree = None,
-    assume: Assume = None,
-    scheme: Scheme = None,
-    batch_size: BatchSize = None,
-) -> None:
-    """Show what HZO would do for one gradient, and what it would cost, without running it. Needs no data."""
-    config = recipe(**_given(locals()))
-    side = {"digits": None, "cifar10": 32}.get(config.data, config.image_size)
-    shape = (64,) if side is None else (3, side, side)
-    network = models.build(
-        config.model,
-        shape,
-        10,
-        depth=config.depth,
-        width=config.width,
-        activation=config.activation,
-        seed=config.seed,
-    )
-    example = torch.randn(config.batch_size, *shape, generator=torch.Generator().manual_seed(config.seed))
-    chain = hzo.trace(network, example)
-    print(make_plan(config, chain))
+app.command("plan")(plan_command)

@@ -19,17 +19,11 @@ from hzo.errors import CheckpointError, InputError
 from hzo.train.config import TrainConfig, from_dict, read_config
 from hzo.train.display import clock, large
 from hzo.train.environment import environment
-from hzo.train.files import (
-    CONFIG,
-    METRICS,
-    disk_errors,
-    new_run_directory,
-    read_metrics,
-    replace_file,
-)
+from hzo.train.files import CONFIG, METRICS, disk_errors, new_run_directory, read_metrics
 from hzo.train.loop import Result
 from hzo.train.plots import Record, comparison
 from hzo.train.run import Run, load_data, resume, start
+from hzo.writing import replace_file
 
 PLAN = "comparison.json"
 RESULTS = "results.json"

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 from hzo.train.environment import environment
-from hzo.train.files import CURVES, METRICS, SUMMARY, MetricsLog, disk_errors, read_metrics, replace_file
+from hzo.train.files import CURVES, METRICS, SUMMARY, MetricsLog, disk_errors, read_metrics
 from hzo.train.images import batch_indices
 from hzo.train.plots import run_curves
 from hzo.train.run import Run
 from hzo.train.schedule import relative_rate, set_rate
 from hzo.train.seeds import generator
+from hzo.writing import replace_file
 
 CHECKPOINT_SECONDS = 60.0
 
@@ -62,7 +63,7 @@ class Result:
 
 
 @contextmanager
-def _threads(number: int) -> Iterator[None]:
+def on_threads(number: int) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
@@ -79,7 +80,7 @@ def train(
     stop: Callable[[], bool] = lambda: False,
 ) -> Result:
     """Train to the end, to step ``max_steps``, or until ``stop()``; leaves a checkpoint in any case."""
-    with _threads(run.config.threads):
+    with on_threads(run.config.threads):
         loss, newest = _steps(run, max_steps, watch, stop)
         test_loss, test_accuracy = run.test()
     result = Result(

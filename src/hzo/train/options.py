@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -42,3 +42,14 @@ CosineEvery = Annotated[
     int | None, typer.Option(help="Steps between measurements of the cosine with backprop; 0: none.")
 ]
 CheckpointEvery = Annotated[int | None, typer.Option(help="Steps between checkpoints. Default: an epoch's.")]
+
+
+def given_options(values: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given, as fields of a names.TrainConfig."""
+    fields = {name: value for name, value in values.items() if name in names.TrainConfig.__dataclass_fields__}
+    given = {name: value for name, value in fields.items() if value is not None}
+    if "data_dir" in given:
+        given["data_dir"] = str(given["data_dir"])
+    if given.get("tree", "").lstrip("-").isdigit():
+        given["tree"] = int(given["tree"])
+    return given

@@ -14,7 +14,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
-from hzo.train.files import disk_errors, replace_file
+from hzo.train.files import disk_errors
+from hzo.writing import replace_file
 
 Record = Mapping[str, Any]
 Series = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
@@ -90,7 +91,7 @@ def run_curves(records: Sequence[Record], path: Path, *, title: str, method: str
         for cosine in rest:
             _cosine_panel(cosine, [(series(records, "cosine"), color, method)])
         (accuracy, *rest)[-1].set_xlabel("step")
-        _save(figure, path)
+        save(figure, path)
 
 
 def comparison(runs: Mapping[str, Sequence[Sequence[Record]]], path: Path, *, title: str) -> None:
@@ -114,7 +115,7 @@ def comparison(runs: Mapping[str, Sequence[Sequence[Record]]], path: Path, *, ti
         cosine.set_xlabel("step")
         handles, labels = by_step.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=max(1, len(labels)))
-        _save(figure, path)
+        save(figure, path)
 
 
 def _noisy(axes: Axes, values: Series, color: str, label: str) -> None:
@@ -180,9 +181,14 @@ def _cosine_panel(axes: Axes, lines: Sequence[tuple[Series, str, str]]) -> None:
     axes.set_title(f"lowest {lowest:.6f}" if lowest > 0.9 else f"lowest {lowest:.3f}", loc="right", fontsize=9)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as what its path ends with, svg or else png: equal figures as equal bytes."""
     buffer = io.BytesIO()
     FigureCanvasAgg(figure)
-    figure.savefig(buffer, format="png", metadata={"Software": None})
+    if path.suffix == ".svg":
+        with mpl.rc_context({"svg.hashsalt": "hzo"}):
+            figure.savefig(buffer, format="svg", metadata={"Date": None})
+    else:
+        figure.savefig(buffer, format="png", metadata={"Software": None})
     with disk_errors(f"writing the plot {path}", "try again"):
         replace_file(path, buffer.getvalue())

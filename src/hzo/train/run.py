@@ -15,18 +15,12 @@ from hzo.train import checkpoint, data, models
 from hzo.train.checkpoint import Counters
 from hzo.train.config import TrainConfig, to_json
 from hzo.train.cosine import cosine_to_backprop
-from hzo.train.files import (
-    CONFIG,
-    MetricsLog,
-    disk_errors,
-    new_run_directory,
-    refuse_used_directory,
-    replace_file,
-)
+from hzo.train.files import CONFIG, MetricsLog, disk_errors, new_run_directory, refuse_used_directory
 from hzo.train.images import Dataset, Split, batches_per_epoch, epoch_order, make_batch
 from hzo.train.methods import Method, prepare
 from hzo.train.schedule import make_optimizer
 from hzo.train.seeds import derive, generator, seed_everything
+from hzo.writing import replace_file
 
 EVALUATION_BATCH = 500
 
