@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import data, expected_error, options, relative_error, squared_gain, table, write
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import hzo
+from common import data, expected_error, options, relative_error, squared_gain, table, write
 
 READOUT, STEP, DEPTH, WIDTH = 1e-3, 0.1, 32, 64
 TREES = ("flat", "bisect", "stagewise")

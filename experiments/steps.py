@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import ACTIVATIONS, data, exact_by_autograd, expected_error, network, options, relative_error, table, write
 from matplotlib.figure import Figure
 
 import hzo
+from common import ACTIVATIONS, data, exact_by_autograd, expected_error, network, options, relative_error, table, write
 from hzo.errors import NonFiniteError, StepError
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -117,7 +117,8 @@ def main() -> None:
     print(f"{inside} of {len(rows)} within {WITHIN:g}× of the best; worst {worst['ratio']:.2f}×")
     off = max(rows, key=lambda r: abs(log2(r["expected"] / r["chosen"])))
     print(
-        f"expectation furthest off: {off['expected'] / off['chosen']:.2f}× ({off['dtype']}, {off['act']}, {off['tree']})"
+        f"expectation furthest off: {off['expected'] / off['chosen']:.2f}× "
+        f"({off['dtype']}, {off['act']}, {off['tree']}, readout {off['readout']:g})"
     )
     write("steps", given, plot(rows), within=WITHIN, inside=inside, rows=rows)
 
