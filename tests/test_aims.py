@@ -41,6 +41,34 @@ def test_prices_are_in_order():
     assert free < planned  # a larger step needs fewer repeats
 
 
+@pytest.mark.parametrize("tree", ["stagewise", "bisect", "planned"])
+def test_a_target_is_kept_where_errors_outgrow_cotangents(tree):
+    """Each stage shrinks the one direction that the cotangent has to 0.8, and no other."""
+    scales = torch.ones(WIDTH)
+    scales[0] = 0.8
+    layers = [nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(8)]
+    for layer in layers:
+        layer.weight.data = torch.diag(scales)
+    chain, x, _ = chain_of(*layers)
+
+    def loss(out, y):
+        return out[:, 0]
+
+    known = hzo.calibrate(chain, x, loss, x, assume="nothing")
+    assert known.transport[0] > 10
+    plan = hzo.plan(chain, tree, calibration=known, noise=3e-3, target_cosine=0.98, step=0.1, **OPTIONS)
+    assert plan.expected.cosine >= 0.98
+    exact = hzo.cotangents(chain, loss, x, x, boundaries="all")
+    found = hzo.cotangents(hzo.noisy(chain, 3e-3), loss, x, x, plan=plan)
+    assert (
+        min(
+            float(F.cosine_similarity(a.flatten(), b.flatten(), dim=0))
+            for a, b in zip(found[:-1], exact[:-1], strict=True)
+        )
+        >= 0.978
+    )
+
+
 def test_a_higher_target_costs_more():
     chain, _, _ = residual(6)
     prices = [hzo.plan(chain, step=0.1, noise=3e-3, target_cosine=c, **OPTIONS).queries for c in (0.9, 0.99, 0.999)]

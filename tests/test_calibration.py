@@ -54,6 +54,14 @@ def test_curvature_of_a_cubic():
     assert bend.size == pytest.approx(x.numel() / float((1 + 3 * x**2).square().sum()), rel=0.1)
 
 
+def test_curvature_is_seen_through_noise():
+    chain, x, _ = chain_of(nn.Sequential(Cubic()))
+    noisy = hzo.noisy(chain, readout=1e-3)
+    (bend,) = hzo.calibrate(noisy, x, lambda out, y: out.sum(1), x, assume="nothing").bends.values()
+    # The smaller of the two steps errs, too: what is seen is (1 − 1/4) of the error, and made up for.
+    assert bend.size == pytest.approx(x.numel() / float((1 + 3 * x**2).square().sum()), rel=0.1)
+
+
 def test_a_linear_chain_does_not_bend():
     chain, x, _ = chain_of(orthogonal(), orthogonal())
     known = hzo.calibrate(chain, x, assume="nothing")

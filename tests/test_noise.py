@@ -71,11 +71,13 @@ def test_the_noise_has_random_numbers_of_its_own():
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_noise_stays_when_a_chain_is_traced_for_another_batch():
-    chain, x, y = linear_chain()
-    noisy = hzo.noisy(chain, readout=0.1)
-    clean, _ = hzo.grad_and_value(chain, F.mse_loss, x[:5, :], y[:5])
-    found, _ = hzo.grad_and_value(noisy, F.mse_loss, x[:5], y[:5], assume="nothing", step=1.0)
+def test_noise_stays_when_a_chain_is_traced_again():
+    """For another number of places in a sample."""
+    chain, _, _ = linear_chain()
+    chain = hzo.trace(chain.model, torch.randn(2, 3, WIDTH, dtype=torch.float64))
+    x, y = torch.randn(2, 2, 5, WIDTH, dtype=torch.float64)
+    clean, _ = hzo.grad_and_value(chain, F.mse_loss, x, y)
+    found, _ = hzo.grad_and_value(hzo.noisy(chain, readout=0.1), F.mse_loss, x, y, assume="nothing", step=1.0)
     assert not torch.allclose(clean["0.weight"], found["0.weight"], rtol=1e-3, atol=1e-6)
 
 
@@ -110,6 +112,9 @@ def test_forward_differences_share_one_reading():
         measured = error_of(noisy, exact, x, y, repeated(plan, repeats), 4 * DRAWS)
         # The shared reading moves all elements of a sample at once: N is BATCH × draws for that half.
         assert measured == pytest.approx(once * (1 / repeats + 1), rel=5 * (2 / (BATCH * 4 * DRAWS)) ** 0.5)
+    (error,) = {e for (position, _), e in plan.expected.errors.items() if position == chain.traced.boundaries[1]}
+    bend = 2 * 0.5**2 / 4  # the unitary calibration: two stages that bend, h²/4 each
+    assert error == pytest.approx(2 * once + bend / 2, rel=1e-6)
 
 
 def repeated(plan, repeats):
