@@ -22,6 +22,7 @@ SUFFIXES = (".svg", ".png")
 COLORS = mpl.colors.LinearSegmentedColormap.from_list("repeats", ["#56B4E9", "#0072B2", "#7B3294", "#D55E00"])
 # Half-ellipses over segments of a nested tree do not cross if they rise with more than the root of their length.
 RISE = 0.62
+_CLEAR = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85}
 
 
 def check_picture(path: Path) -> Path:
@@ -41,7 +42,8 @@ def draw(chain: hzo.Chain, plan: hzo.Plan, path: Path) -> None:
     with mpl.rc_context(STYLE):
         width = float(np.clip(4.5 + 0.16 * last, 7.2, 14.0))
         figure = Figure(figsize=(width, 5.4 if expected else 4.0), layout="constrained")
-        tree, *rest = figure.subplots(1 + expected, 1, sharex=True, height_ratios=(2.6, 1)[: 1 + expected])
+        ratios = (2.6, 1)[: 1 + expected]
+        tree, *rest = figure.subplots(1 + expected, 1, sharex=True, squeeze=False, height_ratios=ratios).flat
         figure.suptitle(_title(plan), x=0.01, ha="left", fontsize=12, fontweight="bold")
         _draw_tree(figure, tree, plan, places)
         for axes in rest:
@@ -128,7 +130,7 @@ def _label(axes: Axes, hops: Sequence[tuple[Hop, int]], places: Sequence[float],
             continue
         taken.append((x, y))
         text = f"{count:,}×" if hop.step is None else f"{count:,}×, h {hop.step:.2g}"
-        axes.text(x, y + 0.012 * highest, text, ha="center", va="bottom", fontsize=8, color="#333333")
+        axes.text(x, y + 0.012 * highest, text, ha="center", va="bottom", fontsize=8, color="#333333", bbox=_CLEAR)
 
 
 def _draw_cosines(axes: Axes, plan: hzo.Plan, places: Sequence[float]) -> None:
