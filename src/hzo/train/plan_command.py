@@ -153,7 +153,7 @@ def _calibration(given: Problem, options: dict[str, Any]) -> hzo.Calibration:
 
 
 def _show(given: Problem, plan: hzo.Plan, rows: int, save: Path | None, picture: Path | None) -> None:
-    console.print(node_table(plan, rows))
+    console.print(node_table(plan, rows, console.width))
     for line in totals(plan):
         console.print(line, highlight=False, soft_wrap=True)
     if save is not None:

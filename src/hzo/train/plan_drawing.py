@@ -22,6 +22,7 @@ SUFFIXES = (".svg", ".png")
 COLORS = mpl.colors.LinearSegmentedColormap.from_list("repeats", ["#56B4E9", "#0072B2", "#7B3294", "#D55E00"])
 # Half-ellipses over segments of a nested tree do not cross if they rise with more than the root of their length.
 RISE = 0.62
+_CLEAR = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85}
 
 
 def check_picture(path: Path) -> Path:
@@ -41,7 +42,8 @@ def draw(chain: hzo.Chain, plan: hzo.Plan, path: Path) -> None:
     with mpl.rc_context(STYLE):
         width = float(np.clip(4.5 + 0.16 * last, 7.2, 14.0))
         figure = Figure(figsize=(width, 5.4 if expected else 4.0), layout="constrained")
-        tree, *rest = figure.subplots(1 + expected, 1, sharex=True, height_ratios=(2.6, 1)[: 1 + expected])
+        ratios = (2.6, 1)[: 1 + expected]
+        tree, *rest = figure.subplots(1 + expected, 1, sharex=True, squeeze=False, height_ratios=ratios).flat
         figure.suptitle(_title(plan), x=0.01, ha="left", fontsize=12, fontweight="bold")
         _draw_tree(figure, tree, plan, places)
         for axes in rest:
@@ -75,7 +77,7 @@ def _draw_tree(figure: Figure, axes: Axes, plan: hzo.Plan, places: Sequence[floa
     scale = LogNorm(low, high) if high > 8 * low else Normalize(low, max(high, low + 1))
     angle = np.linspace(0, np.pi, 90)
     many = len(hops) > 40
-    highest = 1.0
+    highest = 0.4 * places[-1] ** RISE  # a row of small arcs is not blown up
     for hop, count in zip(hops, repeats, strict=True):
         left, right = places[hop.target], places[hop.source]
         height = (right - left) ** RISE
@@ -101,8 +103,8 @@ def _draw_tree(figure: Figure, axes: Axes, plan: hzo.Plan, places: Sequence[floa
     for side in ("left", "bottom"):
         axes.spines[side].set_visible(False)
     axes.tick_params(axis="x", length=0)
-    longest = list(zip(hops, repeats, strict=True))[::-1]
-    _label(axes, longest, places, highest)
+    if high > low or any(hop.step is not None for hop in hops):
+        _label(axes, list(zip(hops, repeats, strict=True))[::-1], places, highest)
     if high > low:
         bar = figure.colorbar(ScalarMappable(scale, COLORS), ax=axes, fraction=0.03, pad=0.01, label="repeats")
         bar.outline.set_visible(False)
@@ -118,17 +120,18 @@ def _draw_tree(figure: Figure, axes: Axes, plan: hzo.Plan, places: Sequence[floa
 
 
 def _label(axes: Axes, hops: Sequence[tuple[Hop, int]], places: Sequence[float], highest: float) -> None:
-    """Repeats and step at the top of an arc, of the longest first, where no label is yet and no other arc's top."""
+    """Repeats and step at the top of an arc, the longest first, where there is room; in a fan of the longest alone."""
     across, up = 0.115 * places[-1] * 7.2 / np.clip(4.5 + 0.16 * places[-1], 7.2, 14.0), 0.085 * highest
     taken: list[tuple[float, float]] = []
     for hop, count in hops:
         left, right = places[hop.target], places[hop.source]
         x, y = (left + right) / 2, (right - left) ** RISE
-        if right - left < 0.9 * across or any(abs(x - a) < across and abs(y - b) < up for a, b in taken):
-            continue
+        crowded = any(abs(x - a) < across and abs(y - b) < up for a, b in taken)
         taken.append((x, y))
+        if crowded or right - left < 0.9 * across:
+            continue
         text = f"{count:,}×" if hop.step is None else f"{count:,}×, h {hop.step:.2g}"
-        axes.text(x, y + 0.012 * highest, text, ha="center", va="bottom", fontsize=8, color="#333333")
+        axes.text(x, y + 0.012 * highest, text, ha="center", va="bottom", fontsize=8, color="#333333", bbox=_CLEAR)
 
 
 def _draw_cosines(axes: Axes, plan: hzo.Plan, places: Sequence[float]) -> None:

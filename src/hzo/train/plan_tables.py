@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from rich.box import SIMPLE_HEAD
@@ -23,41 +24,45 @@ def _table(title: str, *numbers: str, first: Sequence[str]) -> Table:
     return shown
 
 
-def node_table(plan: hzo.Plan, rows: int) -> Table:
-    """One row a node, in the order in which they run; of many the first and the last."""
+def node_table(plan: hzo.Plan, rows: int, width: int) -> Table:
+    """One row a node, in the order in which they run; of many the first and the last. Fits ``width`` columns."""
     nodes = [node for node in plan.nodes if node.operations]
     hidden = nodes[(rows + 1) // 2 : len(nodes) - rows // 2] if len(nodes) > rows else []
-    shown = _table(
-        f"tree {plan.tree}, assume {plan.assume}, {plan.scheme} differences",
-        "directions",
-        "repeats",
-        "step",
-        "forward eq.",
-        "share",
-        "cosine",
-        first=("cotangent at", "from", "probe"),
-    )
+    names = ["directions", "repeats", "step", "forward eq.", "share", *(["cosine"] if plan.expected else [])]
+    title = f"tree {plan.tree}, assume {plan.assume}, {plan.scheme} differences"
+    shown = _table(title, *names, first=("cotangent at", "from", "probe"))
     for node in nodes:
         if hidden and node is hidden[0]:
             cost = sum((other.cost for other in hidden), start=Cost())
-            shown.add_row(f"… {len(hidden)} more …", "", "", "", "", "", *_price(plan, cost), "", style="dim")
+            shown.add_row(f"… {len(hidden)} more …", "", "", "", "", "", *_price(plan, cost), style="dim")
         if not any(node is other for other in hidden):
             shown.add_row(*_cells(plan, node))
+    # Numbers are shown whole, labels take what is left.
+    target, source, *others = ([str(cell) for cell in (column.header, *column.cells)] for column in shown.columns)
+    left = width - sum(3 + max(map(len, cells)) for cells in others) - 3
+    longest = max(map(len, source))
+    shown.columns[0].max_width = max(6, left - longest, left // 2)
+    shown.columns[1].max_width = max(6, left - min(max(map(len, target)), shown.columns[0].max_width))
     return shown
+
+
+def _place(label: str) -> str:
+    """A label without the name of its stage."""
+    return re.sub(r"^inside (stage \d+) \(.*\), ", r"\1, ", label)
 
 
 def _cells(plan: hzo.Plan, node: Node) -> tuple[str, ...]:
     adjoint = node.probe.kind == "adjoint"
     step = plan.step if node.step is None else node.step
     return (
-        plan.labels[node.target],
-        plan.labels[node.source],
+        _place(plan.labels[node.target]),
+        _place(plan.labels[node.source]),
         f"{node.probe.kind} ({node.probe.promise})" if node.probe.promise else node.probe.kind,
         "-" if adjoint else f"{node.probe.directions:,} × {evaluations(plan.scheme)}",
         f"{node.repeats:,}",
         "-" if adjoint else "auto" if step is None else f"{step:.3g}",
         *_price(plan, node.cost),
-        "-" if plan.expected is None else f"{plan.expected.cosine_of((node.target, node.value)):.4f}",
+        *([] if plan.expected is None else [f"{plan.expected.cosine_of((node.target, node.value)):.4f}"]),
     )
 
 
