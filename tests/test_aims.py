@@ -33,10 +33,12 @@ def test_prices_are_in_order():
     chain, _, _ = residual(12)
     options = {"step": 0.1, "noise": 3e-3, "target_cosine": 0.98, **OPTIONS}
     planned = hzo.plan(chain, **options).forward_equivalents
+    alike = hzo.plan(chain, repeats="uniform", **options).forward_equivalents
     for tree in FIXED:
         optimal = hzo.plan(chain, tree, repeats="optimal", **options).forward_equivalents
         uniform = hzo.plan(chain, tree, repeats="uniform", **options).forward_equivalents
         assert planned <= optimal <= uniform
+        assert planned <= alike <= uniform
     free = hzo.plan(chain, **{**options, "step": None}).forward_equivalents
     assert free < planned  # a larger step needs fewer repeats
 

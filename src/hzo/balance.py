@@ -146,17 +146,11 @@ def _fewest(choice: Balance, k: int, j: int, repeats: int, at: int) -> tuple[int
 
 
 def _solve(choice: Balance, intervals: Intervals, error: float, programme: bool) -> tuple[list[Edge], list[int]] | None:
-    if choice.edges is None and choice.repeats == "optimal":
-        return optimum(intervals, error, programme)
+    uniform = choice.repeats == "uniform"
     if choice.edges is None:
-        found = optimum(intervals, error, programme)
-        if found is None:
-            return None
-        edges = found[0]
-    else:
-        edges = list(choice.edges)
-    share_out = repeats_uniform if choice.repeats == "uniform" else repeats_optimal
-    repeats = share_out(intervals, edges, error)
+        return optimum(intervals, error, programme, uniform)
+    edges = list(choice.edges)
+    repeats = (repeats_uniform if uniform else repeats_optimal)(intervals, edges, error)
     return None if repeats is None else (edges, [round(r) for r in repeats])
 
 
