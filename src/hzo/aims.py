@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from math import exp, inf
 
 import torch
@@ -91,7 +92,7 @@ def decide(
 
     hops = within(choice, lambda hops: spent(hops) <= limit)
     if hops is None:
-        cheapest = keeping(choice, inf)
+        cheapest = keeping(choice, inf, programme=False)
         if cheapest is None:
             raise PlanError(_IMPOSSIBLE)
         unit = "forward equivalents" if aim.seconds is None else "seconds"
@@ -119,23 +120,34 @@ def choices(
 
 
 def points_of(graph: Graph, wanted: Wanted, allowed: Allowed) -> list[int]:
-    """Positions that a tree may go over: what is asked for, boundaries, and where one tensor carries all influence;
-    every position where single operations have adjoints."""
+    """Positions that a tree may go over: what is asked for; every position where single operations have adjoints; else
+    boundaries, and where a single tensor is alive, that are narrower than what is asked for beside them."""
     end = len(graph.operations)
-    needed = {position for position in wanted if position < end}
-    first = min(needed, default=end)
-    inner = {p for p in range(first, end) if allowed.assume == "structure" or single(graph, p)}
-    return sorted(needed | {p for p in graph.boundaries if p >= first} | inner | {end})
+    needed = sorted(position for position in wanted if position < end)
+    if not needed:
+        return [end]
+    if allowed.assume == "structure":
+        return list(range(needed[0], end + 1))
+
+    def width(position: int) -> int:
+        return sum(graph.values[v].per_sample for v in graph.live[position] if graph.requires[v])
+
+    kept = [*needed, end]
+    for left, right in pairwise([*needed, end]):
+        narrow = [p for p in range(left + 1, right) if p in graph.boundaries or single(graph, p)]
+        beside = [width(p) for p in (left, right) if p < end]
+        kept += [p for p in narrow if width(p) < min(beside)]
+    return sorted(kept)
 
 
 def _unreachable(choice: Balance, target: float) -> str:
     """What can be had instead of a target that cannot."""
     low, high = path_error(target), 1e9
-    if keeping(choice, high) is None:
+    if keeping(choice, high, programme=False) is None:
         return _IMPOSSIBLE
     while high / low > 1.05:
         middle = (low * high) ** 0.5
-        low, high = (low, middle) if keeping(choice, middle) is not None else (middle, high)
+        low, high = (low, middle) if keeping(choice, middle, programme=False) is not None else (middle, high)
     return (
         f"no number of repeats reaches a cosine of {target:g} at every boundary: curvature, rounding or the stored "
         f"results of forward differences leave at most {exp(-high / 2):.4f}. Lower target_cosine, give another step or "

@@ -25,6 +25,7 @@ from hzo.trees import Edge
 
 Repeats = Literal["optimal", "uniform"]
 MAX_STEP = 1.0  # in units of the activity: what lies beyond has not been calibrated
+_PROGRAMME = 256  # points up to which tree and whole repeats are looked for together: a matter of seconds
 
 
 def check_repeats(repeats: str) -> Repeats:
@@ -96,40 +97,42 @@ def steadiest_steps(choice: Balance) -> list[Hop]:
     return [Hop(points[k], points[j], 1, choice.steps[int(best[k, j])]) for k, j in choice.edges]
 
 
-def keeping(choice: Balance, error: float) -> list[Hop] | None:
-    """The cheapest hops whose errors stay below ``error`` along every path; None where no repeats can keep it."""
+def keeping(choice: Balance, error: float, programme: bool = True) -> list[Hop] | None:
+    """The cheapest hops whose errors stay below ``error`` along every path; None where no repeats can keep it.
+
+    Args:
+        programme: look for whole repeats and tree together, too, and not only for the best repeats on some trees.
+    """
     error = error / choice.growth
-    depth = 1 + log2(max(2, len(choice.segments.points)))
-    shares = [error] if len(choice.steps) == 1 else [error / 2, error / depth, error / len(choice.segments.points)]
-    best: tuple[float, list[Hop]] | None = None
-    for share in shares:
-        found = _for_share(choice, error, share)
-        if found is not None and (best is None or found[0] < best[0]):
-            best = found
-    return None if best is None else best[1]
+    points = len(choice.segments.points)
+    shares = [error / (1 + log2(max(2, points))), error / 2, error / points]
+    shares = shares[:1] if len(choice.steps) == 1 or points > _PROGRAMME else shares
+    found = [(share, one) for share in shares if (one := _for_share(choice, error, share, programme=False)) is not None]
+    if not found:
+        return None
+    share, best = min(found, key=lambda pair: pair[1][0])
+    if programme and points <= _PROGRAMME and choice.edges is None:
+        best = min(best, _for_share(choice, error, share, programme=True) or best, key=lambda one: one[0])
+    return best[1]
 
 
-def _for_share(choice: Balance, error: float, share: float) -> tuple[float, list[Hop]] | None:
+def _for_share(choice: Balance, error: float, share: float, programme: bool) -> tuple[float, list[Hop]] | None:
     """Price and hops where each node steps as is best if it may take ``share`` of the error."""
     room = share - choice.lasting
     score = torch.where(room > 0, choice.noise / room.clamp(min=1e-300), inf)
     hopeless = (score == inf).all(0)
     best = torch.where(hopeless, choice.lasting.argmin(0), score.argmin(0))
     intervals = _intervals(choice, best)
-    result = _solve(choice, intervals, error)
+    result = _solve(choice, intervals, error, programme)
     if result is None:
         return None
     edges, repeats = result
     points = choice.segments.points
-    hops, price = [], 0.0
+    hops = []
     for (k, j), r in zip(edges, repeats, strict=True):
-        least, at = _fewest(choice, k, j, r, int(best[k, j]))
-        if choice.repeats == "uniform":
-            least, at = r, int(best[k, j])
-        hops.append(Hop(points[k], points[j], least, choice.steps[at]))
-    counts = [hop.repeats for hop in hops]
-    price = price_of(intervals, edges, counts)
-    return price, hops
+        fewest, at = (r, int(best[k, j])) if choice.repeats == "uniform" else _fewest(choice, k, j, r, int(best[k, j]))
+        hops.append(Hop(points[k], points[j], fewest, choice.steps[at]))
+    return price_of(intervals, edges, [hop.repeats for hop in hops]), hops
 
 
 def _fewest(choice: Balance, k: int, j: int, repeats: int, at: int) -> tuple[int, int]:
@@ -142,18 +145,12 @@ def _fewest(choice: Balance, k: int, j: int, repeats: int, at: int) -> tuple[int
     return max(1, int(needed[fewest])), fewest
 
 
-def _solve(choice: Balance, intervals: Intervals, error: float) -> tuple[list[Edge], list[int]] | None:
-    if choice.edges is None and choice.repeats == "optimal":
-        return optimum(intervals, error)
+def _solve(choice: Balance, intervals: Intervals, error: float, programme: bool) -> tuple[list[Edge], list[int]] | None:
+    uniform = choice.repeats == "uniform"
     if choice.edges is None:
-        found = optimum(intervals, error)
-        if found is None:
-            return None
-        edges = found[0]
-    else:
-        edges = list(choice.edges)
-    share_out = repeats_uniform if choice.repeats == "uniform" else repeats_optimal
-    repeats = share_out(intervals, edges, error)
+        return optimum(intervals, error, programme, uniform)
+    edges = list(choice.edges)
+    repeats = (repeats_uniform if uniform else repeats_optimal)(intervals, edges, error)
     return None if repeats is None else (edges, [round(r) for r in repeats])
 
 
@@ -170,17 +167,28 @@ def _intervals(choice: Balance, best: Tensor) -> Intervals:
 
 def within(choice: Balance, fits: Callable[[list[Hop]], bool]) -> list[Hop] | None:
     """The hops of the smallest error that still fit a budget; None where not even one query each does."""
-    low, high = 1e-12, 1e6  # of the error: log-bisection between what no budget pays and what every plan keeps
-    best = keeping(choice, high)
+    best = keeping(choice, _ANY, programme=False)
     if best is None or not fits(best):
         return None
-    for _ in range(24):
+    best, high = _lowest(choice, fits, best, 1e-12, _ANY, programme=False)
+    if choice.edges is None and len(choice.segments.points) <= _PROGRAMME:
+        # Tree and whole repeats looked for together have a smaller error for the same price, but take their time.
+        best, _ = _lowest(choice, fits, best, high / 2, high, programme=True)
+    return best
+
+
+_ANY = 1e6  # an error that every plan keeps
+
+
+def _lowest(
+    choice: Balance, fits: Callable[[list[Hop]], bool], best: list[Hop], low: float, high: float, programme: bool
+) -> tuple[list[Hop], float]:
+    """Halve, on a logarithmic scale, between an error that nobody can pay and one that ``best`` keeps."""
+    while high / low > 1.03:
         middle = (low * high) ** 0.5
-        found = keeping(choice, middle)
+        found = keeping(choice, middle, programme)
         if found is not None and fits(found):
             best, high = found, middle
         else:
             low = middle
-        if high / low < 1.02:
-            break
-    return best
+    return best, high

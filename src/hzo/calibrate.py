@@ -20,14 +20,16 @@ from hzo.calibration import Calibration, unitary
 from hzo.chain import Chain
 from hzo.choice import Allowed
 from hzo.differences import Scheme, accumulation_dtype, check_scheme
-from hzo.errors import InputError
+from hzo.errors import InputError, PlanError
 from hzo.execution import Activities, base_pass
 from hzo.gradient import loss_at_the_end
 from hzo.graph import Graph, tensors_in
 from hzo.hops import Hops, timed
 from hzo.nodes import Wanted, wanted_by_parameters, wanted_everywhere
+from hzo.planner import plan
 from hzo.preparation import traced_for
 from hzo.queries import as_checks
+from hzo.schedule import schedule
 from hzo.side_effects import contained
 from hzo.structure import Assume, check_assume
 from hzo.tracing import call_arguments
@@ -71,14 +73,15 @@ def calibrate(
     check_assume(assume), check_scheme(scheme)
     if repeats < 2:
         raise InputError(f"expected 2 repeats or more, to see how far two estimates lie apart; got {repeats}")
+    chain.traced  # noqa: B018  raises where there is no graph yet
     graph = traced_for(chain, x, strict=True).traced
     modules = [chain.model, *(op.module for op in graph.operations if op.module is not None)]
     with contained(modules), as_checks():
         inputs = tensors_in(call_arguments(x))
-        forward, activities = timed(lambda: base_pass(graph, inputs))
+        activities = base_pass(graph, inputs)
         began = perf_counter()
         at_the_end = _at_the_end(graph, activities, inputs, loss_fn, y)
-        fixed = forward + perf_counter() - began
+        loss = perf_counter() - began
         total = scatter.of_stages(graph, activities)
         allowed = Allowed(assume, scheme)
         wanted = wanted_everywhere(graph, wanted_by_parameters(graph))
@@ -95,8 +98,18 @@ def calibrate(
             noise=noise,
             rounding=hops.rounding_of_stages() if total is None else unitary(graph, scheme).rounding,
             parameters=hops.parameters,
-            seconds=hops.seconds(fixed) if seconds else None,
+            seconds=hops.seconds(_forward(chain, inputs, assume) + loss) if seconds else None,
         )
+
+
+def _forward(chain: Chain, inputs: list[Tensor], assume: Assume) -> float:
+    """Seconds of a base pass that lets go of what no later step reads, as that of a gradient does."""
+    graph = chain.traced
+    try:
+        steps = schedule(graph, plan(chain, assume=assume, noise=0.0))
+    except PlanError:  # nothing to train
+        return timed(lambda: base_pass(graph, inputs))[0]
+    return timed(lambda: base_pass(graph, inputs, steps.base_pass))[0]
 
 
 def hops_of(graph: Graph, wanted: Wanted, allowed: Allowed) -> list[tuple[int, int]]:

@@ -11,12 +11,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from hzo.adjoints import find_adjoint
 from hzo.calibration import Bend, Seconds
 from hzo.choice import Allowed
 from hzo.cost import bytes_per_direction
 from hzo.differences import evaluations, scaled_step
 from hzo.execution import Activities, run_slice
-from hzo.graph import Attribute, Graph
+from hzo.graph import Attribute, Graph, Operation
 from hzo.nodes import check_coupling, has_rule, make_node
 from hzo.parameter_gradients import Gradients, Local, add_gradients
 from hzo.plan import Cost, Node, Plan
@@ -186,7 +187,7 @@ class Hops:
         if self.noise is not None:
             explained = sum(self._explained(node, step, at_source) / node.repeats for step in (NOISY, LARGEST))
             left = distance(LARGEST) - explained
-            if left < _RESOLVED * explained:
+            if left <= _RESOLVED * explained:
                 return None
             part = 1 - (NOISY / LARGEST) ** (highest / 2)  # of an error c·h², what the two steps differ by
             return Bend(left / part**2 / (LARGEST * scale) ** highest, highest)
@@ -198,9 +199,9 @@ class Hops:
         middle_floor, large_floor = (shown * (fade + fades[3]) / fades[0] for fade in fades[1:3])
         self._rounding[self.graph.stage_of[node.source - 1]] += shown / (self._share * node.probe.directions * fades[0])
         large, middle = distance(LARGE), distance(MIDDLE)
-        if large < _RESOLVED * large_floor:
+        if large <= _RESOLVED * large_floor:
             return None
-        power = highest if middle < _RESOLVED * middle_floor else log(large / middle) / log(LARGE / MIDDLE)
+        power = highest if middle <= _RESOLVED * middle_floor else log(large / middle) / log(LARGE / MIDDLE)
         power = min(highest, max(1.0, power))
         return Bend(large / (LARGE * scale) ** power, power)
 
@@ -249,7 +250,8 @@ class Hops:
             return found
 
         taken, exact = timed(lambda: gradients(given))
-        self._rules += taken
+        if not self._along(op):
+            self._rules += taken
         wrong = {v: self._scattered(v, g) for v, g in given.items()}
         response = gradients(wrong)
         for use in uses:
@@ -257,6 +259,13 @@ class Hops:
             error = float(response[use.name][1].double().square().sum())
             if signal > 0:
                 self.parameters[use.name] = max(self.parameters.get(use.name, 0.0), error / signal)
+
+    def _along(self, op: Operation) -> bool:
+        """Whether the adjoint of an operation gives the gradients of its parameters along."""
+        if self.allowed.assume != "structure":
+            return False
+        rules = [find_adjoint(self.graph, op, v) for v in op.reads if self.graph.requires[v]]
+        return any(rule is not None and rule.with_parameters is not None for rule in rules)
 
     def _scattered(self, value: int, cotangent: Tensor) -> Tensor:
         """A random error as large as the cotangent, in every sample."""

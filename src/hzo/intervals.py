@@ -91,6 +91,6 @@ def _spanned(
 
 
 def price_of(graph: Graph, cost: Cost) -> float:
-    """What the planner lowers: forward equivalents, an adjoint taken as one mean operation of the forward pass."""
-    adjoints = Fraction(cost.adjoints, max(1, len(graph.operations)))
+    """What the planner lowers: forward equivalents; among plans alike in those, adjoints."""
+    adjoints = Fraction(cost.adjoints, 10_000 * max(1, len(graph.operations)))
     return float(cost.forward_equivalents_of(graph.nominal_batch) + adjoints)

@@ -11,8 +11,8 @@ from hzo.execution import Activities, run_slice
 from hzo.graph import Graph
 from hzo.noise import Noise
 
-_COPIES = 16  # identical queries
-_LONG = 8  # long segments in which the noise of many stages adds up
+_COPIES = 16  # identical queries of a stage
+_LONG, _LONG_COPIES = 8, 64  # long segments, in which the noise of many stages adds up, and queries of each
 
 
 def of_stages(graph: Graph, activities: Activities) -> tuple[float, ...] | None:
@@ -24,7 +24,7 @@ def of_stages(graph: Graph, activities: Activities) -> tuple[float, ...] | None:
         return None
     found = []
     for k in range(len(graph.stages)):
-        scattered = _scatter(graph, activities, k, k)
+        scattered = _scatter(graph, activities, k, k, _COPIES)
         elements = sum(t[0].numel() for t in scattered.values())
         found.append(float(sum(t.var(0).sum() for t in scattered.values()) / max(elements, 1)) ** 0.5)
     return tuple(found) if any(found) else None
@@ -37,7 +37,7 @@ def split(
 
     Along a segment from the input to boundary j, what is read varies along the cotangent there by ρ_j + Σ π_s; along
     the last stage alone by ρ_j + π_j. The share of π in the noise of a stage is taken to be the same for all.
-    Cost: 16 queries of 8 long segments a sample.
+    Cost: 64 queries of 8 long segments a sample.
     """
     stops = [stage.stop for stage in graph.stages]
     squares = [
@@ -49,7 +49,7 @@ def split(
     added = possible = 0.0
     for end in ends:
         at = cotangents.get(stops[end], {})
-        along = [_variance_along(_scatter(graph, activities, first, end), at) for first in (0, end)]
+        along = [_variance_along(_scatter(graph, activities, first, end, _LONG_COPIES), at) for first in (0, end)]
         added += along[0] - along[1]
         possible += sum(squares[:end])
     share = min(1.0, max(0.0, added / possible)) if possible > 0 else 0.0
@@ -60,7 +60,7 @@ def split(
     )
 
 
-def _scatter(graph: Graph, activities: Activities, first: int, last: int) -> dict[int, Tensor]:
+def _scatter(graph: Graph, activities: Activities, first: int, last: int, copies: int) -> dict[int, Tensor]:
     """By value, (copies, B, m): what identical queries of the stages first..last return of the boundary behind them."""
     start, stop = graph.stages[first].start, graph.stages[last].stop
     operations = [op.index for op in graph.operations[start:stop] if op.batched]
@@ -68,11 +68,11 @@ def _scatter(graph: Graph, activities: Activities, first: int, last: int) -> dic
     outputs = [v for v in graph.live[stop] if v in written and graph.values[v].floating]
     if not operations or not outputs:
         return {}
-    results = run_slice(graph, operations, activities, {}, outputs, _COPIES, {})
+    results = run_slice(graph, operations, activities, {}, outputs, copies, {})
     found = {}
     for v, tensor in zip(outputs, results, strict=True):
-        rows = graph.values[v].rows(tensor, activities.batch * _COPIES)
-        found[v] = rows.view(_COPIES, activities.batch, -1).double()
+        rows = graph.values[v].rows(tensor, activities.batch * copies)
+        found[v] = rows.view(copies, activities.batch, -1).double()
     return found
 
 

@@ -162,25 +162,27 @@ class _Found:
         if tree is not None and keeps(self.intervals, *tree, self.error):
             self.all.append((price_of(self.intervals, *tree), *tree))
 
-    def try_tree(self, edges: list[Edge] | None) -> None:
-        """With the best repeats, and with uniform ones."""
+    def try_tree(self, edges: list[Edge] | None, uniform: bool) -> None:
+        """With uniform repeats, and unless only those will do with the best ones."""
         if edges is None:
             return
-        best = repeats_optimal(self.intervals, edges, self.error)
-        uniform = repeats_uniform(self.intervals, edges, self.error)
-        for repeats in (best, uniform):
+        ways = (repeats_uniform,) if uniform else (repeats_optimal, repeats_uniform)
+        for repeats in (share_out(self.intervals, edges, self.error) for share_out in ways):
             if repeats is not None:
                 self.add((edges, [int(r) for r in repeats]))
 
 
-def optimum(intervals: Intervals, error: float | None) -> tuple[list[Edge], list[int]] | None:
+def optimum(
+    intervals: Intervals, error: float | None, programme: bool = True, uniform: bool = False
+) -> tuple[list[Edge], list[int]] | None:
     """The cheapest tree and whole repeats that keep to the bound; ``None`` for it asks every edge once.
 
     The least of: the best tree for real repeats, the cheapest tree and every fixed tree over the wanted points, each
     with the best repeats found and with uniform ones; and the whole-repeat programme at a resolution that falls as the
     chain grows. It runs once more: up to eight points so that the optimum over nested trees is exact (unless relays ask
     for more than 64 repeats or leave more than 4096 budgets), on longer chains on the edges of all the trees before.
-    None if no tree keeps to the bound, however often its edges are repeated.
+    None if no tree keeps to the bound, however often its edges are repeated. Without ``programme`` the trees alone are
+    compared, in a tenth of the time; ``uniform`` compares them with one number of repeats for all edges.
     """
     if error is None:
         edges = cheapest(intervals)
@@ -189,11 +191,13 @@ def optimum(intervals: Intervals, error: float | None) -> tuple[list[Edge], list
         return [], []
     found = _Found(intervals, error)
     for edges in (best_tree(intervals, error), cheapest(intervals), *(over_wanted(intervals, t) for t in TREES)):
-        found.try_tree(edges)
+        found.try_tree(edges, uniform)
     if not found.all:
-        found.try_tree(steadiest(intervals))
+        found.try_tree(steadiest(intervals), uniform)
     if not found.all:
         return None
+    if not programme or uniform:
+        return min(found.all, key=lambda one: one[0])[1:]
     levels, choices = _resolution(intervals.n)
     found.add(whole_tree(intervals, error, found.price, levels=levels, choices=choices))
     if intervals.n <= _EXACT_UP_TO:  # the lower the price to beat, the fewer budgets are left to look at

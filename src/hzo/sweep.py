@@ -98,21 +98,25 @@ def _run_node(state: Sweep, node: Node) -> None:
 
 def estimate_node(state: Sweep, node: Node, at_source: dict[int, Tensor]) -> Tensor | None:
     """The cotangent of a node's value, the mean of its repeats; None where the source's cotangents are all missing."""
-    total = _estimate(state, node, at_source)
-    if total is None or node.repeats == 1:
-        return total
-    for _ in range(1, node.repeats):
-        again = _estimate(state, node, at_source)
-        assert again is not None
-        total = total + again
-    return total / node.repeats
-
-
-def _estimate(state: Sweep, node: Node, at_source: dict[int, Tensor]) -> Tensor | None:
-    graph, activities, batch = state.graph, state.activities, state.activities.batch
+    graph, values = state.graph, state.graph.values
     outputs = [v for v in node.outputs if v in at_source]
     if not outputs:
         return None
+    base = None
+    if state.plan.scheme == "forward" and node.probe.kind != "adjoint":
+        # Read once, as it is stored once: repeats of a query do not make this reading any better.
+        stage, activities = graph.stage_of[node.source - 1], state.activities
+        base = [values[v].rows(read(graph, activities.values[v], stage), activities.batch) for v in outputs]
+    total = _estimate(state, node, at_source, outputs, base)
+    for _ in range(1, node.repeats):
+        total = total + _estimate(state, node, at_source, outputs, base)
+    return total / node.repeats if node.repeats > 1 else total
+
+
+def _estimate(
+    state: Sweep, node: Node, at_source: dict[int, Tensor], outputs: list[int], base: list[Tensor] | None
+) -> Tensor:
+    graph, activities, batch = state.graph, state.activities, state.activities.batch
     if node.probe.kind == "adjoint":
         return _apply_adjoint(state, node, {v: at_source[v] for v in outputs})
     values = graph.values
@@ -129,9 +133,6 @@ def _estimate(state: Sweep, node: Node, at_source: dict[int, Tensor]) -> Tensor 
     if probe.coloring is not None:
         probe = replace(probe, coloring=probe.coloring.for_outputs([node.outputs.index(v) for v in outputs]), draws=1)
     cotangents = [values[v].rows(at_source[v], batch) for v in outputs]
-    forward = state.plan.scheme == "forward"
-    stage = graph.stage_of[node.source - 1]
-    base = [values[v].rows(read(graph, activities.values[v], stage), batch) for v in outputs] if forward else None
     chunk = directions_per_chunk(bytes_per_direction(graph, node, batch), state.memory, rows.device)
     where = f"the activity at {graph.describe(node.target)}"
     precision = narrowest(
