@@ -43,6 +43,8 @@ from hzo.train.recipes import recipe
 from hzo.train.run import loss_fn
 from hzo.train.terminal import console
 
+NOTHING = 1  # no tree could be planned; the reasons are in the table
+
 
 def plan_command(
     data: DataName = None,
@@ -126,6 +128,8 @@ def plan_command(
             outcomes = _measure(given, outcomes, options.get("noise"), longest)
         if compare or measure:
             _print_outcomes(outcomes, config.assume, config.scheme)
+            if all(outcome.plan is None for outcome in outcomes):
+                raise typer.Exit(NOTHING)
 
 
 def _beside_load(options: dict[str, Any], calibrate: bool, *chosen: str | None) -> list[str]:

@@ -16,7 +16,9 @@ from hzo.train.planning import Outcome
 
 
 def _table(title: str, *numbers: str, first: Sequence[str]) -> Table:
-    shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    shown = Table(
+        title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0)
+    )
     for name in first:
         shown.add_column(name, no_wrap=True, overflow="ellipsis")
     for name in numbers:
@@ -39,7 +41,7 @@ def node_table(plan: hzo.Plan, rows: int, width: int) -> Table:
             shown.add_row(*_cells(plan, node))
     # Numbers are shown whole, labels take what is left.
     target, source, *others = ([str(cell) for cell in (column.header, *column.cells)] for column in shown.columns)
-    left = width - sum(3 + max(map(len, cells)) for cells in others) - 3
+    left = width - sum(2 + max(map(len, cells)) for cells in others) - 2
     longest = max(map(len, source))
     shown.columns[0].max_width = max(6, left - longest, left // 2)
     shown.columns[1].max_width = max(6, left - min(max(map(len, target)), shown.columns[0].max_width))
@@ -92,9 +94,9 @@ def comparison_table(outcomes: Sequence[Outcome], title: str) -> Table:
     adjoints = any(plan.adjoints for plan in plans)
     timed = any(plan.expected is not None and plan.expected.seconds is not None for plan in plans)
     run = any(outcome.measured is not None for outcome in outcomes)
-    numbers = ["queries", "stage evals", "forward eq.", *(["adjoints"] if adjoints else []), "cosine"]
+    numbers = ["queries", "stage ev.", "forward eq.", *(["adjoints"] if adjoints else []), "cosine"]
     numbers += ["seconds"] if timed else []
-    numbers += ["counted eq.", "at boundaries", "measured", "took, s"] if run else []
+    numbers += ["counted", "expected", "measured", "took, s"] if run else []
     shown = _table(title, *numbers, first=("tree", "repeats"))
     if any(outcome.reason for outcome in outcomes):
         shown.add_column("", overflow="fold", ratio=1)
@@ -133,8 +135,8 @@ def explanations(outcomes: Sequence[Outcome]) -> list[str]:
         lines.append("no cosine is predicted without a noise, a target or --calibrate")
     if any(outcome.measured is not None for outcome in outcomes):
         lines.append(
-            "run once: counted eq.; then the lowest cosine at a stage boundary as expected and as measured against the "
-            "exact cotangents; and the time it took"
+            "run: forward eq. counted; the lowest cosine at a stage boundary, expected and measured against the exact "
+            "cotangents; the time it took"
         )
     return lines
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from hzo.train.methods import CHUNK_BYTES
 from hzo.train.run import device_of, load_data, loss_fn
 from hzo.train.seeds import generator
 
+SHORT = 1.0  # seconds; what takes less is run twice, for the time of the second
 TREES = ("flat", "stagewise", "bisect", 4, "planned")
 CLASSES = 10  # of the random labels that stand in for data of which only the shape is known
 
@@ -100,8 +103,9 @@ def all_trees(given: Problem, options: Mapping[str, Any]) -> Iterator[Outcome]:
                 yield Outcome(name, repeats, reason=brief(str(error)))
 
 
-def brief(message: str, longest: int = 110) -> str:
-    """The first clause of an error, for a table's cell."""
+def brief(message: str, longest: int = 90) -> str:
+    """The first clause of an error, without what stands in brackets, for a table's cell."""
+    message = re.sub(r" \([^()]*\)", "", message)
     for mark in ("; ", ". ", ": "):
         head, found, _ = message.partition(mark)
         if found and len(head) >= 20:
@@ -129,7 +133,7 @@ def forward_seconds(given: Problem) -> float:
 def measured(
     given: Problem, outcome: Outcome, exact: Cotangents, noise: hzo.Noise | None, *, pass_seconds: float, longest: float
 ) -> Outcome:
-    """The outcome with what one gradient by its plan really costs and gives, under the declared noise.
+    """The outcome with what one gradient by its plan really costs and gives, under this noise, or else the plan's.
 
     A plan that would run longer than ``longest`` seconds, at the price of forward passes, is left out with that reason.
     """
@@ -138,17 +142,21 @@ def measured(
         return outcome
     if (guess := pass_seconds * plan.forward_equivalents) > longest:
         return replace(outcome, reason=f"not run: would take about {guess:,.0f} s")
-    chain = given.chain
+    chain, noise = given.chain, noise or plan.noise
     if noise is not None and noise.any:
         chain = hzo.noisy(chain, readout=noise.readout, process=noise.process, seed=given.config.seed + 1)
     memory = CHUNK_BYTES.get(given.x.device.type, CHUNK_BYTES["cpu"])
-    start = time.perf_counter()
-    try:
-        with hzo.count_queries() as count:
-            found = hzo.cotangents(chain, loss_fn, given.x, given.y, plan=plan, memory=memory)
-    except HzoError as error:
-        return replace(outcome, reason=brief(str(error)))
-    seconds = time.perf_counter() - start
+    seconds = inf
+    for _ in range(2):
+        start = time.perf_counter()
+        try:
+            with hzo.count_queries() as count:
+                found = hzo.cotangents(chain, loss_fn, given.x, given.y, plan=plan, memory=memory)
+        except HzoError as error:
+            return replace(outcome, reason=brief(str(error)))
+        seconds = min(seconds, time.perf_counter() - start)
+        if seconds > SHORT:
+            break
     cosines = [c for ours, true in zip(found[:-1], exact[:-1], strict=True) for c in _cosines(ours, true)]
     result = Measured(
         count.forward_equivalents, min(cosines, default=None), expected_at_boundaries(given.chain, plan), seconds
