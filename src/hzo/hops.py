@@ -26,11 +26,21 @@ from hzo.sweep import Cotangents, Sweep, estimate_node
 from hzo.vjp import directions_per_chunk
 
 LARGE, MIDDLE = 0.25, 0.0625  # steps at which curvature is seen, in units of the activity
-NOISY, LARGEST = 0.5, 1.0  # those of a noisy chain: smaller ones drown
+SMALL, NOISY, LARGEST = 0.25, 0.5, 1.0  # those of a noisy chain: smaller ones drown
 _HOP_ERROR = 0.01  # squared relative error of one hop that repeats are to reach in a noisy chain
-_RESOLVED = 3.0  # times what noise and rounding explain, from which on a difference is taken for curvature
+_RESOLVED = 3.0  # times what rounding explains, from which on a difference is taken for curvature
+_UNSURE = 0.2  # of what noise explains, which is known well: a sum over many elements, and a measured level
 
 T = TypeVar("T")
+
+
+def _apart(power: float) -> float:
+    """Of the squared error at a step, what an estimate at half the step differs by.
+
+    Smooth curvature errs by c·h²: (1 − 1/4)² for a power of 4. A kink at a distance k < h leaves (1 − k/h)/2 of its
+    jump, which for kinks anywhere makes 1/4 for a power of 1. Other powers lie between.
+    """
+    return float(0.25 + (0.5625 - 0.25) * (power - 1) / 3)
 
 
 def _square(tensor: Tensor) -> float:
@@ -185,12 +195,14 @@ class Hops:
             return _square(other.double() - reference.double())
 
         if self.noise is not None:
-            explained = sum(self._explained(node, step, at_source) / node.repeats for step in (NOISY, LARGEST))
-            left = distance(LARGEST) - explained
-            if left <= _RESOLVED * explained:
+            expected = {step: self._explained(node, step, at_source) / node.repeats for step in (SMALL, NOISY, LARGEST)}
+            above = distance(LARGEST) - expected[LARGEST] - expected[NOISY]
+            below = distance(SMALL) - expected[SMALL] - expected[NOISY]
+            if above <= _UNSURE * (expected[LARGEST] + expected[NOISY]):
                 return None
-            part = 1 - (NOISY / LARGEST) ** (highest / 2)  # of an error c·h², what the two steps differ by
-            return Bend(left / part**2 / (LARGEST * scale) ** highest, highest)
+            resolved = below > _UNSURE * (expected[SMALL] + expected[NOISY])
+            power = min(highest, max(1.0, log(above / below, LARGEST / NOISY))) if resolved else highest
+            return Bend(above / _apart(power) / (LARGEST * scale) ** power, power)
         unit = float(torch.finfo(rows.dtype).eps)
         small, usual = unit ** (2 / 3), unit ** (1 / 3 if self.allowed.scheme == "central" else 1 / 2)
         # Rounding lowers with the square of the step: what the smallest shows, the others have less of.

@@ -46,15 +46,19 @@ def split(
     ]
     last = len(stops) - 1
     ends = sorted({max(1, round(last * k / _LONG)) for k in range(1, _LONG + 1)} & set(range(1, last + 1)))
-    added = possible = 0.0
+    added = possible = uncertain = 0.0
+    relative = 2 / ((_LONG_COPIES - 1) * activities.batch)  # squared error of a variance from so many numbers
     for end in ends:
         at = cotangents.get(stops[end], {})
         along = [_variance_along(_scatter(graph, activities, first, end, _LONG_COPIES), at) for first in (0, end)]
         added += along[0] - along[1]
+        uncertain += relative * (along[0] ** 2 + along[1] ** 2)
         possible += sum(squares[:end])
     share = min(1.0, max(0.0, added / possible)) if possible > 0 else 0.0
-    # A share that the scatter of so few queries would show by chance is none.
-    share = share if share > 0.05 else 0.0
+    # What so few queries might show by chance is no process noise; and of readout noise, without which a short segment
+    # would seem to have none at all, as much is left as may have gone unseen.
+    unsure = 2 * uncertain**0.5 / possible if possible > 0 else 0.0
+    share = min(share, max(0.0, 1 - unsure)) if share > unsure else 0.0
     return Noise(
         readout=tuple(std * (1 - share) ** 0.5 for std in total), process=tuple(std * share**0.5 for std in total)
     )
