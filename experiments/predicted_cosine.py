@@ -24,8 +24,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import hzo
-from hzo.errors import PlanError
 from common import cosine, data, expected_error, network, options, squared_gain, table, write
+from hzo.errors import PlanError
 
 BANDS = {"residual": 0.02, "plain": 0.05}
 TREES: list[str | int] = ["flat", "bisect", "stagewise", 4]
