@@ -88,7 +88,7 @@ def squared_gain(calibration: hzo.Calibration, chain: hzo.Chain) -> float:
     """Mean growth of the cotangent's squared norm over a stage."""
     graph = chain.traced
     first = sum(calibration.norms[0, v] for v in graph.live[0])
-    return float(first ** (1 / len(graph.stages)))
+    return float(max(first, 1e-300) ** (1 / len(graph.stages)))
 
 
 def options(description: str, seed: int = 0) -> argparse.Namespace:

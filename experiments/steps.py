@@ -115,7 +115,7 @@ def main() -> None:
     inside = sum(r["ratio"] <= WITHIN for r in rows)
     worst = max(rows, key=lambda r: r["ratio"])
     print(f"{inside} of {len(rows)} within {WITHIN:g}× of the best; worst {worst['ratio']:.2f}×")
-    off = max(rows, key=lambda r: abs(log2(r["expected"] / r["chosen"])))
+    off = max((r for r in rows if r["expected"] > 0), key=lambda r: abs(log2(r["expected"] / r["chosen"])))
     print(
         f"expectation furthest off: {off['expected'] / off['chosen']:.2f}× "
         f"({off['dtype']}, {off['act']}, {off['tree']}, readout {off['readout']:g})"
