@@ -14,11 +14,12 @@ from hzo.balance import Balance, Repeats, balance, keeping, steadiest_steps, wit
 from hzo.calibration import Calibration
 from hzo.choice import Allowed
 from hzo.cost import seconds_of
-from hzo.edges import single
+from hzo.edges import single, tree_edges
 from hzo.errors import PlanError
 from hzo.graph import Graph
 from hzo.intervals import segments
 from hzo.nodes import Wanted
+from hzo.optimum import TREES
 from hzo.plan import Expected, Hop, Plan
 from hzo.trees import Edge
 
@@ -110,13 +111,13 @@ def choices(
     repeats: Repeats,
 ) -> Balance:
     """All that steps, repeats and, where no tree is given, the tree may be chosen from."""
+    trees = [tree_edges(graph, tree, wanted, allowed) for tree in TREES] if edges is None else [edges]
+    points = {position for tree in trees for edge in tree for position in edge} | {len(graph.operations)}
     if edges is None:
-        points = points_of(graph, wanted, allowed)
-    else:
-        points = sorted({position for edge in edges for position in edge} | {len(graph.operations)})
-    found = segments(graph, points, wanted, allowed)
+        points.update(points_of(graph, wanted, allowed))
+    found = segments(graph, sorted(points), wanted, allowed)
     eps = max((torch.finfo(v.dtype).eps for v in graph.values if v.floating), default=1e-7)
-    return balance(model, found, eps, step, edges, repeats)
+    return balance(model, found, eps, step, trees, edges is None, repeats)
 
 
 def points_of(graph: Graph, wanted: Wanted, allowed: Allowed) -> list[int]:

@@ -42,7 +42,8 @@ class Balance:
     Attributes:
         noise, lasting: (steps, points, points): η that falls with repeats, and η that does not.
         steps: relative to the activity's root mean square; one None where the user has fixed the step.
-        edges: of a given tree, by point; None where the tree is to be found.
+        trees: edges by point: of the given tree, or of those that one to be found may not cost more than.
+        free: whether the tree is to be found.
         growth: the most that errors grow beside cotangents, from the output to a wanted point.
     """
 
@@ -50,19 +51,26 @@ class Balance:
     noise: Tensor
     lasting: Tensor
     steps: tuple[float | None, ...]
-    edges: tuple[Edge, ...] | None
+    trees: tuple[list[Edge], ...]
+    free: bool
     repeats: Repeats
     growth: float
 
 
 def balance(
-    model: ErrorModel, found: Segments, eps: float, step: float | None, edges: Sequence[Edge] | None, repeats: Repeats
+    model: ErrorModel,
+    found: Segments,
+    eps: float,
+    step: float | None,
+    trees: Sequence[list[Edge]],
+    free: bool,
+    repeats: Repeats,
 ) -> Balance:
     """The errors of all segments for every step that may be chosen.
 
     Args:
         eps: unit in the last place of the widest dtype: no step is worth taking below its root.
-        step: the user's, for all nodes. edges: of a given tree, by position.
+        step: the user's, for all nodes. trees: edges by position. free: whether another tree may be found.
     """
     points = torch.tensor(found.points)
     target, source = points[:, None], points[None, :]
@@ -84,17 +92,16 @@ def balance(
     growth = model.worst_growth()[points][:, None]
     noise, lasting = [n / growth for n in noise], [n / growth for n in lasting]
     place = {position: k for k, position in enumerate(found.points)}
-    tree = None if edges is None else tuple((place[t], place[s]) for t, s in edges)
+    placed = tuple([(place[t], place[s]) for t, s in tree] for tree in trees)
     highest = max((float(g) for g, asked in zip(growth, found.wanted, strict=True) if asked), default=1.0)
-    return Balance(found, torch.stack(noise), torch.stack(lasting), steps, tree, repeats, highest)
+    return Balance(found, torch.stack(noise), torch.stack(lasting), steps, placed, free, repeats, highest)
 
 
 def steadiest_steps(choice: Balance) -> list[Hop]:
     """A given tree, each node asked once, with the step of the smallest error."""
-    assert choice.edges is not None
     best = (choice.noise + choice.lasting).argmin(0)
     points = choice.segments.points
-    return [Hop(points[k], points[j], 1, choice.steps[int(best[k, j])]) for k, j in choice.edges]
+    return [Hop(points[k], points[j], 1, choice.steps[int(best[k, j])]) for k, j in choice.trees[0]]
 
 
 def keeping(choice: Balance, error: float, programme: bool = True) -> list[Hop] | None:
@@ -111,7 +118,7 @@ def keeping(choice: Balance, error: float, programme: bool = True) -> list[Hop] 
     if not found:
         return None
     share, best = min(found, key=lambda pair: pair[1][0])
-    if programme and points <= _PROGRAMME and choice.edges is None:
+    if programme and points <= _PROGRAMME and choice.free:
         best = min(best, _for_share(choice, error, share, programme=True) or best, key=lambda one: one[0])
     return best[1]
 
@@ -147,9 +154,9 @@ def _fewest(choice: Balance, k: int, j: int, repeats: int, at: int) -> tuple[int
 
 def _solve(choice: Balance, intervals: Intervals, error: float, programme: bool) -> tuple[list[Edge], list[int]] | None:
     uniform = choice.repeats == "uniform"
-    if choice.edges is None:
-        return optimum(intervals, error, programme, uniform)
-    edges = list(choice.edges)
+    if choice.free:
+        return optimum(intervals, error, programme, uniform, choice.trees)
+    (edges,) = choice.trees
     repeats = (repeats_uniform if uniform else repeats_optimal)(intervals, edges, error)
     return None if repeats is None else (edges, [round(r) for r in repeats])
 
@@ -171,7 +178,7 @@ def within(choice: Balance, fits: Callable[[list[Hop]], bool]) -> list[Hop] | No
     if best is None or not fits(best):
         return None
     best, high = _lowest(choice, fits, best, 1e-12, _ANY, programme=False)
-    if choice.edges is None and len(choice.segments.points) <= _PROGRAMME:
+    if choice.free and len(choice.segments.points) <= _PROGRAMME:
         # Tree and whole repeats looked for together have a smaller error for the same price, but take their time.
         best, _ = _lowest(choice, fits, best, high / 2, high, programme=True)
     return best

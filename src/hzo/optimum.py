@@ -9,6 +9,7 @@ all trees is then as hard as covering sets.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -173,7 +174,11 @@ class _Found:
 
 
 def optimum(
-    intervals: Intervals, error: float | None, programme: bool = True, uniform: bool = False
+    intervals: Intervals,
+    error: float | None,
+    programme: bool = True,
+    uniform: bool = False,
+    others: Sequence[list[Edge]] = (),
 ) -> tuple[list[Edge], list[int]] | None:
     """The cheapest tree and whole repeats that keep to the bound; ``None`` for it asks every edge once.
 
@@ -182,7 +187,8 @@ def optimum(
     chain grows. It runs once more: up to eight points so that the optimum over nested trees is exact (unless relays ask
     for more than 64 repeats or leave more than 4096 budgets), on longer chains on the edges of all the trees before.
     None if no tree keeps to the bound, however often its edges are repeated. Without ``programme`` the trees alone are
-    compared, in a tenth of the time; ``uniform`` compares them with one number of repeats for all edges.
+    compared, in a tenth of the time; ``uniform`` compares them with one number of repeats for all edges. ``others``:
+    more trees that are not to be cheaper.
     """
     if error is None:
         edges = cheapest(intervals)
@@ -190,7 +196,8 @@ def optimum(
     if not intervals.points:
         return [], []
     found = _Found(intervals, error)
-    for edges in (best_tree(intervals, error), cheapest(intervals), *(over_wanted(intervals, t) for t in TREES)):
+    fixed = (*(over_wanted(intervals, tree) for tree in TREES), *others)
+    for edges in (best_tree(intervals, error), cheapest(intervals), *fixed):
         found.try_tree(edges, uniform)
     if not found.all:
         found.try_tree(steadiest(intervals), uniform)
