@@ -112,7 +112,8 @@ def plan_command(
         given = problem(config)
         _announce(given)
         if calibrate:
-            options["calibration"] = _calibration(given, options)
+            kinds = {"assume": options["assume"], "scheme": options["scheme"]}
+            options["calibration"] = hzo.calibrate(given.chain, given.x, loss_fn, given.y, **kinds)
     with on_threads(config.threads):
         shown = load is not None or save is not None or picture is not None or not compare
         outcomes: list[Outcome] = []
@@ -145,15 +146,6 @@ def _announce(given: Problem) -> None:
     examples = f"{config.data}" if given.real else f"random numbers in the shape of {config.data}"
     text = f"{config.model} ({weights:,} weights, {len(given.chain)} stages), {len(given.x)} examples: {examples}"
     console.print(text, highlight=False, soft_wrap=True)
-
-
-def _calibration(given: Problem, options: dict[str, Any]) -> hzo.Calibration:
-    calibrate = vars(hzo).get("calibrate")
-    if calibrate is None:
-        raise InputError("this version of hzo cannot calibrate: leave out --calibrate.")
-    kinds = {"assume": options["assume"], "scheme": options["scheme"]}
-    found: hzo.Calibration = calibrate(given.chain, given.x, loss_fn, given.y, **kinds)
-    return found
 
 
 def _show(given: Problem, plan: hzo.Plan, rows: int, save: Path | None, picture: Path | None) -> None:
