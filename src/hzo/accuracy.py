@@ -34,7 +34,9 @@ class ErrorModel:
 
     Attributes:
         gain: squared norm of all cotangents at a position. scale: root mean square of the activities there.
-        readout: ρ. process, rounding: running sums of π and κ over the stages that end before or at a position.
+        readout: ρ. process: running sum of π over the stages that end before or at a position.
+        rounding, rounded: running sums of κ over the stages before that of the operation at a position, and up to that
+            of the operation before it: a part of a stage is taken to round as much as the whole.
         bend, power: of the hop that starts at a position. outer: whether that is a stage boundary.
         transport: how much more errors have grown from the output to a position than cotangents have.
         calibration: what all this was made from.
@@ -48,6 +50,7 @@ class ErrorModel:
     readout: Tensor
     process: Tensor
     rounding: Tensor
+    rounded: Tensor
     bend: Tensor
     power: Tensor
     outer: Tensor
@@ -64,7 +67,7 @@ class ErrorModel:
 
     def lasting(self, spread: Tensor, target: Tensor, source: Tensor, h: Tensor) -> Tensor:
         """η that no repeat lowers, bend apart: rounding, for forward differences the noise of the stored result."""
-        variance = self.rounding[source] - self.rounding[target]
+        variance = self.rounded[source] - self.rounding[target]
         if self.scheme == "forward":
             variance = variance + self.readout[source] + self.process[source] - self.process[target]
         return self._share * spread * variance / (h**2 * self.gain[target])
@@ -110,10 +113,11 @@ def error_model(graph: Graph, calibration: Calibration, noise: Noise | None, sch
         squares = sum(graph.values[v].per_sample * calibration.scales.get(v, 1.0) ** 2 for v in alive)
         scale[position] = (squares / elements) ** 0.5 if elements and squares else 1.0
         readout[position] = noise.readout_of(graph.stage_of[max(position - 1, 0)]) ** 2 * last
-    process, rounding = torch.zeros(end + 1, dtype=torch.float64), torch.zeros(end + 1, dtype=torch.float64)
+    process = torch.zeros(end + 1, dtype=torch.float64)
+    stages = torch.zeros(len(graph.stages) + 1, dtype=torch.float64)
     for k, stage in enumerate(graph.stages):
         process[stage.stop] = noise.process_of(k) ** 2 * gain[stage.stop]
-        rounding[stage.stop] = calibration.rounding[k] ** 2 * gain[stage.stop]
+        stages[k + 1] = stages[k] + calibration.rounding[k] ** 2 * gain[stage.stop]
     bend, power = torch.zeros(end + 1, dtype=torch.float64), torch.full((end + 1,), 4.0, dtype=torch.float64)
     for position, found in calibration.bends.items():
         bend[position], power[position] = found.size, found.power
@@ -130,7 +134,8 @@ def error_model(graph: Graph, calibration: Calibration, noise: Noise | None, sch
         scale=scale,
         readout=readout,
         process=process.cumsum(0),
-        rounding=rounding.cumsum(0),
+        rounding=stages[[*graph.stage_of, len(graph.stages)]],
+        rounded=stages[[0, *(k + 1 for k in graph.stage_of)]],
         bend=bend,
         power=power,
         outer=outer,
@@ -178,13 +183,16 @@ def expected_errors(
     norms = model.calibration.norms
     found: dict[tuple[int, int], float] = {}
     for node in nodes:
-        sources = (*node.outputs, *((node.value,) if node.carried else ()))
-        weights = [norms.get((node.source, v), 0.0) for v in sources]
-        total = sum(weights) or 1.0
-        incoming = sum(w * found.get((node.source, v), 0.0) for v, w in zip(sources, weights, strict=True)) / total
-        own = node_error(model, graph, node, step) if node.operations else 0.0
+        whole = float(model.gain[node.target])
+        size = norms.get((node.target, node.value), 0.0) or whole
+        # What is carried over keeps its size; the rest of the cotangent came through the operations.
+        carried = min(norms.get((node.source, node.value), 0.0), size) if node.carried else 0.0
+        through = [(norms.get((node.source, v), 0.0), found.get((node.source, v), 0.0)) for v in node.outputs]
+        mean = sum(norm * error for norm, error in through) / (sum(norm for norm, _ in through) or 1.0)
+        incoming = carried * found.get((node.source, node.value), 0.0) + (size - carried) * mean
+        own = node_error(model, graph, node, step) * whole / size if node.operations else 0.0
         grown = float(model.transport[node.target] / model.transport[node.source])
-        found[node.target, node.value] = (1 + grown * incoming) * (1 + own) - 1
+        found[node.target, node.value] = (1 + grown * incoming / size) * (1 + own) - 1
     return found
 
 

@@ -44,7 +44,7 @@ def tree_edges(graph: Graph, tree: Tree, wanted: Wanted, allowed: Allowed) -> li
     for points in groups:
         edges += [(points[t], points[s]) for t, s in fixed_tree(tree, len(points) - 1)]
     if first in outer:  # the left end itself is asked for: from the boundary next to it
-        edges += [(first, groups[0][1])]
+        edges += [(first, next((p for p in groups[0][1:] if p in graph.boundaries), groups[0][1]))]
     return sorted(edges, key=lambda edge: -edge[0])
 
 
