@@ -14,7 +14,7 @@ cosine is 1/√(1 + E). Source: ours.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import log
 
 import torch
@@ -29,15 +29,36 @@ from hzo.plan import Node
 
 
 @dataclass(frozen=True, eq=False)
+class Targets:
+    """What is estimated, and where: tensors of one shape.
+
+    Attributes:
+        position: of the boundary. size: squared norm of the cotangents. scale: root mean square of the activities.
+        bend, power: what curvature adds to a hop from there, at any source from ``reach`` on.
+    """
+
+    position: Tensor
+    size: Tensor
+    scale: Tensor
+    bend: Tensor
+    power: Tensor
+    reach: Tensor
+
+    def column(self) -> Targets:
+        """One row for each, to be broadcast against sources."""
+        return Targets(*(getattr(self, f.name)[:, None] for f in fields(self)))
+
+
+@dataclass(frozen=True, eq=False)
 class ErrorModel:
     """What the formula needs, for all positions of a chain at once; float64 tensors of (positions,) unless said.
 
     Attributes:
-        gain: squared norm of all cotangents at a position. scale: root mean square of the activities there.
-        readout: ρ. process: running sum of π over the stages that end before or at a position.
+        gain: squared norm of all cotangents at a position. readout: ρ.
+        process: running sum of π over the stages that end before or at a position.
         rounding, rounded: running sums of κ over the stages before that of the operation at a position, and up to that
             of the operation before it: a part of a stage is taken to round as much as the whole.
-        bend, power: of the hop that starts at a position. outer: whether that is a stage boundary.
+        bend, power: of the stage that starts at a position; nothing at others.
         transport: how much more errors have grown from the output to a position than cotangents have.
         calibration: what all this was made from.
     """
@@ -46,45 +67,70 @@ class ErrorModel:
     noise: Noise
     calibration: Calibration
     gain: Tensor
-    scale: Tensor
     readout: Tensor
     process: Tensor
     rounding: Tensor
     rounded: Tensor
     bend: Tensor
     power: Tensor
-    outer: Tensor
     transport: Tensor
 
-    def by_noise(self, spread: Tensor, target: Tensor, source: Tensor, h: Tensor) -> Tensor:
-        """η of one repeat that more repeats lower; arguments broadcast. ``spread``: directions D."""
-        variance = self.readout[source] + self.process[source] - self.process[target]
-        return self._share * spread * variance / (h**2 * self.gain[target])
+    def targets(self, graph: Graph, wanted: Sequence[tuple[int, Sequence[int]]]) -> Targets:
+        """Values at positions, as the formula sees them: several at one position as one."""
+        rows = [self._target(graph, position, values) for position, values in wanted]
+        positions, sizes, scales, bends, powers, reaches = zip(*rows, strict=True)
+        size, scale, bend, power = (torch.tensor(t, dtype=torch.float64) for t in (sizes, scales, bends, powers))
+        return Targets(torch.tensor(positions), size, scale, bend, power, torch.tensor(reaches))
 
-    def by_measured_adjoint(self, spread: Tensor, target: Tensor, source: Tensor) -> Tensor:
+    def _target(
+        self, graph: Graph, position: int, values: Sequence[int]
+    ) -> tuple[int, float, float, float, float, int]:
+        known = self.calibration
+        norms = {v: known.norms.get((position, v), 0.0) for v in values}
+        size = sum(norms.values()) or float(self.gain[position])  # nothing known: as all that is alive there
+        elements = sum(graph.values[v].per_sample for v in values)
+        squares = sum(graph.values[v].per_sample * known.scales.get(v, 1.0) ** 2 for v in values)
+        scale = (squares / elements) ** 0.5 if squares else 1.0
+        bends = [(norms[v], known.bends[position, v]) for v in values if (position, v) in known.bends]
+        if not bends:
+            return position, size, scale, 0.0, 4.0, position + 1
+        bend = sum(norm * found.size for norm, found in bends) / size
+        return position, size, scale, bend, max(b.power for _, b in bends), max(b.reach for _, b in bends)
+
+    def by_noise(self, targets: Targets, source: Tensor, spread: Tensor, h: Tensor, read: float = 1.0) -> Tensor:
+        """η of one repeat that more repeats lower; arguments broadcast.
+
+        Args:
+            spread: directions D. read: the share of the source's cotangents that the query reads.
+        """
+        return self._share * spread * self._noise(targets, source, read) / (h**2 * targets.size)
+
+    def by_measured_adjoint(self, targets: Targets, source: Tensor, spread: Tensor) -> Tensor:
         """η of one measurement of an operation whose adjoint is then applied; no step of the plan plays a part."""
-        return spread * self.readout[source] / self.gain[target]
+        return spread * self.readout[source] / targets.size
 
-    def lasting(self, spread: Tensor, target: Tensor, source: Tensor, h: Tensor) -> Tensor:
+    def lasting(self, targets: Targets, source: Tensor, spread: Tensor, h: Tensor, read: float = 1.0) -> Tensor:
         """η that no repeat lowers, bend apart: rounding, for forward differences the noise of the stored result."""
-        variance = self.rounded[source] - self.rounding[target]
+        variance = self.rounded[source] - self.rounding[targets.position]
         if self.scheme == "forward":
-            variance = variance + self.readout[source] + self.process[source] - self.process[target]
-        return self._share * spread * variance / (h**2 * self.gain[target])
+            variance = variance + self._noise(targets, source, read)
+        return self._share * spread * variance / (h**2 * targets.size)
 
-    def bends(self, targets: Tensor, h: Tensor) -> Tensor:
+    def _noise(self, targets: Targets, source: Tensor, read: float) -> Tensor:
+        return read * self.readout[source] + self.process[source] - self.process[targets.position]
+
+    def bends(self, targets: Targets, h: Tensor) -> Tensor:
         """(targets, positions): what curvature adds to an estimate of each target from each position behind it.
 
         A perturbation is taken to grow along the chain as cotangents grow against it, and stages to bend independently.
+        No stage adds more than the whole: a slope that is not seen at all.
         """
-        positions = torch.arange(len(self.gain))
-        grown = h[:, None] * (self.gain[targets][:, None] / self.gain[None, :]).sqrt()
-        hops = (
-            self.bend
-            * grown**self.power
-            * ((positions > targets[:, None]) & self.outer | (positions == targets[:, None]))
-        )
-        return torch.cat([torch.zeros(len(targets), 1, dtype=hops.dtype), hops.cumsum(1)[:, :-1]], 1)
+        positions, t = torch.arange(len(self.gain)), targets.column()
+        grown = h[:, None] * (t.size / self.gain).sqrt()
+        behind = (self.bend * grown**self.power).clamp(max=1.0) * (positions > t.position)
+        summed = torch.cat([torch.zeros_like(t.size), behind.cumsum(1)[:, :-1]], 1)
+        own = (t.bend * h[:, None] ** t.power).clamp(max=1.0)
+        return summed + own * (positions >= t.reach)
 
     def worst_growth(self) -> Tensor:
         """(positions,): growth of errors to each position, where they shrink on no part of the way: what a planner may
@@ -101,44 +147,35 @@ def error_model(graph: Graph, calibration: Calibration, noise: Noise | None, sch
     """The error model of a chain; a declared noise takes the place of the measured one."""
     noise = noise or calibration.noise or Noise()
     end = len(graph.operations)
-    gain, scale, readout = (torch.zeros(end + 1, dtype=torch.float64) for _ in range(3))
-    last = 1.0
+    gain, readout, bend, process, transport = (torch.zeros(end + 1, dtype=torch.float64) for _ in range(5))
+    power = torch.full((end + 1,), 4.0, dtype=torch.float64)
+    last = grown = 1.0
     for position in range(end, -1, -1):
-        alive = [v for v in graph.live[position] if (position, v) in calibration.norms]
-        norm = sum(calibration.norms[position, v] for v in alive)
+        norm = sum(calibration.norms.get((position, v), 0.0) for v in graph.live[position])
         last = norm if norm > 0 else last  # nothing known, or no influence: as behind it
         gain[position] = last
-        # At the output and the input too, all that is alive counts.
-        elements = sum(graph.values[v].per_sample for v in alive)
-        squares = sum(graph.values[v].per_sample * calibration.scales.get(v, 1.0) ** 2 for v in alive)
-        scale[position] = (squares / elements) ** 0.5 if elements and squares else 1.0
         readout[position] = noise.readout_of(graph.stage_of[max(position - 1, 0)]) ** 2 * last
-    process = torch.zeros(end + 1, dtype=torch.float64)
+        grown = transport[position] = calibration.transport.get(position, grown)
     stages = torch.zeros(len(graph.stages) + 1, dtype=torch.float64)
     for k, stage in enumerate(graph.stages):
         process[stage.stop] = noise.process_of(k) ** 2 * gain[stage.stop]
         stages[k + 1] = stages[k] + calibration.rounding[k] ** 2 * gain[stage.stop]
-    bend, power = torch.zeros(end + 1, dtype=torch.float64), torch.full((end + 1,), 4.0, dtype=torch.float64)
-    for position, found in calibration.bends.items():
-        bend[position], power[position] = found.size, found.power
-    outer = torch.zeros(end + 1, dtype=torch.bool)
-    outer[list(graph.boundaries)] = True
-    transport, last = torch.ones(end + 1, dtype=torch.float64), 1.0
-    for position in range(end, -1, -1):
-        last = transport[position] = calibration.transport.get(position, last)
+        for value in graph.live[stage.start]:
+            if (found := calibration.bends.get((stage.start, value))) is not None:
+                share = calibration.norms.get((stage.start, value), 0.0) / gain[stage.start]
+                bend[stage.start] += share * found.size
+                power[stage.start] = found.power
     return ErrorModel(
         scheme=scheme,
         noise=noise,
         calibration=calibration,
         gain=gain,
-        scale=scale,
         readout=readout,
         process=process.cumsum(0),
         rounding=stages[[*graph.stage_of, len(graph.stages)]],
         rounded=stages[[0, *(k + 1 for k in graph.stage_of)]],
         bend=bend,
         power=power,
-        outer=outer,
         transport=transport,
     )
 
@@ -159,21 +196,16 @@ def spreads(graph: Graph, node: Node) -> tuple[float, float]:
 def node_error(model: ErrorModel, graph: Graph, node: Node, step: float | None) -> float:
     """η of a node. ``step``: the distance h of all nodes, for those that have none of their own."""
     spread, measured = (torch.tensor(s, dtype=torch.float64) for s in spreads(graph, node))
-    target, source = torch.tensor(node.target), torch.tensor(node.source)
+    target, source = model.targets(graph, [(node.target, (node.value,))]), torch.tensor([node.source])
     if not spread:
-        return float(model.by_measured_adjoint(measured, target, source)) / node.repeats
-    h = step_of(model, node, step)
-    lasting = model.lasting(spread, target, source, h) + model.bends(target[None], h[None])[0, node.source]
-    return float(model.by_noise(spread, target, source, h) / node.repeats + lasting)
-
-
-def step_of(model: ErrorModel, node: Node, step: float | None) -> Tensor:
-    """The distance that a node steps, as far as it is known before it runs."""
-    if node.step is not None:
-        return node.step * model.scale[node.target]
-    if step is not None:
-        return torch.tensor(step, dtype=torch.float64)
-    raise AssertionError("a node of a plan for a noise has a step")
+        return float(model.by_measured_adjoint(target, source, measured)) / node.repeats
+    if node.step is None and step is None:
+        raise AssertionError("a node of a plan for a noise has a step")
+    h = target.scale * node.step if node.step is not None else torch.full_like(target.scale, step or 0.0)
+    norms = model.calibration.norms
+    read = sum(norms.get((node.source, v), 0.0) for v in node.outputs) / float(model.gain[node.source])
+    lasting = model.lasting(target, source, spread, h, read or 1.0) + model.bends(target, h)[0, node.source]
+    return float(model.by_noise(target, source, spread, h, read or 1.0) / node.repeats + lasting)
 
 
 def expected_errors(
@@ -183,16 +215,15 @@ def expected_errors(
     norms = model.calibration.norms
     found: dict[tuple[int, int], float] = {}
     for node in nodes:
-        whole = float(model.gain[node.target])
-        size = norms.get((node.target, node.value), 0.0) or whole
+        size = norms.get((node.target, node.value), 0.0) or float(model.gain[node.target])
         # What is carried over keeps its size; the rest of the cotangent came through the operations.
         carried = min(norms.get((node.source, node.value), 0.0), size) if node.carried else 0.0
         through = [(norms.get((node.source, v), 0.0), found.get((node.source, v), 0.0)) for v in node.outputs]
         mean = sum(norm * error for norm, error in through) / (sum(norm for norm, _ in through) or 1.0)
         incoming = carried * found.get((node.source, node.value), 0.0) + (size - carried) * mean
-        own = node_error(model, graph, node, step) * whole / size if node.operations else 0.0
+        own = node_error(model, graph, node, step) if node.operations else 0.0
         grown = float(model.transport[node.target] / model.transport[node.source])
-        found[node.target, node.value] = (1 + grown * incoming / size) * (1 + own) - 1
+        found[node.target, node.value] = grown * incoming / size * (1 + own) + own
     return found
 
 

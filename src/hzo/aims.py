@@ -117,7 +117,7 @@ def choices(
         points.update(points_of(graph, wanted, allowed))
     found = segments(graph, sorted(points), wanted, allowed)
     eps = max((torch.finfo(v.dtype).eps for v in graph.values if v.floating), default=1e-7)
-    return balance(model, found, eps, step, trees, edges is None, repeats)
+    return balance(graph, model, found, eps, step, trees, edges is None, repeats)
 
 
 def points_of(graph: Graph, wanted: Wanted, allowed: Allowed) -> list[int]:
@@ -135,7 +135,7 @@ def points_of(graph: Graph, wanted: Wanted, allowed: Allowed) -> list[int]:
 
     kept = [*needed, end]
     for left, right in pairwise([*needed, end]):
-        narrow = [p for p in range(left + 1, right) if p in graph.boundaries or single(graph, p)]
+        narrow = [p for p in range(left + 1, right) if p in graph.boundaries or single(graph, p, 0 in wanted)]
         beside = [width(p) for p in (left, right) if p < end]
         kept += [p for p in narrow if width(p) < min(beside)]
     return sorted(kept)

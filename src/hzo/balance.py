@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hzo.accuracy import ErrorModel
 from hzo.errors import PlanError
+from hzo.graph import Graph
 from hzo.intervals import Segments
 from hzo.optimum import optimum
 from hzo.plan import Hop
@@ -58,6 +59,7 @@ class Balance:
 
 
 def balance(
+    graph: Graph,
     model: ErrorModel,
     found: Segments,
     eps: float,
@@ -73,21 +75,18 @@ def balance(
         step: the user's, for all nodes. trees: edges by position. free: whether another tree may be found.
     """
     points = torch.tensor(found.points)
-    target, source = points[:, None], points[None, :]
+    targets = model.targets(graph, list(zip(found.points, (*found.asked, graph.outputs), strict=True)))
+    column, source = targets.column(), points[None, :]
     smallest = eps ** (1 / 3) / 8
     relative = [MAX_STEP * 2**-k for k in range(ceil(log2(MAX_STEP / smallest)) + 1)]
-    if step is None:
-        distances = [model.scale[points] * factor for factor in relative]
-    else:
-        distances = [torch.full_like(model.scale[points], step)]
-    noise, lasting = [], []
-    adjoint = model.by_measured_adjoint(found.measured, target, source)
-    for h in distances:
-        differences = found.spread > 0
-        bent = model.bends(points, h)[:, points] * differences
-        noise.append(model.by_noise(found.spread, target, source, h[:, None]) + adjoint)
-        lasting.append(model.lasting(found.spread, target, source, h[:, None]) + bent)
     steps: tuple[float | None, ...] = tuple(relative) if step is None else (None,)
+    distances = [targets.scale * t for t in relative] if step is None else [torch.full_like(targets.scale, step)]
+    noise, lasting = [], []
+    adjoint = model.by_measured_adjoint(column, source, found.measured)
+    for h in distances:
+        bent = model.bends(targets, h)[:, points] * (found.spread > 0)
+        noise.append(model.by_noise(column, source, found.spread, h[:, None]) + adjoint)
+        lasting.append(model.lasting(column, source, found.spread, h[:, None]) + bent)
     # Errors counted at the output: what a path adds up there is the same for all that lies behind it.
     growth = model.worst_growth()[points][:, None]
     noise, lasting = [n / growth for n in noise], [n / growth for n in lasting]

@@ -17,10 +17,14 @@ from hzo.noise import Noise
 
 @dataclass(frozen=True)
 class Bend:
-    """How the squared relative error of one hop grows with the step h: ``size · h**power`` (4 where smooth)."""
+    """How the squared relative error of one hop grows with the step h: ``size · h**power`` (4 where smooth).
+
+    ``reach``: the source that it was measured from; a part of that way is taken to be linear.
+    """
 
     size: float
     power: float
+    reach: int
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Calibration:
         transport: by position, how much more the error of an estimate has grown on its way from the output than the
             cotangent itself (squared).
         scales: root mean square of the activity, by value.
-        bends: by position, of the hop from there to the next position that was measured.
+        bends: by position and value, of the hop to there from the next position that was measured.
         noise: measured, for each stage. None: every query repeats.
         rounding: standard deviation of what rounding adds to the results of each stage.
         parameters: by name, how much larger the squared relative error of the parameter's gradient is than that of the
@@ -63,7 +67,7 @@ class Calibration:
     norms: dict[tuple[int, int], float]
     transport: dict[int, float]
     scales: dict[int, float]
-    bends: dict[int, Bend]
+    bends: dict[tuple[int, int], Bend]
     noise: Noise | None
     rounding: tuple[float, ...]
     parameters: dict[str, float] = field(default_factory=dict)
@@ -78,13 +82,19 @@ def unitary(graph: Graph, scheme: str) -> Calibration:
         alive = [v for v in graph.live[position] if graph.values[v].floating]
         norms.update({(position, v): 1 / len(alive) for v in alive})
     # A Taylor series with unit derivatives: h²/6 is lost by central differences, h/2 by forward ones.
-    bend = Bend(1 / 36, 4.0) if scheme == "central" else Bend(1 / 4, 2.0)
+    size, power = (1 / 36, 4.0) if scheme == "central" else (1 / 4, 2.0)
     return Calibration(
         fingerprint=graph.fingerprint,
         norms=norms,
         transport={},
         scales={value.index: 1.0 for value in graph.values},
-        bends=dict.fromkeys(graph.boundaries[:-1], bend),
+        bends={
+            (position, v): Bend(size, power, stage.stop)
+            for stage in graph.stages
+            for position in range(stage.start, stage.stop)
+            for v in graph.live[position]
+            if graph.values[v].floating
+        },
         noise=None,
         rounding=tuple(_rounding(graph, k) for k in range(len(graph.stages))),
     )

@@ -28,7 +28,7 @@ def tree_edges(graph: Graph, tree: Tree, wanted: Wanted, allowed: Allowed) -> li
     inside: dict[int, list[int]] = {}
     outer = {end}
     for position in needed:
-        if position in graph.boundaries or single(graph, position):
+        if position in graph.boundaries or single(graph, position, 0 in wanted):
             outer.add(position)
         else:
             stage = graph.stage_of[position]
@@ -48,9 +48,12 @@ def tree_edges(graph: Graph, tree: Tree, wanted: Wanted, allowed: Allowed) -> li
     return sorted(edges, key=lambda edge: -edge[0])
 
 
-def single(graph: Graph, position: int) -> bool:
-    """Whether one tensor carries all influence past a position, as it does at the boundaries of a traced model."""
-    return sum(graph.requires[v] for v in graph.live[position]) == 1
+def single(graph: Graph, position: int, everything: bool) -> bool:
+    """Whether one tensor carries all influence past a position, as it does at the boundaries of a traced model.
+
+    ``everything``: that of the input, too.
+    """
+    return sum(graph.requires[v] or (everything and graph.values[v].floating) for v in graph.live[position]) == 1
 
 
 def shortest_path(graph: Graph, points: Sequence[int], allowed: Allowed) -> list[Edge]:

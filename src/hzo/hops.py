@@ -29,7 +29,7 @@ LARGE, MIDDLE = 0.25, 0.0625  # steps at which curvature is seen, in units of th
 SMALL, NOISY, LARGEST = 0.25, 0.5, 1.0  # those of a noisy chain: smaller ones drown
 _HOP_ERROR = 0.01  # squared relative error of one hop that repeats are to reach in a noisy chain
 _RESOLVED = 3.0  # times what rounding explains, from which on a difference is taken for curvature
-_UNSURE = 0.2  # of what noise explains, which is known well: a sum over many elements, and a measured level
+_UNSURE = 0.1  # of what noise explains: a difference below is not told from none
 
 T = TypeVar("T")
 
@@ -80,7 +80,7 @@ class Hops:
         self._error = self._sweep({v: self._scattered(v, g) for v, g in at_the_end.items()})
         self.norms = {(end, v): _square(g) for v, g in at_the_end.items()}
         self.transport = {end: 1.0}
-        self.bends: dict[int, Bend] = {}
+        self.bends: dict[tuple[int, int], Bend] = {}
         self.parameters: dict[str, float] = {}
         self._rounding = [0.0] * len(graph.stages)
         self._hops: dict[tuple[int, int, int], float] = {}
@@ -119,11 +119,11 @@ class Hops:
             if graph.values[value].floating and node is not None:
                 check_coupling(graph, node)
                 nodes.append(node)
-        bends = [bend for node in nodes if (bend := self._node(node)) is not None]
-        norm = self._norm(target)
-        if bends and norm > 0:
-            power = max(bend.power for bend in bends)
-            self.bends[target] = Bend(sum(bend.size for bend in bends) / norm, power)
+        for node in nodes:
+            bend = self._node(node)
+            norm = self.norms.get((target, node.value), 0.0)
+            if bend is not None and norm > 0:
+                self.bends[target, node.value] = Bend(bend.size / norm, bend.power, source)
         self._carry(nodes, target, source)
         self._rules_of(target)
 
@@ -198,11 +198,11 @@ class Hops:
             expected = {step: self._explained(node, step, at_source) / node.repeats for step in (SMALL, NOISY, LARGEST)}
             above = distance(LARGEST) - expected[LARGEST] - expected[NOISY]
             below = distance(SMALL) - expected[SMALL] - expected[NOISY]
-            if above <= _UNSURE * (expected[LARGEST] + expected[NOISY]):
+            if above <= 0:
                 return None
-            resolved = below > _UNSURE * (expected[SMALL] + expected[NOISY])
-            power = min(highest, max(1.0, log(above / below, LARGEST / NOISY))) if resolved else highest
-            return Bend(above / _apart(power) / (LARGEST * scale) ** power, power)
+            smallest = _UNSURE * (expected[SMALL] + expected[NOISY])
+            power = min(highest, max(1.0, log(above / max(below, smallest), LARGEST / NOISY)))
+            return Bend(above / _apart(power) / (LARGEST * scale) ** power, power, node.source)
         unit = float(torch.finfo(rows.dtype).eps)
         small, usual = unit ** (2 / 3), unit ** (1 / 3 if self.allowed.scheme == "central" else 1 / 2)
         # Rounding lowers with the square of the step: what the smallest shows, the others have less of.
@@ -215,7 +215,7 @@ class Hops:
             return None
         power = highest if middle <= _RESOLVED * middle_floor else log(large / middle) / log(LARGE / MIDDLE)
         power = min(highest, max(1.0, power))
-        return Bend(large / (LARGE * scale) ** power, power)
+        return Bend(large / (LARGE * scale) ** power, power, node.source)
 
     @staticmethod
     def _inverse_square(rows: Tensor, step: float) -> float:

@@ -22,13 +22,15 @@ class Segments:
     """All segments between some positions, (points, points) tensors used where target < source.
 
     Attributes:
-        points: positions, the last one the end. wanted: whether something there is asked for.
+        points: positions, the last one the end. wanted: whether something there is asked for. asked: what is, or where
+            nothing is all that is alive.
         cost: forward equivalents of a sample to estimate what is wanted at the target; relay: all that is alive there.
         spread, measured: directions of differences and of measured adjoints, as ``accuracy.spreads`` gives them.
     """
 
     points: tuple[int, ...]
     wanted: tuple[bool, ...]
+    asked: tuple[tuple[int, ...], ...]
     cost: Tensor
     relay: Tensor
     spread: Tensor
@@ -40,9 +42,11 @@ def segments(graph: Graph, points: Sequence[int], wanted: dict[int, set[int]], a
     n = len(points)
     cost, relay = (torch.full((n, n), float("inf"), dtype=torch.float64) for _ in range(2))
     spread, measured = (torch.zeros(n, n, dtype=torch.float64) for _ in range(2))
+    values: list[tuple[int, ...]] = []
     for k, target in enumerate(points[:-1]):
         asked = wanted.get(target, set())
         alive = [v for v in graph.live[target] if graph.requires[v] or v in asked]
+        values.append(tuple(sorted(asked)) or tuple(alive))
         prices = {v: _spanned(graph, v, target, points[k + 1 :], allowed, v in asked) for v in alive}
         for j in range(k + 1, n):
             found = {v: next(price, None) for v, price in prices.items()}
@@ -51,9 +55,10 @@ def segments(graph: Graph, points: Sequence[int], wanted: dict[int, set[int]], a
             known = {v: price for v, price in found.items() if price is not None}
             relay[k, j] = sum(price[0] for price in known.values())
             cost[k, j] = sum(price[0] for v, price in known.items() if v in asked) if asked else relay[k, j]
-            spread[k, j] = sum(price[1] for price in known.values())
-            measured[k, j] = sum(price[2] for price in known.values())
-    return Segments(tuple(points), tuple(bool(wanted.get(p)) for p in points), cost, relay, spread, measured)
+            spread[k, j] = sum(known[v][1] for v in values[k] if v in known)
+            measured[k, j] = sum(known[v][2] for v in values[k] if v in known)
+    here = tuple(bool(wanted.get(p)) for p in points)
+    return Segments(tuple(points), here, tuple(values), cost, relay, spread, measured)
 
 
 def _spanned(
