@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from math import log
 from time import perf_counter
 from typing import TypeVar
@@ -25,7 +26,7 @@ from hzo.probes import Probe
 from hzo.sweep import Cotangents, Sweep, estimate_node
 from hzo.vjp import directions_per_chunk
 
-LARGE, MIDDLE = 0.25, 0.0625  # steps at which curvature is seen, in units of the activity
+LADDER = (1.0, 0.25, 0.0625, 0.015625)  # steps at which curvature is seen, in units of the activity
 SMALL, NOISY, LARGEST = 0.25, 0.5, 1.0  # those of a noisy chain: smaller ones drown
 _HOP_ERROR = 0.01  # squared relative error of one hop that repeats are to reach in a noisy chain
 _RESOLVED = 3.0  # times what rounding explains, from which on a difference is taken for curvature
@@ -34,13 +35,14 @@ _UNSURE = 0.1  # of what noise explains: a difference below is not told from non
 T = TypeVar("T")
 
 
-def _apart(power: float) -> float:
-    """Of the squared error at a step, what an estimate at half the step differs by.
+def _apart(power: float, ratio: float) -> float:
+    """Of the squared error at a step h, what an estimate at h / ratio differs by.
 
-    Smooth curvature errs by c·h²: (1 − 1/4)² for a power of 4. A kink at a distance k < h leaves (1 − k/h)/2 of its
-    jump, which for kinks anywhere makes 1/4 for a power of 1. Other powers lie between.
+    Smooth curvature errs by c·h²: (1 − 1/ratio²)² for a power of 4. A kink at a distance k < h leaves (1 − k/h)/2 of
+    its jump: for kinks anywhere (1 − 1/ratio)², for a power of 1. Other powers lie between.
     """
-    return float(0.25 + (0.5625 - 0.25) * (power - 1) / 3)
+    kinks, smooth = (1 - 1 / ratio) ** 2, (1 - 1 / ratio**2) ** 2
+    return kinks + (smooth - kinks) * (power - 1) / 3
 
 
 def _square(tensor: Tensor) -> float:
@@ -202,20 +204,29 @@ class Hops:
                 return None
             smallest = _UNSURE * (expected[SMALL] + expected[NOISY])
             power = min(highest, max(1.0, log(above / max(below, smallest), LARGEST / NOISY)))
-            return Bend(above / _apart(power) / (LARGEST * scale) ** power, power, node.source)
-        unit = float(torch.finfo(rows.dtype).eps)
-        small, usual = unit ** (2 / 3), unit ** (1 / 3 if self.allowed.scheme == "central" else 1 / 2)
-        # Rounding lowers with the square of the step: what the smallest shows, the others have less of.
-        shown = distance(small)
-        fades = [self._inverse_square(rows, step) for step in (small, MIDDLE, LARGE, usual)]
-        middle_floor, large_floor = (shown * (fade + fades[3]) / fades[0] for fade in fades[1:3])
-        self._rounding[self.graph.stage_of[node.source - 1]] += shown / (self._share * node.probe.directions * fades[0])
-        large, middle = distance(LARGE), distance(MIDDLE)
-        if large <= _RESOLVED * large_floor:
+            return Bend(above / _apart(power, LARGEST / NOISY) / (LARGEST * scale) ** power, power, node.source)
+        # Rounding lowers with the square of the step: what a tiny one shows, the others have less of.
+        tiny = float(torch.finfo(rows.dtype).eps) ** (2 / 3)
+        shown = distance(tiny)
+        fade = {step: self._inverse_square(rows, step) for step in (tiny, *LADDER)}
+        self._rounding[self.graph.stage_of[node.source - 1]] += shown / (
+            self._share * node.probe.directions * fade[tiny]
+        )
+        found = {step: estimate_node(sweep, replace(node, step=step), at_source) for step in LADDER}
+        apart, floor = [], []
+        for above, below in pairwise(LADDER):
+            one, other = found[above], found[below]
+            assert one is not None
+            assert other is not None
+            apart.append(_square(one.double() - other.double()))
+            floor.append(_RESOLVED * shown * (fade[above] + fade[below]) / fade[tiny])
+        # Where a quarter of the activity shows nothing, the whole of it may.
+        k = next((k for k in (1, 0) if apart[k] > floor[k]), None)
+        if k is None:
             return None
-        power = highest if middle <= _RESOLVED * middle_floor else log(large / middle) / log(LARGE / MIDDLE)
-        power = min(highest, max(1.0, power))
-        return Bend(large / (LARGE * scale) ** power, power, node.source)
+        ratio = LADDER[k] / LADDER[k + 1]
+        power = min(highest, max(1.0, log(apart[k] / max(apart[k + 1], floor[k + 1], 1e-300), ratio)))
+        return Bend(apart[k] / _apart(power, ratio) / (LADDER[k] * scale) ** power, power, node.source)
 
     @staticmethod
     def _inverse_square(rows: Tensor, step: float) -> float:
