@@ -192,9 +192,7 @@ class Hops:
         highest = 4.0 if self.allowed.scheme == "central" else 2.0
 
         def distance(step: float) -> float:
-            other = estimate_node(sweep, replace(node, step=step), at_source)
-            assert other is not None
-            return _square(other.double() - reference.double())
+            return _square(self._at(sweep, node, at_source, step) - reference.double())
 
         if self.noise is not None:
             expected = {step: self._explained(node, step, at_source) / node.repeats for step in (SMALL, NOISY, LARGEST)}
@@ -205,21 +203,22 @@ class Hops:
             smallest = _UNSURE * (expected[SMALL] + expected[NOISY])
             power = min(highest, max(1.0, log(above / max(below, smallest), LARGEST / NOISY)))
             return Bend(above / _apart(power, LARGEST / NOISY) / (LARGEST * scale) ** power, power, node.source)
-        # Rounding lowers with the square of the step: what a tiny one shows, the others have less of.
-        tiny = float(torch.finfo(rows.dtype).eps) ** (2 / 3)
-        shown = distance(tiny)
-        fade = {step: self._inverse_square(rows, step) for step in (tiny, *LADDER)}
-        self._rounding[self.graph.stage_of[node.source - 1]] += shown / (
-            self._share * node.probe.directions * fade[tiny]
-        )
-        found = {step: estimate_node(sweep, replace(node, step=step), at_source) for step in LADDER}
+        # Rounding lowers with the square of the step: what shows at one, the others have more or less of.
+        eps = float(torch.finfo(rows.dtype).eps)
+        if eps < 1e-4:
+            seen = eps ** (2 / 3)
+            shown = distance(seen)
+        else:  # a small step is lost in low precision; two large ones that are almost alike round apart
+            seen = LADDER[0]
+            shown = _square(self._at(sweep, node, at_source, seen) - self._at(sweep, node, at_source, 0.93 * seen)) / 2
+        fade = {step: self._inverse_square(rows, step) for step in (seen, *LADDER)}
+        stage = self.graph.stage_of[node.source - 1]
+        self._rounding[stage] += shown / (self._share * node.probe.directions * fade[seen])
+        found = {step: self._at(sweep, node, at_source, step) for step in LADDER}
         apart, floor = [], []
         for above, below in pairwise(LADDER):
-            one, other = found[above], found[below]
-            assert one is not None
-            assert other is not None
-            apart.append(_square(one.double() - other.double()))
-            floor.append(_RESOLVED * shown * (fade[above] + fade[below]) / fade[tiny])
+            apart.append(_square(found[above] - found[below]))
+            floor.append(_RESOLVED * shown * (fade[above] + fade[below]) / fade[seen])
         # Where a quarter of the activity shows nothing, the whole of it may.
         k = next((k for k in (1, 0) if apart[k] > floor[k]), None)
         if k is None:
@@ -227,6 +226,12 @@ class Hops:
         ratio = LADDER[k] / LADDER[k + 1]
         power = min(highest, max(1.0, log(apart[k] / max(apart[k + 1], floor[k + 1], 1e-300), ratio)))
         return Bend(apart[k] / _apart(power, ratio) / (LADDER[k] * scale) ** power, power, node.source)
+
+    def _at(self, sweep: Sweep, node: Node, at_source: dict[int, Tensor], step: float) -> Tensor:
+        """The estimate with another step, in float64."""
+        found = estimate_node(sweep, replace(node, step=step), at_source)
+        assert found is not None
+        return found.double()
 
     @staticmethod
     def _inverse_square(rows: Tensor, step: float) -> float:
