@@ -46,6 +46,7 @@ ROWS = (
     ),
     ("parameter_gradients", "sweep", "gradient"),
     (
+        "timing",
         "hops",
         "noise_measured",
         "calibrate",

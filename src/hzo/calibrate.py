@@ -24,7 +24,7 @@ from hzo.errors import InputError, PlanError
 from hzo.execution import Activities, base_pass
 from hzo.gradient import loss_at_the_end
 from hzo.graph import Graph, tensors_in
-from hzo.hops import Hops, timed
+from hzo.hops import Hops
 from hzo.nodes import Wanted, wanted_by_parameters, wanted_everywhere
 from hzo.planner import plan
 from hzo.preparation import traced_for
@@ -32,6 +32,7 @@ from hzo.queries import as_checks
 from hzo.schedule import schedule
 from hzo.side_effects import contained
 from hzo.structure import Assume, check_assume
+from hzo.timing import timed
 from hzo.tracing import call_arguments
 
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from math import log
-from time import perf_counter
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,24 +12,20 @@ from torch import Tensor
 from hzo.adjoints import find_adjoint
 from hzo.calibration import Bend, Seconds
 from hzo.choice import Allowed
-from hzo.cost import bytes_per_direction
 from hzo.differences import evaluations, scaled_step
-from hzo.execution import Activities, run_slice
+from hzo.execution import Activities
 from hzo.graph import Attribute, Graph, Operation
 from hzo.nodes import check_coupling, has_rule, make_node
 from hzo.parameter_gradients import Gradients, Local, add_gradients
-from hzo.plan import Cost, Node, Plan
-from hzo.probes import Probe
+from hzo.plan import Node, Plan
 from hzo.sweep import Cotangents, Sweep, estimate_node
-from hzo.vjp import directions_per_chunk
+from hzo.timing import operation_seconds, timed
 
 LADDER = (1.0, 0.25, 0.0625, 0.015625)  # steps at which curvature is seen, in units of the activity
 SMALL, NOISY, LARGEST = 0.25, 0.5, 1.0  # those of a noisy chain: smaller ones drown
 _HOP_ERROR = 0.01  # squared relative error of one hop that repeats are to reach in a noisy chain
 _RESOLVED = 3.0  # times what rounding explains, from which on a difference is taken for curvature
 _UNSURE = 0.1  # of what noise explains: a difference below is not told from none
-
-T = TypeVar("T")
 
 
 def _apart(power: float, ratio: float) -> float:
@@ -47,16 +40,6 @@ def _apart(power: float, ratio: float) -> float:
 
 def _square(tensor: Tensor) -> float:
     return float(tensor.double().square().sum())
-
-
-def timed(function: Callable[[], T]) -> tuple[float, T]:
-    """Seconds of the quicker of two calls, and the result of the last."""
-    best = float("inf")
-    for _ in range(2):
-        began = perf_counter()
-        result = function()
-        best = min(best, perf_counter() - began)
-    return best, result
 
 
 class Hops:
@@ -313,38 +296,11 @@ class Hops:
 
     def seconds(self, fixed: float) -> Seconds:
         """The times of all parts; those of operations in chunks of the size that queries have."""
-        graph, batch = self.graph, self.activities.batch
-        operations = [0.0] * len(graph.operations)
-        for op in graph.operations:
-            moved = next((v for v in op.reads if graph.values[v].batched and graph.values[v].floating), None)
-            if not op.batched or moved is None or op.coupled:
-                continue
-            probe = Probe("coordinate", graph.values[moved].per_sample)
-            node = Node(moved, op.index, op.index + 1, (op.index,), op.writes, False, probe, Cost())
-            at = self.activities.values[moved]
-            chunk = directions_per_chunk(
-                bytes_per_direction(graph, node, batch), None, self.activities.values[moved].device
-            )
-            copies = max(1, min(chunk, graph.values[moved].per_sample, 256))
-            value = graph.values[moved]
-            rows = value.rows(at, batch).repeat(copies, 1)
-            state = {moved: value.from_rows(rows, batch * copies)}
-            outputs = [v for v in op.writes if graph.values[v].batched]
-            tiles: dict[int, Tensor] = {}
-
-            def run(
-                k: int = op.index,
-                state: dict[int, Tensor] = state,
-                outputs: list[int] = outputs,
-                copies: int = copies,
-                tiles: dict[int, Tensor] = tiles,
-            ) -> list[Tensor]:
-                return run_slice(graph, [k], self.activities, state, outputs, copies, tiles)
-
-            operations[op.index] = timed(run)[0] / (copies * batch)
+        graph = self.graph
+        operations = operation_seconds(graph, self.activities)
         spent = elements = 0.0
         for node, taken in self._plain:
-            queries = node.probe.directions * evaluations(self.allowed.scheme) * batch
+            queries = node.probe.directions * evaluations(self.allowed.scheme) * self.activities.batch
             spent += max(0.0, taken - queries * sum(operations[k] for k in node.operations))
             elements += queries * sum(graph.values[v].per_sample for v in node.outputs)
-        return Seconds(self._hops, tuple(operations), spent / elements if elements else 0.0, self._rules, fixed)
+        return Seconds(self._hops, operations, spent / elements if elements else 0.0, self._rules, fixed)
