@@ -202,12 +202,13 @@ class Hops:
         for above, below in pairwise(LADDER):
             apart.append(_square(found[above] - found[below]))
             floor.append(_RESOLVED * shown * (fade[above] + fade[below]) / fade[seen])
-        # Where a quarter of the activity shows nothing, the whole of it may.
-        k = next((k for k in (1, 0) if apart[k] > floor[k]), None)
+        # Where a quarter of the activity shows nothing, the whole of it may; in low precision nothing less shows.
+        k = next((k for k in ((1, 0) if eps < 1e-4 else (0,)) if apart[k] > floor[k]), None)
         if k is None:
             return None
         ratio = LADDER[k] / LADDER[k + 1]
-        power = min(highest, max(1.0, log(apart[k] / max(apart[k + 1], floor[k + 1], 1e-300), ratio)))
+        resolved = apart[k + 1] > floor[k + 1]
+        power = min(highest, max(1.0, log(apart[k] / apart[k + 1], ratio))) if resolved else highest
         return Bend(apart[k] / _apart(power, ratio) / (LADDER[k] * scale) ** power, power, node.source)
 
     def _at(self, sweep: Sweep, node: Node, at_source: dict[int, Tensor], step: float) -> Tensor:
