@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import shlex
 import subprocess
@@ -103,6 +104,9 @@ def options(description: str, seed: int = 0) -> argparse.Namespace:
     return found
 
 
+LONG = 1000  # rows: more go into a CSV file beside the JSON
+
+
 def write(name: str, given: argparse.Namespace, figure: Figure, **content: Any) -> None:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     report = {
@@ -113,8 +117,22 @@ def write(name: str, given: argparse.Namespace, figure: Figure, **content: Any) 
         **content,
     }
     given.out.mkdir(parents=True, exist_ok=True)
+    if len(rows := content.get("rows", [])) > LONG:
+        write_rows(given.out / f"{name}.csv", rows)
+        report["rows"] = f"{name}.csv"
     (given.out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
     figure.savefig(given.out / f"{name}.png", dpi=130)
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Numbers to six digits: what is measured here is not known to more."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(
+            {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()} for row in rows
+        )
 
 
 def table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
