@@ -10,7 +10,7 @@ import torch
 
 import hzo
 from hzo import cli
-from hzo.train import plan_drawing, planning
+from hzo.train import plan_drawing, planning, terminal
 from hzo.train.recipes import recipe
 
 SMALL = ["--depth", "3", "--width", "6", "--batch-size", "4"]
@@ -20,7 +20,7 @@ NOISE = ["--assume", "nothing", "--readout", "1e-3", "--boundaries", "all"]
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(terminal.console, "width", 120)
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import typer
 from rich.console import Console
 
@@ -13,7 +15,9 @@ from hzo.train.run import Run
 
 INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended
 
-console = Console()
+# Where nobody's terminal sets a width (a file, a pipe), tables may be as wide as a page of the sources.
+WIDTH = 120
+console = Console(width=None if Console().is_terminal or "COLUMNS" in os.environ else WIDTH)
 errors = Console(stderr=True)
 
 
