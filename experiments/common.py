@@ -101,6 +101,9 @@ def options(description: str, seed: int = 0) -> argparse.Namespace:
     found = parser.parse_args()
     torch.set_num_threads(found.threads)
     torch.manual_seed(found.seed)
+    # Of the code that runs, which may have changed in the checkout by the time the result is written.
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    found.commit = head.stdout.strip()
     return found
 
 
@@ -108,10 +111,9 @@ LONG = 1000  # rows: more go into a CSV file beside the JSON
 
 
 def write(name: str, given: argparse.Namespace, figure: Figure, **content: Any) -> None:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     report = {
         "command": shlex.join(["python", f"experiments/{name}.py", *sys.argv[1:]]),
-        "commit": commit,
+        "commit": given.commit,
         "environment": environment(),
         "seed": given.seed,
         **content,
