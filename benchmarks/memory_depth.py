@@ -15,11 +15,7 @@ a step of the sweep works with counts. Methods take turns, and each round's time
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import shlex
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import hzo
-from hzo.train.environment import environment
+from record import write
 
 OUT = Path(__file__).parents[1] / "results" / "benchmarks" / "memory_depth.json"
 # Nothing is drawn here; saved states of 5 KB each would otherwise outweigh what nested checkpoints save.
@@ -185,16 +181,7 @@ def main() -> None:
                 + (f"  (predicted {predicted / 2**20:.2f} MiB)" if predicted else ""),
                 flush=True,
             )
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    report = {
-        "command": shlex.join(["python", "benchmarks/memory_depth.py", *sys.argv[1:]]),
-        "commit": commit,
-        "environment": environment(),
-        "options": {name: value for name, value in vars(options).items() if name != "out"},
-        "rows": rows,
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    write(options.out, options={name: value for name, value in vars(options).items() if name != "out"}, rows=rows)
     plot(rows, options.out.with_suffix(".png"))
 
 

@@ -6,11 +6,7 @@ python benchmarks/planning.py                        # prints a table, writes re
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import hzo
-from hzo.train.environment import environment
+from record import write
 
 WIDTH = 64
 
@@ -64,16 +60,7 @@ def main() -> None:
                 print(
                     f"{length:4d} × {name:13} assume {assume:10} {seconds:6.2f} s, {len(plan.nodes)} nodes", flush=True
                 )
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    record = {
-        "command": shlex.join(["python", *sys.argv]),
-        "commit": commit,
-        "seed": 0,
-        "environment": environment(torch.device("cpu")),
-        "rows": rows,
-    }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write(arguments.out, seed=0, rows=rows)
 
 
 if __name__ == "__main__":

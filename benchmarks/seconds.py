@@ -10,10 +10,7 @@ predicted, then run; the MLP also by plans that calibration has never run (bisec
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -25,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hzo
-from hzo.train.environment import environment
 from hzo.train.models import mlp, resnet
+from record import write
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 from architectures import GPT, BasicBlock, ResNet
@@ -113,17 +110,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     rows = [row for name in arguments.networks for row in measure(name, arguments.rounds)]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    record = {
-        "command": shlex.join(["python", *sys.argv]),
-        "commit": commit,
-        "seed": 0,
-        "threads": arguments.threads,
-        "environment": environment(torch.device("cpu")),
-        "rows": rows,
-    }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write(arguments.out, seed=0, threads=arguments.threads, rows=rows)
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ class ErrorModel:
         Args:
             spread: directions D. read: the share of the source's cotangents that the query reads.
         """
-        return self._share * spread * self._noise(targets, source, read) / (h**2 * targets.size)
+        return share(self.scheme) * spread * self._noise(targets, source, read) / (h**2 * targets.size)
 
     def by_measured_adjoint(self, targets: Targets, source: Tensor, spread: Tensor) -> Tensor:
         """η of one measurement of an operation whose adjoint is then applied; no step of the plan plays a part."""
@@ -114,7 +114,7 @@ class ErrorModel:
         variance = self.rounded[source] - self.rounding[targets.position]
         if self.scheme == "forward":
             variance = variance + self._noise(targets, source, read)
-        return self._share * spread * variance / (h**2 * targets.size)
+        return share(self.scheme) * spread * variance / (h**2 * targets.size)
 
     def _noise(self, targets: Targets, source: Tensor, read: float) -> Tensor:
         return read * self.readout[source] + self.process[source] - self.process[targets.position]
@@ -138,9 +138,10 @@ class ErrorModel:
         steps = (self.transport[:-1] / self.transport[1:]).clamp(min=1.0)
         return torch.cat([steps.flip(0).cumprod(0).flip(0), torch.ones(1, dtype=steps.dtype)])
 
-    @property
-    def _share(self) -> float:
-        return 0.5 if self.scheme == "central" else 1.0
+
+def share(scheme: Scheme) -> float:
+    """Of σ²/h², what the noise σ of readings leaves in a difference: two readings over 2 h, or one over h."""
+    return 0.5 if scheme == "central" else 1.0
 
 
 def error_model(graph: Graph, calibration: Calibration, noise: Noise | None, scheme: Scheme) -> ErrorModel:
@@ -225,11 +226,6 @@ def expected_errors(
         grown = float(model.transport[node.target] / model.transport[node.source])
         found[node.target, node.value] = grown * incoming / size * (1 + own) + own
     return found
-
-
-def cosine(error: float) -> float:
-    """The cosine of an estimate whose error, independent of what is estimated, has this squared relative size."""
-    return float((1 + max(error, 0.0)) ** -0.5)
 
 
 def path_error(target: float) -> float:

@@ -1,7 +1,7 @@
 """``calibrate``: what the error model needs to know of a chain, measured by forward passes.
 
 One base pass; identical queries, whose scatter is the noise; and a sweep from hop to hop, in which every hop is
-estimated at several steps: a small one shows rounding, two large ones the curvature. All of it is timed.
+estimated at several steps: one shows rounding, a ladder of large ones the curvature. All of it is timed.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from hzo.aims import points_of
 from hzo.calibration import Calibration, unitary
 from hzo.chain import Chain
 from hzo.choice import Allowed
-from hzo.differences import Scheme, accumulation_dtype, check_scheme
-from hzo.errors import InputError, PlanError
+from hzo.differences import Scheme, accumulation_dtype, check_scheme, scale_of
+from hzo.edges import tree_edges
+from hzo.errors import InputError
 from hzo.execution import Activities, base_pass
 from hzo.gradient import loss_at_the_end
 from hzo.graph import Graph, tensors_in
 from hzo.hops import Hops
-from hzo.nodes import Wanted, wanted_by_parameters, wanted_everywhere
-from hzo.planner import plan
+from hzo.nodes import Wanted, plan_without_nodes, wanted_by, with_hops
+from hzo.plan import Hop, Plan
 from hzo.preparation import traced_for
 from hzo.queries import as_checks
 from hzo.schedule import schedule
@@ -61,9 +62,9 @@ def calibrate(
     Returns a frozen record for ``hzo.plan(calibration=...)``. Parameters, buffers, gradients and the random state are
     untouched.
 
-    Cost: about 5 gradients of a stagewise plan, up to 5 ``repeats`` of them where the chain is noisy; counted as
-    ``check_evaluations``. Source: ours; rounding and curvature from estimates at several steps in the spirit of Moré
-    and Wild, Estimating derivatives of noisy simulations (2012).
+    Cost: about 8 gradients of a stagewise plan (7 without times), up to 4 ``repeats`` of them where the chain is noisy;
+    counted as ``check_evaluations``. Source: ours; rounding and curvature from estimates at several steps in the spirit
+    of Moré and Wild, Estimating derivatives of noisy simulations (2012).
 
     Raises:
         InputError: not a chain, too few repeats, inputs that do not fit. TraceError: a chain that has not seen an
@@ -74,8 +75,8 @@ def calibrate(
     check_assume(assume), check_scheme(scheme)
     if repeats < 2:
         raise InputError(f"expected 2 repeats or more, to see how far two estimates lie apart; got {repeats}")
-    chain.traced  # noqa: B018  raises where there is no graph yet
-    graph = traced_for(chain, x, strict=True).traced
+    graph = chain.traced
+    traced_for(chain, x, strict=True)  # raises where x is not what the chain was traced for
     modules = [chain.model, *(op.module for op in graph.operations if op.module is not None)]
     with contained(modules), as_checks():
         inputs = tensors_in(call_arguments(x))
@@ -85,32 +86,44 @@ def calibrate(
         loss = perf_counter() - began
         total = scatter.of_stages(graph, activities)
         allowed = Allowed(assume, scheme)
-        wanted = wanted_everywhere(graph, wanted_by_parameters(graph))
-        hops = Hops(graph, activities, at_the_end, allowed, total, repeats)
-        for target, source in hops_of(graph, wanted, allowed):
+        reference = _reference(graph, allowed)
+        hops = Hops(graph, activities, at_the_end, allowed, reference, total, repeats, seconds)
+        for target, source in hops_of(graph, wanted_by(graph, "all"), allowed):
             hops.measure(target, source)
         noise = None if total is None else scatter.split(graph, activities, total, hops.cotangents)
         return Calibration(
             fingerprint=graph.fingerprint,
             norms=hops.norms,
             transport=hops.transport,
-            scales=_scales(graph, activities),
+            scales={v.index: scale_of(activities.values[v.index]) for v in graph.values if v.batched and v.floating},
             bends=hops.bends,
             noise=noise,
             rounding=hops.rounding_of_stages() if total is None else unitary(graph, scheme).rounding,
             parameters=hops.parameters,
-            seconds=hops.seconds(_forward(chain, inputs, assume) + loss) if seconds else None,
+            seconds=hops.seconds(_forward(graph, inputs, reference) + loss) if seconds else None,
         )
 
 
-def _forward(chain: Chain, inputs: list[Tensor], assume: Assume) -> float:
+def _forward(graph: Graph, inputs: list[Tensor], reference: Plan) -> float:
     """Seconds of a base pass that lets go of what no later step reads, as that of a gradient does."""
-    graph = chain.traced
-    try:
-        steps = schedule(graph, plan(chain, assume=assume, noise=0.0))
-    except PlanError:  # nothing to train
-        return timed(lambda: base_pass(graph, inputs))[0]
+    steps = schedule(graph, reference)
     return timed(lambda: base_pass(graph, inputs, steps.base_pass))[0]
+
+
+def _reference(graph: Graph, allowed: Allowed) -> Plan:
+    """The plan whose hops are measured: what parameters need, along the cheapest path."""
+    made = plan_without_nodes(
+        graph,
+        tree="planned",
+        assume=allowed.assume,
+        scheme=allowed.scheme,
+        step=None,
+        noise=None,
+        boundaries="needed",
+        spacing=None,
+    )
+    edges = tree_edges(graph, "planned", wanted_by(graph, "needed"), allowed)
+    return with_hops(graph, made, [Hop(target, source) for target, source in edges])
 
 
 def hops_of(graph: Graph, wanted: Wanted, allowed: Allowed) -> list[tuple[int, int]]:
@@ -139,14 +152,3 @@ def _at_the_end(
     if not size > 0:
         raise InputError("the loss has no gradient at this batch; calibrate on one that has, or without a loss")
     return {v: g / size for v, g in found.items()}
-
-
-def _scales(graph: Graph, activities: Activities) -> dict[int, float]:
-    """Root mean square of every batched activity."""
-    found = {}
-    for value in graph.values:
-        if value.batched and value.floating:
-            tensor = activities.values[value.index]
-            norm = float(torch.linalg.vector_norm(tensor, dtype=accumulation_dtype(tensor.dtype)))
-            found[value.index] = norm / max(tensor.numel(), 1) ** 0.5 or 1.0
-    return found

@@ -58,15 +58,20 @@ def default_step(
     return scaled_step(tensor, unit**power, where, precision)
 
 
+def scale_of(tensor: Tensor) -> float:
+    """The root mean square; 1 for a tensor of zeros or without elements."""
+    norm = torch.linalg.vector_norm(tensor, dtype=accumulation_dtype(tensor.dtype))
+    return float(norm) / max(tensor.numel(), 1) ** 0.5 or 1.0
+
+
 def scaled_step(
     tensor: Tensor, relative: float, where: str = "the perturbed tensor", precision: torch.dtype | None = None
 ) -> float | Tensor:
     """``relative`` times the scale of the tensor, its root mean square; as a ``default_step`` else."""
-    norm = torch.linalg.vector_norm(tensor, dtype=accumulation_dtype(tensor.dtype))
-    scale = float(norm) / max(tensor.numel(), 1) ** 0.5
+    scale = scale_of(tensor)
     if not scale < float("inf"):
         raise NonFiniteError(f"{where} holds NaN or infinity; find out why before estimating a gradient there")
-    step = (scale or 1.0) * relative
+    step = scale * relative
     unit = float(torch.finfo(precision or tensor.dtype).eps)
     return step if unit < 1e-4 else (tensor.abs() * (8 * unit)).clamp(min=step)
 

@@ -231,38 +231,32 @@ def query(
     copies: int,
 ) -> tuple[Tensor, ...]:
     """One operation inside a query: same random numbers and same buffers as in the base pass, none of them moved."""
-    return _processed(graph, op, _as_before(graph, op, activities, lookup, batch, copies))
-
-
-def _as_before(
-    graph: Graph,
-    op: Operation,
-    activities: Activities,
-    lookup: Callable[[int], Tensor],
-    batch: int,
-    copies: int,
-) -> tuple[Tensor, ...]:
     if not op.random and not op.stateful:
-        return call(op, *resolve(op, lookup, batch))
+        return _processed(graph, op, call(op, *resolve(op, lookup, batch)))
     with _as_in_base_pass(op, activities):
-        if not op.random:
-            return call(op, *resolve(op, lookup, batch))
-        if copies == 1:
-            set_random_state(activities.random[op.index])
-            return call(op, *resolve(op, lambda value: _laid_out(lookup(value), activities.layouts[value]), batch))
-        parts = []
-        for copy in range(copies):
-            set_random_state(activities.random[op.index])
+        drawn = _drawn_again(graph, op, activities, lookup, copies) if op.random else None
+        return _processed(graph, op, call(op, *resolve(op, lookup, batch)) if drawn is None else drawn)
 
-            def one(value: int, copy: int = copy) -> Tensor:
-                tensor, base = lookup(value), activities.layouts[value]
-                dim = graph.values[value].batch_dim
-                if dim is None:
-                    return tensor
-                size = tensor.shape[dim] // copies
-                return _laid_out(tensor.narrow(dim, copy * size, size), base)
 
-            parts.append(call(op, *resolve(op, one, activities.batch)))
+def _drawn_again(
+    graph: Graph, op: Operation, activities: Activities, lookup: Callable[[int], Tensor], copies: int
+) -> tuple[Tensor, ...]:
+    """One operation that draws random numbers, copy by copy: each copy sees those of the base pass."""
+    parts = []
+    for copy in range(copies):
+        set_random_state(activities.random[op.index])
+
+        def one(value: int, copy: int = copy) -> Tensor:
+            tensor, base = lookup(value), activities.layouts[value]
+            dim = graph.values[value].batch_dim
+            if dim is None:
+                return tensor
+            size = tensor.shape[dim] // copies
+            return _laid_out(tensor.narrow(dim, copy * size, size), base)
+
+        parts.append(call(op, *resolve(op, one, activities.batch)))
+    if copies == 1:
+        return parts[0]
     dims = [graph.values[value].batch_dim for value in op.writes]
     return tuple(
         part[0] if dim is None else torch.cat(part, dim)

@@ -9,16 +9,17 @@ from math import log
 import torch
 from torch import Tensor
 
+from hzo.accuracy import share
 from hzo.adjoints import find_adjoint
 from hzo.calibration import Bend, Seconds
 from hzo.choice import Allowed
-from hzo.differences import evaluations, scaled_step
+from hzo.differences import evaluations, scale_of, scaled_step
 from hzo.execution import Activities
 from hzo.graph import Attribute, Graph, Operation
 from hzo.nodes import check_coupling, has_rule, make_node
 from hzo.parameter_gradients import Gradients, Local, add_gradients
 from hzo.plan import Node, Plan
-from hzo.sweep import Cotangents, Sweep, estimate_node
+from hzo.sweep import Cotangents, Sweep, estimate_node, with_carried
 from hzo.timing import operation_seconds, timed
 
 LADDER = (1.0, 0.25, 0.0625, 0.015625)  # steps at which curvature is seen, in units of the activity
@@ -26,6 +27,11 @@ SMALL, NOISY, LARGEST = 0.25, 0.5, 1.0  # those of a noisy chain: smaller ones d
 _HOP_ERROR = 0.01  # squared relative error of one hop that repeats are to reach in a noisy chain
 _RESOLVED = 3.0  # times what rounding explains, from which on a difference is taken for curvature
 _UNSURE = 0.1  # of what noise explains: a difference below is not told from none
+
+
+Difference = tuple[float, float, float, float | None]
+"""A step, its ratio to the next smaller one, the squared difference of the estimates at the two, and that of the next
+pair of steps; None for the last where it does not show."""
 
 
 def _apart(power: float, ratio: float) -> float:
@@ -55,11 +61,15 @@ class Hops:
         activities: Activities,
         at_the_end: dict[int, Tensor],
         allowed: Allowed,
+        reference: Plan,
         noise: tuple[float, ...] | None,
         repeats: int,
+        clocked: bool,
     ) -> None:
+        """``reference``: whose scheme and perturbed parameters hold. ``clocked``: whether hops are timed, too."""
         self.graph, self.activities, self.allowed = graph, activities, allowed
-        self.noise, self.repeats = noise, repeats
+        self.reference, self.noise, self.repeats = reference, noise, repeats
+        self.clocked = clocked and noise is None
         end = len(graph.operations)
         self.sweeps = [self._sweep(dict(at_the_end)) for _ in range(1 if noise is None else 2)]
         self._error = self._sweep({v: self._scattered(v, g) for v, g in at_the_end.items()})
@@ -74,21 +84,9 @@ class Hops:
         self._rules_of(end)
 
     def _sweep(self, at_the_end: dict[int, Tensor]) -> Sweep:
-        plan = Plan(
-            fingerprint=self.graph.fingerprint,
-            tree="stagewise",
-            assume=self.allowed.assume,
-            scheme=self.allowed.scheme,
-            step=None,
-            noise=None,
-            nodes=(),
-            perturbed=(),
-            trainable=(),
-            batch=self.activities.batch,
-            labels=(),
-        )
         local = Local(self.graph, self.activities, (), self.allowed.scheme)
-        return Sweep(self.graph, plan, self.activities, None, {len(self.graph.operations): at_the_end}, local)
+        end = len(self.graph.operations)
+        return Sweep(self.graph, self.reference, self.activities, None, {end: at_the_end}, local)
 
     @property
     def cotangents(self) -> Cotangents:
@@ -130,14 +128,13 @@ class Hops:
                 def once(sweep: Sweep = sweep, at: dict[int, Tensor] = at_source) -> Tensor | None:
                     return estimate_node(sweep, asked, at)
 
-                taken, total = timed(once) if self.noise is None else (0.0, once())
+                taken, total = timed(once) if self.clocked else (0.0, once())
                 if taken:
                     self._hops[node.target, node.source, node.value] = taken
                 if differences and not found and total is not None:
                     self._plain.append((node, taken))
                     bend = self._bend(sweep, asked, at_source, total)
-            if node.carried and node.value in at_source:
-                total = at_source[node.value] if total is None else total + at_source[node.value]
+            total = with_carried(node, total, at_source)
             if total is None:
                 return None
             sweep.cotangents.setdefault(node.target, {})[node.value] = total
@@ -159,44 +156,52 @@ class Hops:
         rows = self._rows(node)
         variance = self.noise[self.graph.stage_of[node.source - 1]] ** 2 * sum(_square(g) for g in at_source.values())
         height = float(torch.as_tensor(scaled_step(rows, step)).double().square().mean())
-        return self._share * node.probe.directions * variance / height
-
-    @property
-    def _share(self) -> float:
-        return 0.5 if self.allowed.scheme == "central" else 1.0
+        return share(self.allowed.scheme) * node.probe.directions * variance / height
 
     def _rows(self, node: Node) -> Tensor:
         return self.graph.values[node.value].rows(self.activities.values[node.value], self.activities.batch)
 
     def _bend(self, sweep: Sweep, node: Node, at_source: dict[int, Tensor], reference: Tensor) -> Bend | None:
         """Curvature from what larger steps change, where noise and rounding do not explain it."""
-        rows = self._rows(node)
-        scale = float(rows.double().square().mean()) ** 0.5 or 1.0
+        seen = self._through_noise if self.noise is not None else self._beside_rounding
+        found = seen(sweep, node, at_source, reference.double())
+        if found is None:
+            return None
+        step, ratio, above, below = found
         highest = 4.0 if self.allowed.scheme == "central" else 2.0
+        power = highest if below is None else min(highest, max(1.0, log(above / below, ratio)))
+        distance = step * scale_of(self._rows(node))
+        return Bend(above / _apart(power, ratio) / distance**power, power, node.source)
 
-        def distance(step: float) -> float:
-            return _square(self._at(sweep, node, at_source, step) - reference.double())
+    def _through_noise(
+        self, sweep: Sweep, node: Node, at_source: dict[int, Tensor], reference: Tensor
+    ) -> Difference | None:
+        """What the noise of the estimates does not explain of their differences."""
+        expected = {step: self._explained(node, step, at_source) / node.repeats for step in (SMALL, NOISY, LARGEST)}
+        above, below = (
+            _square(self._at(sweep, node, at_source, step) - reference) - expected[step] - expected[NOISY]
+            for step in (LARGEST, SMALL)
+        )
+        if above <= 0:
+            return None
+        return LARGEST, LARGEST / NOISY, above, max(below, _UNSURE * (expected[SMALL] + expected[NOISY]))
 
-        if self.noise is not None:
-            expected = {step: self._explained(node, step, at_source) / node.repeats for step in (SMALL, NOISY, LARGEST)}
-            above = distance(LARGEST) - expected[LARGEST] - expected[NOISY]
-            below = distance(SMALL) - expected[SMALL] - expected[NOISY]
-            if above <= 0:
-                return None
-            smallest = _UNSURE * (expected[SMALL] + expected[NOISY])
-            power = min(highest, max(1.0, log(above / max(below, smallest), LARGEST / NOISY)))
-            return Bend(above / _apart(power, LARGEST / NOISY) / (LARGEST * scale) ** power, power, node.source)
+    def _beside_rounding(
+        self, sweep: Sweep, node: Node, at_source: dict[int, Tensor], reference: Tensor
+    ) -> Difference | None:
+        """What rounding does not explain; how much it is is kept for the stage."""
+        rows = self._rows(node)
         # Rounding lowers with the square of the step: what shows at one, the others have more or less of.
         eps = float(torch.finfo(rows.dtype).eps)
         if eps < 1e-4:
             seen = eps ** (2 / 3)
-            shown = distance(seen)
+            shown = _square(self._at(sweep, node, at_source, seen) - reference)
         else:  # a small step is lost in low precision; two large ones that are almost alike round apart
             seen = LADDER[0]
             shown = _square(self._at(sweep, node, at_source, seen) - self._at(sweep, node, at_source, 0.93 * seen)) / 2
         fade = {step: self._inverse_square(rows, step) for step in (seen, *LADDER)}
         stage = self.graph.stage_of[node.source - 1]
-        self._rounding[stage] += shown / (self._share * node.probe.directions * fade[seen])
+        self._rounding[stage] += shown / (share(self.allowed.scheme) * node.probe.directions * fade[seen])
         found = {step: self._at(sweep, node, at_source, step) for step in LADDER}
         apart, floor = [], []
         for above, below in pairwise(LADDER):
@@ -206,10 +211,8 @@ class Hops:
         k = next((k for k in ((1, 0) if eps < 1e-4 else (0,)) if apart[k] > floor[k]), None)
         if k is None:
             return None
-        ratio = LADDER[k] / LADDER[k + 1]
-        resolved = apart[k + 1] > floor[k + 1]
-        power = min(highest, max(1.0, log(apart[k] / apart[k + 1], ratio))) if resolved else highest
-        return Bend(apart[k] / _apart(power, ratio) / (LADDER[k] * scale) ** power, power, node.source)
+        smaller = apart[k + 1] if apart[k + 1] > floor[k + 1] else None
+        return LADDER[k], LADDER[k] / LADDER[k + 1], apart[k], smaller
 
     def _at(self, sweep: Sweep, node: Node, at_source: dict[int, Tensor], step: float) -> Tensor:
         """The estimate with another step, in float64."""
@@ -230,8 +233,7 @@ class Hops:
         for node in nodes:
             asked = node if self.noise is None or node.probe.kind == "adjoint" else replace(node, step=NOISY)
             parts = [estimate_node(self._error, asked, before) for _ in self.sweeps] if node.operations else [None]
-            own = before.get(node.value) if node.carried else None
-            sums = [p if own is None else own if p is None else p + own for p in parts]
+            sums = [with_carried(node, part, before) for part in parts]
             if sums[0] is None or sums[-1] is None:
                 continue
             carried[node.value] = sums[0]

@@ -86,7 +86,7 @@ def _spanned(
                 continue
             if not possible(graph, node):
                 return
-            yield (price_of(graph, node.cost), *spreads(graph, node))
+            yield (node_price(graph, node.cost), *spreads(graph, node))
             plain = node.probe.kind == "coordinate" and len(node.operations) > 1
             continue
         if coupled or not all(graph.values[v].finite for v in reached if v in graph.live[source]):
@@ -95,7 +95,7 @@ def _spanned(
         yield elements * evaluations(allowed.scheme) * operations / graph.cost, float(elements), 0.0
 
 
-def price_of(graph: Graph, cost: Cost) -> float:
+def node_price(graph: Graph, cost: Cost) -> float:
     """What the planner lowers: forward equivalents; among plans alike in those, adjoints."""
     adjoints = Fraction(cost.adjoints, 10_000 * max(1, len(graph.operations)))
     return float(cost.forward_equivalents_of(graph.nominal_batch) + adjoints)

@@ -114,7 +114,7 @@ def plan(
         return with_hops(graph, made, hops)
 
     edges = tree_edges(graph, tree, wanted, allowed) if tree != "planned" or not aim.given else None
-    found = planned([Hop(target, source) for target, source in edges or ()])
+    found = planned([Hop(target, source) for target, source in edges or ()])  # raises where samples are coupled
     if declared is not None or calibration is not None or aim.given:
         model = error_model(graph, calibration or unitary(graph, scheme), declared, scheme)
         choice = choices(graph, model, step, edges, wanted, allowed, repeats)

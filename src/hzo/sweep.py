@@ -88,12 +88,15 @@ def sweep(
 
 def _run_node(state: Sweep, node: Node) -> None:
     at_source = state.cotangents.get(node.source, {})
-    estimate = estimate_node(state, node, at_source) if node.operations else None
-    if node.carried and node.value in at_source:
-        carried = at_source[node.value]
-        estimate = carried if estimate is None else estimate + carried
+    estimate = with_carried(node, estimate_node(state, node, at_source) if node.operations else None, at_source)
     if estimate is not None:
         state.cotangents.setdefault(node.target, {})[node.value] = estimate
+
+
+def with_carried(node: Node, estimate: Tensor | None, at_source: dict[int, Tensor]) -> Tensor | None:
+    """An estimate and what the value's own cotangent at the source adds, where the value is alive there too."""
+    carried = at_source.get(node.value) if node.carried else None
+    return estimate if carried is None else carried if estimate is None else estimate + carried
 
 
 def estimate_node(state: Sweep, node: Node, at_source: dict[int, Tensor]) -> Tensor | None:
