@@ -16,7 +16,7 @@ from hzo.train import models
         ("cnn", (3, 32, 32), None),
         ("cnn", (3, 20, 20), None),
         ("resnet20", (3, 32, 32), 269_722),  # the figure that the literature gives
-        ("resnet20", (3, 64, 64), 269_722),
+        ("resnet20", (3, 64, 64), 269_722 + (5 * 5 - 3 * 3) * 3 * 16),  # a stem of 5 × 5 with stride 2
     ],
 )
 def test_a_network_of_each_name_scores_every_class(name, shape, parameters):

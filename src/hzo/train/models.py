@@ -93,7 +93,11 @@ class BasicBlock(nn.Module):
 def resnet(
     shape: tuple[int, ...], classes: int, *, depth: int = 20, width: int = 16, activation: str = "relu"
 ) -> nn.Module:
-    """The CIFAR ResNet with BatchNorm (He et al., 2016): 6n + 2 layers, widths w, 2w, 4w."""
+    """The CIFAR ResNet with BatchNorm (He et al., 2016): 6n + 2 layers, widths w, 2w, 4w.
+
+    The stem of larger images takes a stride that makes a 32 × 32 map of them, as ImageNet ResNets reduce theirs early:
+    the blocks then cost what they cost on CIFAR.
+    """
     if depth % 6 != 2 or depth < 8:
         raise InputError(f"expected a ResNet's depth to be 6n + 2 (8, 14, 20, …), got {depth}: give another --depth.")
     blocks: list[nn.Module] = []
@@ -102,8 +106,9 @@ def resnet(
         for index in range((depth - 2) // 6):
             blocks.append(BasicBlock(channels, outputs, 2 if group and not index else 1, activation))
             channels = outputs
+    stride = max(1, shape[1] // 32)
     stem = nn.Sequential(
-        nn.Conv2d(shape[0], width, 3, padding=1, bias=False),
+        nn.Conv2d(shape[0], width, 2 * stride + 1, stride=stride, padding=stride, bias=False),
         nn.BatchNorm2d(width),
         _ACTIVATIONS[activation](),
     )
