@@ -73,7 +73,7 @@ def test_the_file_is_small_and_has_totals_for_the_reader(tmp_path):
     plan = hzo.plan(small(), tree="bisect", assume="nothing", noise=1e-3)
     hzo.save_plan(plan, tmp_path / "plan.json")
     text = (tmp_path / "plan.json").read_text()
-    assert len(text.splitlines()) == 17 + len(plan.hops)
+    assert len(text.splitlines()) == 19 + len(plan.hops)
     assert '"where": "boundary 7"' in text
     summary = json.loads(text)["summary"]
     assert summary["queries"] == plan.queries

@@ -64,7 +64,7 @@ def _written(number: Number) -> str:
     return repr(number) if isinstance(number, Fraction) and number.denominator > 1 else str(number)
 
 
-def declare(module: Module, *promises: Promise) -> Module:
+def declare(module: Module, *promises: Promise, step: float | None = None) -> Module:
     """Declare what holds of a module's Jacobian, and that nothing else may be assumed; returns the module.
 
     Args:
@@ -72,11 +72,13 @@ def declare(module: Module, *promises: Promise) -> Module:
             it) is declared; declaring again replaces what was declared before.
         promises: words out of ``hzo.declaring.PROMISES``, and ``hzo.Local`` for locality along an axis. None make the
             module a black box, perturbed element by element.
+        step: distance h of all differences of what goes into this module, whatever step a plan takes elsewhere: half
+            the quantum of a quantizer, whose difference over a whole quantum is then its mean slope.
 
     ``hzo.check_structure`` tests what is declared, ``hzo.infer_structure`` proposes it. Cost: none. Source: ours.
 
     Raises:
-        InputError: not a module, or an unknown promise.
+        InputError: not a module, an unknown promise, or a step that is not positive and finite.
     """
     if not isinstance(module, nn.Module):
         raise InputError(
@@ -87,8 +89,11 @@ def declare(module: Module, *promises: Promise) -> Module:
             _check_local(promise)
         elif promise not in PROMISES:
             raise InputError(f"expected promises out of {', '.join(PROMISES)} and hzo.Local(axis, …), got {promise!r}")
+    if step is not None and not (isinstance(step, (int, float)) and 0 < step < float("inf")):
+        raise InputError(f"expected a positive finite step, got {step!r}; leave it out for the plan's own")
     given: Any = module
     given.hzo_promises = tuple(dict.fromkeys(promises))
+    given.hzo_step = None if step is None else float(step)
     # A traced chain is recognized by the options of its modules, of which this line is one: declaring anew traces anew.
     given.hzo_opaque = f"declared: {', '.join(map(str, promises)) or 'a black box'}"
     return module
@@ -104,6 +109,12 @@ def _check_local(promise: Local) -> None:
 def declared(module: nn.Module | None) -> tuple[Promise, ...] | None:
     """What was declared of a module; None where nothing was, so that its type speaks for it."""
     found: tuple[Promise, ...] | None = vars(module).get("hzo_promises") if module is not None else None
+    return found
+
+
+def declared_step(module: nn.Module | None) -> float | None:
+    """The step that was declared for what goes into a module."""
+    found: float | None = vars(module).get("hzo_step") if module is not None else None
     return found
 
 

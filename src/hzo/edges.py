@@ -34,7 +34,11 @@ def tree_edges(graph: Graph, tree: Tree, wanted: Wanted, allowed: Allowed) -> li
             stage = graph.stage_of[position]
             inside.setdefault(stage, []).append(position)
             outer.add(graph.stages[stage].stop)
+    if graph.differentiated:  # nothing else may be asked for, and a tree over no boundaries would be none
+        outer.update(graph.boundaries)
     first = graph.stages[graph.stage_of[max(needed[0] - 1, 0)]].start
+    if tree == "planned" and graph.differentiated:
+        return shortest_path(graph, [first, *needed, end], allowed)
     if tree == "planned":
         path = shortest_path(graph, [first, *(p for p in needed if p > first), end], allowed)
         return path if first not in needed else [*path, (first, path[-1][0] if path else end)]

@@ -52,8 +52,8 @@ def backward(
         memory: bytes that the perturbed copies of one chunk may take; None takes a share of what is free.
             What is stored of the base pass is the plan's affair: ``hzo.plan(..., memory=)``.
 
-    Returns the loss, a scalar without gradient history. Afterwards buffers and random state are as after one ordinary
-    forward pass; on an error nothing has changed.
+    An input that requires a gradient gets one, too. Returns the loss, a scalar without gradient history. Afterwards
+    buffers and random state are as after one ordinary forward pass; on an error nothing has changed.
 
     Cost: ``plan.queries`` and one base pass. Source: paper; parameter rules are backprop's local step.
 
@@ -61,9 +61,11 @@ def backward(
         InputError, PlanError: batch, target or plan do not fit. NonFiniteError: says which stage came first.
         See ``hzo.trace`` and ``hzo.plan`` for what they raise.
     """
-    gradients, loss, _ = _estimate(model, loss_fn, x, y, plan, memory, options)
+    gradients, loss, (graph, found) = _estimate(model, loss_fn, x, y, plan, memory, options)
     factor = float(scale)
-    for parameter, gradient in gradients.values():
+    inputs = tensors_in(call_arguments(x))
+    of_inputs = [(inputs[v], found[0][v]) for v in graph.differentiated if v in found.get(0, {})]
+    for parameter, gradient in (*gradients.values(), *of_inputs):
         scaled = (gradient * factor if factor != 1 else gradient).to(parameter.dtype)
         if parameter.grad is None:
             parameter.grad = scaled
@@ -140,7 +142,7 @@ def _estimate(
         activities = base_pass(graph, inputs, steps.base_pass)
         loss, at_the_end = loss_at_the_end(graph, activities, inputs, loss_fn, y)
         # Drawn where it moves the random state on, so that the next gradient has other signs.
-        seed = int(torch.randint(2**62, ())) if plan.approximate else 0
+        seed = int(torch.randint(2**62, ())) if plan.random else 0
         with contained(modules):
             found = sweep(graph, plan, steps, activities, at_the_end, memory=memory, seed=seed, keep=keep)
     return found.gradients, loss, (graph, found.cotangents)

@@ -216,6 +216,7 @@ class Graph:
     nominal_batch: int  # of the input that was handed over, to which predicted totals refer
     signature: tuple[Any, ...]  # what must not change for the trace to stay valid
     noise: NoiseSource | None = None  # added to what runs, for experiments
+    differentiated: tuple[int, ...] = ()  # inputs that require a gradient, as trainable parameters do
 
     @cached_property
     def outputs(self) -> tuple[int, ...]:
@@ -254,8 +255,8 @@ class Graph:
 
     @cached_property
     def requires(self) -> tuple[bool, ...]:
-        """For every value whether a trainable parameter lies upstream, so that its cotangent can be of use."""
-        needed = [False] * len(self.values)
+        """For every value whether something trainable lies upstream, so that its cotangent can be of use."""
+        needed = [value.index in self.differentiated for value in self.values]
         for op in self.operations:
             upstream = bool(op.parameters) or any(needed[value] for value in op.reads)
             for value in op.writes:
@@ -324,6 +325,7 @@ class Graph:
                 [op.described for op in self.operations],
                 [(value.sample_shape, str(value.dtype), value.batch_dim) for value in self.values],
                 self.stages,
+                *([self.differentiated] if self.differentiated else []),
             )
         )
         return hashlib.sha256(text.encode()).hexdigest()[:16]

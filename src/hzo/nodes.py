@@ -9,6 +9,7 @@ import torch
 
 from hzo.choice import Allowed, choose_probe
 from hzo.cost import parameter_cost
+from hzo.declaring import declared_step
 from hzo.differences import Scheme
 from hzo.errors import CoupledSamplesError
 from hzo.graph import Attribute, Graph, Operation, ParameterUse
@@ -22,12 +23,13 @@ Wanted = dict[int, set[int]]
 """Values whose cotangents are asked for, by position."""
 
 
-def wanted_by_parameters(graph: Graph) -> Wanted:
-    """The outputs of every operation with a trainable parameter, at the boundary right behind it."""
-    wanted: Wanted = {}
+def wanted_by_gradients(graph: Graph) -> Wanted:
+    """The outputs of every operation with a trainable parameter, at the boundary right behind it, and the inputs that
+    require a gradient."""
+    alive = set(graph.differentiated) & set(graph.live[0])
+    wanted: Wanted = {0: alive} if alive else {}
     for op in graph.operations:
-        alive = graph.live[op.index + 1]
-        values = {v for v in op.writes if v in alive and graph.values[v].floating}
+        values = {v for v in op.writes if v in graph.live[op.index + 1] and graph.values[v].floating}
         if op.batched and op.parameters and values:
             wanted[op.index + 1] = values
     return wanted
@@ -51,6 +53,8 @@ def plan_without_nodes(
     noise: Noise | None,
     boundaries: Boundaries,
     spacing: int | None,
+    mu: float | None = None,
+    draws: int = 1,
 ) -> Plan:
     """All of a plan that does not depend on its hops."""
     return Plan(
@@ -67,6 +71,8 @@ def plan_without_nodes(
         labels=tuple(graph.describe(position) for position in range(len(graph.operations) + 1)),
         boundaries=boundaries,
         spacing=spacing,
+        mu=mu,
+        draws=draws,
     )
 
 
@@ -77,13 +83,14 @@ def with_hops(graph: Graph, plan: Plan, hops: Sequence[Hop]) -> Plan:
         CoupledSamplesError: a query would run a stage in which samples influence each other.
     """
     allowed = Allowed(plan.assume, plan.scheme, plan.spacing)
-    nodes = nodes_of(graph, hops, wanted_by(graph, plan.boundaries), allowed, everything=plan.boundaries == "all")
+    smoothed = [replace(hop, repeats=plan.draws) for hop in hops] if plan.mu is not None else hops
+    nodes = nodes_of(graph, smoothed, wanted_by(graph, plan.boundaries), allowed, everything=plan.boundaries == "all")
     return replace(plan, hops=tuple(hops), nodes=nodes)
 
 
 def wanted_by(graph: Graph, boundaries: Boundaries) -> Wanted:
     """What a plan must estimate."""
-    wanted = wanted_by_parameters(graph)
+    wanted = wanted_by_gradients(graph)
     return wanted_everywhere(graph, wanted) if boundaries == "all" else wanted
 
 
@@ -112,17 +119,30 @@ def nodes_of(graph: Graph, hops: Sequence[Hop], wanted: Wanted, allowed: Allowed
                 continue
             check_coupling(graph, node)
             need.setdefault(hop.source, set()).update(node.outputs, {value} if node.carried else ())
-            nodes.append(_decided(node, hop))
+            nodes.append(_decided(graph, node, hop))
     return tuple(reversed(nodes))
 
 
-def _decided(node: Node, hop: Hop) -> Node:
+def _decided(graph: Graph, node: Node, hop: Hop) -> Node:
     """A node as its hop was decided; an adjoint takes no step, and what asks no query is not asked twice."""
     if not node.operations:
         return node
-    repeats = hop.repeats if node.probe.kind != "adjoint" or node.cost.measurements else 1
-    step = hop.step if node.probe.kind != "adjoint" else None
-    return replace(node, repeats=repeats, step=step, cost=node.cost * repeats)
+    differences = node.probe.kind != "adjoint"
+    repeats = hop.repeats if differences or node.cost.measurements else 1
+    return replace(
+        node,
+        repeats=repeats,
+        step=hop.step if differences else None,
+        distance=_declared_distance(graph, node) if differences else None,
+        cost=node.cost * repeats,
+    )
+
+
+def _declared_distance(graph: Graph, node: Node) -> float | None:
+    """The widest step declared for what goes into an operation that reads the perturbed value."""
+    readers = (graph.operations[k] for k in node.operations if node.value in graph.operations[k].reads)
+    found = [step for op in readers if (step := declared_step(op.module)) is not None]
+    return max(found, default=None)
 
 
 def possible(graph: Graph, node: Node) -> bool:

@@ -48,7 +48,7 @@ class Node:
     the value itself is alive at ``source`` too, so that its cotangent there is carried over. A node without
     operations costs nothing. The estimate is the mean of ``repeats`` measurements, whose price ``cost``
     includes; ``step`` is the distance h of its differences in units of the activity's root mean square, None for that
-    of the plan.
+    of the plan; ``distance`` the one that was declared of what it perturbs, which goes before both.
     """
 
     value: int
@@ -61,6 +61,7 @@ class Node:
     cost: Cost
     repeats: int = 1
     step: float | None = None
+    distance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ class Plan:
         activity_bytes: the most that activities and pending cotangents take at once, in one gradient of the batch
             traced. recomputed: stages run again in it, on one sample each; counted with the base evaluations.
         expected: errors and time, where a noise, a calibration or a target was given.
-        boundaries, spacing: as ``hzo.plan`` took them.
+        boundaries, spacing, mu, draws: as ``hzo.plan`` took them.
     """
 
     fingerprint: str
@@ -163,6 +164,8 @@ class Plan:
     hops: tuple[Hop, ...] = ()
     boundaries: Boundaries = "needed"
     spacing: int | None = None
+    mu: float | None = None
+    draws: int = 1
 
     @property
     def cost(self) -> Cost:
@@ -171,9 +174,11 @@ class Plan:
         return sum((probe.cost for probe in self.perturbed), start=nodes)
 
     @property
-    def approximate(self) -> bool:
-        """Whether some node is estimated from an approximate coloring."""
-        return any(node.probe.coloring is not None and node.probe.coloring.spacing is not None for node in self.nodes)
+    def random(self) -> bool:
+        """Whether a gradient draws random numbers of its own: for smoothing, or for approximate colorings."""
+        return self.mu is not None or any(
+            node.probe.coloring is not None and node.probe.coloring.spacing is not None for node in self.nodes
+        )
 
     @property
     def queries(self) -> int:
@@ -203,6 +208,8 @@ def describe(plan: Plan, rows: int = 40, width: int = 120) -> str:
     """The plan as text: totals, what is expected, what each kind of probe costs, then the nodes that perturb something,
     the first ``rows`` of them. Labels are cut so that lines keep to ``width`` columns."""
     step = "from dtype and scale" if plan.step is None else f"{plan.step:g}"
+    if plan.mu is not None:
+        step = f"{plan.step or plan.mu:g}, smoothed over {plan.mu:g} by {plan.draws} draws"
     if plan.step is None and plan.expected is not None:
         step = "of each node, in units of its activity"
     whole = plan.cost.forward_equivalents_of(plan.batch) or Fraction(1)

@@ -29,7 +29,7 @@ from hzo.trees import check_tree
 from hzo.writing import replace_file
 
 FORMAT = "hzo plan"
-VERSION = 1
+VERSION = 2
 _AGAIN = "restore the file, or make the plan again with hzo.plan and save it with hzo.save_plan"
 
 
@@ -84,7 +84,11 @@ def load_plan(chain: Chain, path: str | PathLike[str]) -> Plan:
         noise=values.take("noise", lambda noise: _noise(graph, noise)),
         boundaries=values.take("boundaries", check_boundaries),
         spacing=values.take("spacing", lambda spacing: check_spacing(spacing, assume)),
+        mu=(mu := values.take("mu", _step)),
+        draws=(draws := values.take("draws", _whole(1))),
     )
+    if mu is None and draws != 1:
+        raise PlanError(f"{path}: {draws} draws of no smoothing; {_AGAIN}")
     storage: Storage = values.take("storage", _storage)
     rows = values.rows("hops")
     hops = [_hop(row) for row in rows]
@@ -115,7 +119,10 @@ def _text(plan: Plan) -> str:
         "format": FORMAT,
         "version": VERSION,
         "fingerprint": plan.fingerprint,
-        **{name: getattr(plan, name) for name in ("tree", "assume", "scheme", "step", "boundaries", "spacing")},
+        **{
+            name: getattr(plan, name)
+            for name in ("tree", "assume", "scheme", "step", "boundaries", "spacing", "mu", "draws")
+        },
         "noise": None if plan.noise is None else asdict(plan.noise),
         "storage": plan.storage,
         "expected": expected,

@@ -12,6 +12,7 @@ from hzo.balance import Repeats, check_repeats
 from hzo.calibration import Calibration, unitary
 from hzo.chain import Chain
 from hzo.choice import Allowed, check_spacing
+from hzo.declaring import declared_step
 from hzo.differences import Scheme, check_scheme, check_step
 from hzo.edges import tree_edges
 from hzo.errors import InputError, NondeterministicError, PlanError
@@ -30,6 +31,8 @@ def plan(
     assume: Assume = "structure",
     scheme: Scheme = "central",
     step: float | None = None,
+    mu: float | None = None,
+    draws: int = 1,
     noise: float | Noise | None = None,
     repeats: Repeats = "optimal",
     boundaries: Boundaries = "needed",
@@ -54,6 +57,13 @@ def plan(
         scheme: ``"central"`` or ``"forward"`` differences.
         step: distance h for all nodes; None derives it from dtype and scale of each tensor, or where a noise,
             calibration, target or budget is given, from what the error model says of each node.
+        mu: standard deviation of Gaussian smoothing: every difference is taken at ``draws`` random points a + mu·u, u
+            from N(0, 1) for every element of the perturbed tensor, and their mean is the estimate. It is unbiased for
+            the gradient of the segment smoothed over this Gaussian (and over ±step along each direction, as any
+            central difference is), and varies with 1/draws. For segments that are piecewise constant, whose
+            derivative is zero almost everywhere. The step is ``mu`` where none is given. Each gradient draws one
+            number from the random state.
+        draws: points for the smoothing.
         noise: of what queries return, ``hzo.Noise(readout=, process=)``; a number is readout noise. Stages that do not
             repeat are accepted where it is given. It takes the place of the noise that a calibration measured.
         repeats: with a target or budget, each node's own number of measurements (``"optimal"``) or one for all
@@ -93,10 +103,13 @@ def plan(
     if declared is not None:
         declared.for_stages(len(graph.stages))
     aim = check_aim(Aim(target_cosine, budget, seconds), calibration, spacing)
+    modelled = declared is not None or calibration is not None or bool(aim.given)
+    check_smoothing(mu, draws, scheme, modelled)
     if calibration is not None and calibration.fingerprint != graph.fingerprint:
         raise PlanError("this calibration was made for another chain, input shape or dtype; calibrate this one")
     _check_repeats(graph, declared or (None if calibration is None else calibration.noise))
-    if boundaries == "needed" and not any(use.name for op in graph.operations for use in op.parameters):
+    trainable = any(use.name for op in graph.operations for use in op.parameters) or graph.differentiated
+    if boundaries == "needed" and not trainable:
         raise PlanError("no parameter of this chain requires a gradient; set requires_grad=True on those to train")
     wanted, allowed = wanted_by(graph, boundaries), Allowed(assume, scheme, check_spacing(spacing, assume))
     made = plan_without_nodes(
@@ -108,6 +121,8 @@ def plan(
         noise=declared,
         boundaries=boundaries,
         spacing=spacing,
+        mu=mu,
+        draws=draws,
     )
 
     def planned(hops: list[Hop]) -> Plan:
@@ -115,11 +130,40 @@ def plan(
 
     edges = tree_edges(graph, tree, wanted, allowed) if tree != "planned" or not aim.given else None
     found = planned([Hop(target, source) for target, source in edges or ()])  # raises where samples are coupled
-    if declared is not None or calibration is not None or aim.given:
+    if modelled:
+        _check_no_declared_steps(graph)
         model = error_model(graph, calibration or unitary(graph, scheme), declared, scheme)
         choice = choices(graph, model, step, edges, wanted, allowed, repeats)
         found = expecting(graph, planned(decide(graph, model, choice, aim, planned)), model)
     return with_storage(graph, found, memory)
+
+
+def check_smoothing(mu: float | None, draws: int, scheme: Scheme, modelled: bool = False) -> None:
+    """Raises PlanError where smoothing cannot be had as asked."""
+    if type(draws) is not int or draws < 1:
+        raise PlanError(f"expected draws to be a whole number from 1 on, got {draws!r}")
+    if mu is None:
+        if draws != 1:
+            raise PlanError(f"draws={draws} are points of a smoothing: give its width, too, mu=")
+        return
+    if isinstance(mu, bool) or not isinstance(mu, (int, float)) or not 0 < mu < float("inf"):
+        raise PlanError(f"expected mu to be a positive finite width, got {mu!r}; None takes no smoothing")
+    if scheme != "central":
+        raise PlanError(
+            "smoothing moves the point at which differences are taken, where no result is stored for "
+            "forward ones: leave out mu, or take scheme='central'"
+        )
+    if modelled:
+        raise PlanError("the error model knows nothing of smoothing: leave out mu, or noise, calibration and target")
+
+
+def _check_no_declared_steps(graph: Graph) -> None:
+    for op in graph.operations:
+        if declared_step(op.module) is not None:
+            raise PlanError(
+                f"a step was declared for {op.name}, which the error model does not know: declare none, or leave out "
+                "noise, calibration and target"
+            )
 
 
 def _check_repeats(graph: Graph, noise: Noise | None) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from hzo import queries
 from hzo.adjoints import Call, find_adjoint
 from hzo.cost import bytes_per_direction
 from hzo.crosstalk import over_signs
-from hzo.differences import narrowest, scaled_step
+from hzo.differences import accumulation_dtype, narrowest, scaled_step
 from hzo.execution import Activities, read, resolve, run_again, run_alone, run_slice
 from hzo.graph import Graph, Operation
 from hzo.parameter_gradients import Gradients, Local, add_gradients
@@ -68,7 +69,7 @@ def sweep(
     Cost: the plan's. Source: paper (the recursion); which nodes, and by which probe, is the plan's affair (ours).
     """
     end = len(graph.operations)
-    local = Local(graph, activities, plan.perturbed, plan.scheme, plan.step)
+    local = Local(graph, activities, plan.perturbed, plan.scheme, plan.step or plan.mu)
     state = Sweep(graph, plan, activities, memory, {end: at_the_end}, local, seed)
     found = state.cotangents
     activities.let_go(graph, steps.after_loss)
@@ -111,13 +112,18 @@ def estimate_node(state: Sweep, node: Node, at_source: dict[int, Tensor]) -> Ten
         stage, activities = graph.stage_of[node.source - 1], state.activities
         base = [values[v].rows(read(graph, activities.values[v], stage), activities.batch) for v in outputs]
     total = _estimate(state, node, at_source, outputs, base)
-    for _ in range(1, node.repeats):
-        total = total + _estimate(state, node, at_source, outputs, base)
+    for draw in range(1, node.repeats):
+        total = total + _estimate(state, node, at_source, outputs, base, draw)
     return total / node.repeats if node.repeats > 1 else total
 
 
 def _estimate(
-    state: Sweep, node: Node, at_source: dict[int, Tensor], outputs: list[int], base: list[Tensor] | None
+    state: Sweep,
+    node: Node,
+    at_source: dict[int, Tensor],
+    outputs: list[int],
+    base: list[Tensor] | None,
+    draw: int = 0,
 ) -> Tensor:
     graph, activities, batch = state.graph, state.activities, state.activities.batch
     if node.probe.kind == "adjoint":
@@ -125,6 +131,8 @@ def _estimate(
     values = graph.values
     value = values[node.value]
     rows = value.rows(activities.values[node.value], batch)
+    if state.plan.mu is not None:
+        rows = _smoothing(state.plan.mu, rows, _seed(state, node, draw))
     tiles: dict[int, Tensor] = {}
 
     def run(perturbed: Tensor, copies: int) -> list[Tensor]:
@@ -141,7 +149,9 @@ def _estimate(
     precision = narrowest(
         [value.dtype, *(values[v].dtype for k in node.operations for v in graph.operations[k].writes)]
     )
-    step = state.plan.step if node.step is None else scaled_step(rows, node.step, where, precision)
+    step: float | Tensor | None = node.distance or state.plan.step or state.plan.mu
+    if node.distance is None and node.step is not None:
+        step = scaled_step(rows, node.step, where, precision)
 
     def estimate(signs: Tensor | None = None) -> Tensor:
         """In coordinates flipped by the signs, in which every element moves up."""
@@ -160,16 +170,27 @@ def _estimate(
 
     if probe.coloring is None or probe.coloring.spacing is None:
         return value.from_rows(estimate(), batch)
-    seed = hash((state.seed, node.value, node.target, node.source)) % 2**63
     found = over_signs(
         estimate,
         rows,
         draws=node.probe.draws,
-        seed=seed,
+        seed=_seed(state, node, draw),
         where=graph.describe(node.target),
         coloring=str(probe.coloring),
     )
     return value.from_rows(found, batch)
+
+
+def _seed(state: Sweep, node: Node, draw: int) -> int:
+    return hash((state.seed, node.value, node.target, node.source, draw)) % 2**63
+
+
+def _smoothing(mu: float, rows: Tensor, seed: int) -> Tensor:
+    """A random point near the rows, a Gaussian of width mu away in every element."""
+    generator = torch.Generator(rows.device).manual_seed(seed)
+    wide = accumulation_dtype(rows.dtype)
+    drawn = torch.randn(rows.shape, generator=generator, dtype=wide, device=rows.device)
+    return (rows + mu * drawn).to(rows.dtype)
 
 
 def _apply_adjoint(state: Sweep, node: Node, cotangents: dict[int, Tensor]) -> Tensor:

@@ -52,7 +52,8 @@ def trace(model: nn.Module | Chain | Callable[..., Any], x: Any) -> Chain:
 
     Args:
         model: a module, or a chain made by hand.
-        x: a tensor with the batch first; a tuple is passed as positional, a dict as keyword arguments.
+        x: a tensor with the batch first; a tuple is passed as positional, a dict as keyword arguments. A leaf that
+            requires a gradient gets one, as a parameter does.
 
     Cost: about six forward passes of at most four samples, counted as ``check_evaluations``. Buffers, random state and
     training flags are as before. Source: ours.
@@ -68,6 +69,8 @@ def trace(model: nn.Module | Chain | Callable[..., Any], x: Any) -> Chain:
     args, kwargs = call_arguments(x)
     nominal = batch_size(args, kwargs)
     batch = min(nominal, _SAMPLES)
+    # Inputs are the first values of a recording.
+    differentiated = tuple(k for k, t in enumerate(tensors_in((args, kwargs))) if requires_gradient(t))
     args, kwargs = pytree.tree_map_only(Tensor, lambda t: t[:batch], (args, kwargs))
     larger = pytree.tree_map_only(Tensor, lambda t: torch.cat([t, t[:1]]), (args, kwargs))
     # Outside inference mode, whose tensors do not say when they are written to.
@@ -76,7 +79,7 @@ def trace(model: nn.Module | Chain | Callable[..., Any], x: Any) -> Chain:
         first, opaque = record(module, args, kwargs, opaque)
         second, opaque = record(module, larger[0], larger[1], opaque)
         graph = link(module, first, second, batch)
-        graph = replace(graph, nominal_batch=nominal, signature=signature(module, x))
+        graph = replace(graph, nominal_batch=nominal, signature=signature(module, x), differentiated=differentiated)
         graph = inspect_operations(graph, [t.detach() for t in tensors_in((args, kwargs))])
     return Chain(module, graph)
 
@@ -88,6 +91,11 @@ def call_arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(x, dict):
         return (), x
     return (x,), {}
+
+
+def requires_gradient(tensor: Tensor) -> bool:
+    """Whether an input is asked for a gradient: a leaf, as for autograd; what hangs on another graph counts as data."""
+    return tensor.requires_grad and tensor.is_leaf and tensor.is_floating_point()
 
 
 def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
@@ -109,10 +117,18 @@ def signature(module: nn.Module, x: Any) -> tuple[Any, ...]:
     """What a trace depends on: modules and their modes, trainable parameters, inputs but for their batch size."""
     args, kwargs = call_arguments(x)
     flat, structure = pytree.tree_flatten((args, kwargs))
-    inputs = tuple((tuple(t.shape[1:]), t.dtype, str(t.device)) if isinstance(t, Tensor) else repr(t) for t in flat)
+    inputs = tuple(
+        (tuple(t.shape[1:]), t.dtype, str(t.device), requires_gradient(t)) if isinstance(t, Tensor) else repr(t)
+        for t in flat
+    )
     # What a forward pass branches on in Python is recorded as it was; whole numbers are left out, as calls are counted.
     modules = tuple((id(m), *((k, v) for k, v in vars(m).items() if type(v) in _OPTIONS)) for m in module.modules())
-    trainable = tuple((id(p), p.requires_grad, p.dtype) for p in module.parameters())
+    # Which parameters are one and the same matters, not which tensors hold their values: those may be swapped.
+    first: dict[int, int] = {}
+    trainable = tuple(
+        (first.setdefault(id(p), k), p.requires_grad, p.dtype, tuple(p.shape))
+        for k, (_, p) in enumerate(module.named_parameters(remove_duplicate=False))
+    )
     device = tensors_in((args, kwargs))[0].device.type if tensors_in((args, kwargs)) else "cpu"
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     return (str(structure), inputs, modules, trainable, autocast)
