@@ -1,6 +1,8 @@
 """A callable without a derivative inside an autograd model, against the same callable with one."""
 
 import copy
+import re
+import time
 from typing import ClassVar
 
 import numpy as np
@@ -10,7 +12,16 @@ import torch.nn.functional as F
 from torch import nn
 
 import hzo
-from hzo.errors import InputError, NondeterministicError, NonFiniteError
+from hzo.errors import (
+    CoupledSamplesError,
+    HzoError,
+    InputError,
+    NondeterministicError,
+    NonFiniteError,
+    QueryError,
+    QueryTimeoutError,
+    TraceError,
+)
 from oracles import normal, relative_errors, worst
 from test_side_effects import assert_same, state
 
@@ -165,7 +176,8 @@ def test_cost():
     with hzo.count_queries() as count:
         gradients(model, x, y)
     assert count.queries == 2 * 4 * 5
-    assert count.base_evaluations == 5  # that it repeats
+    assert count.base_evaluations == 5 + 5  # the forward pass, and that it repeats
+    assert count.boxes == {"physics": count.queries}
     with hzo.count_queries() as count:
         gradients(*problem(First))
     assert count.queries == count.base_evaluations == 0
@@ -186,47 +198,80 @@ def test_dropout_inside_repeats():
     assert torch.equal(torch.get_rng_state(), after)
 
 
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, x):
+        self.passes += 1
+        return torch.sin(x) * self.passes
+
+
 def test_buffers_inside_move_once():
-    norm = nn.BatchNorm1d(4).double().requires_grad_(False)
+    counting = Counting()
     model, x, y = problem()
-    model.part = hzo.blackbox(norm)
-    gradients(model, x, y)
-    assert int(norm.num_batches_tracked) == 1
+    model.part = hzo.blackbox(counting)
+    for passes in (1, 2):
+        found = gradients(model, x, y)
+        assert int(counting.passes) == passes
+        exact = copy.deepcopy(model)
+        exact.part = Plain(lambda x, passes=passes: torch.sin(x) * passes)
+        assert worst(relative_errors(found, gradients(exact, x, y))) <= TOLERANCE
+
+
+def test_samples_that_influence_each_other_are_refused():
+    model, x, y = problem()
+    model.part = hzo.blackbox(nn.BatchNorm1d(4).double().requires_grad_(False))
+    with pytest.raises(CoupledSamplesError, match=r"BatchNorm1d lets the samples.*eval mode"):
+        gradients(model, x, y)
 
 
 class TestErrors:
     """A clear error, weights as they were, and the next step works."""
 
     class Part:
-        """Behaves, until its ``n``-th call."""
+        """Behaves, until its ``left``-th call from now."""
 
-        def __init__(self, spoil, n):
-            self.spoil, self.left = spoil, n
+        def __init__(self, spoil, left=0):
+            self.spoil, self.left = spoil, left
 
         def __call__(self, x):
             self.left -= 1
             return self.spoil(x) if self.left == 0 else physics(x)
 
     SPOILT: ClassVar = {
-        "nan": (lambda x: physics(x) * float("nan"), NonFiniteError, "Part returned NaN or infinity"),
-        "shape": (lambda x: physics(x)[:, :2], InputError, "expected outputs of shape"),
-        "batch": (lambda x: physics(x)[1:], InputError, r"Part returned shape \(\d+, 4\) for \d+ samples"),
-        "scalar": (lambda x: physics(x).sum(), InputError, r"Part returned shape \(\) for"),
-        "exception": (lambda x: 1 / 0, ZeroDivisionError, "division by zero"),
+        "nan": (lambda x: physics(x) * float("nan"), NonFiniteError, "returned NaN or infinity"),
+        "shape": (
+            lambda x: physics(x)[:, :2],
+            InputError,
+            r"returned samples of shape \[\(2,\)\], and \[\(4,\)\] before",
+        ),
+        "batch": (lambda x: physics(x)[1:], InputError, r"returned shape \(\d+, 4\) for \d+ samples"),
+        "scalar": (lambda x: physics(x).sum(), InputError, r"returned shape \(\) for"),
+        "nothing": (lambda x: None, InputError, "returned a NoneType; expected tensors or arrays"),
+        "exception": (lambda x: 1 / 0, QueryError, "ZeroDivisionError: division by zero"),
+        "hanging": (lambda x: time.sleep(10), QueryTimeoutError, "no answer within 0.2 seconds; allow more"),
     }
+    # What a step calls for: the forward pass, the test that it repeats, and two queries.
+    ASKED: ClassVar = ["a forward pass", "a forward pass", "queries 1 to 4 of 4 .* up", "queries 1 to 4 of 4 .* down"]
 
-    @pytest.mark.parametrize("n", [1, 2, 3, 4])  # forward, the test that it repeats, queries
+    @pytest.mark.parametrize("n", [1, 2, 3, 4])
     @pytest.mark.parametrize("name", SPOILT)
     def test_spoilt(self, name, n):
         spoil, error, message = self.SPOILT[name]
         if name == "shape" and n <= 2:
             error, message = RuntimeError, r"shapes cannot be multiplied|gave two results"
         model, x, y = problem()
-        model.part = hzo.blackbox(self.Part(spoil, n))
+        part = self.Part(spoil)
+        model.part = hzo.blackbox(part, timeout=0.2 if name == "hanging" else None)
+        gradients(model, x, y)  # traces
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        before = state(model)
-        with pytest.raises(error, match=message):
+        before, part.left = state(model), n
+        with pytest.raises(error, match=message) as caught:
             F.cross_entropy(model(x), y).backward()
+        if error is not RuntimeError:
+            assert re.search(f"the black box Part.*{self.ASKED[n - 1]}", str(caught.value))
         assert_same(before, state(model))
         optimizer.zero_grad()
         first = F.cross_entropy(model(x), y)
@@ -234,19 +279,42 @@ class TestErrors:
         optimizer.step()
         assert F.cross_entropy(model(x), y) < first
 
+    @pytest.mark.parametrize("name", SPOILT)
+    def test_spoilt_in_the_first_pass_of_all(self, name):
+        """A trial run of a few samples stands before it."""
+        spoil, error, message = self.SPOILT[name]
+        model, x, y = problem()
+        model.part = hzo.blackbox(self.Part(spoil, left=2), timeout=0.2 if name == "hanging" else None)
+        with pytest.raises((error, TraceError), match=f"{message}|does different things|expected") as caught:
+            gradients(model, x, y)
+        assert isinstance(caught.value, HzoError)
+        found = gradients(model, x, y)
+        model.part = Plain(physics)
+        assert worst(relative_errors(found, gradients(model, x, y))) <= TOLERANCE
+
     def test_does_not_repeat(self):
         generator = np.random.default_rng(0)
-        noisy = lambda a: a + generator.normal(size=a.shape)  # noqa: E731
+        noisy = lambda a: a + 1e-3 * generator.normal(size=a.shape)  # noqa: E731
         model, x, y = problem()
         model.part = hzo.blackbox(noisy, numpy=True)
-        with pytest.raises(NondeterministicError, match=r"gave two results for the same input.*deterministic=False"):
+        with pytest.raises(NondeterministicError, match=r"gave two results for the same input.*noise='measured'"):
             gradients(model, x, y)
-        model.part = hzo.blackbox(noisy, numpy=True, deterministic=False)
+        model.part = hzo.blackbox(noisy, numpy=True, noise="measured")
         gradients(model, x, y)
 
-    def test_trainable_inside(self):
-        with pytest.raises(InputError, match=r"trainable parameters \(weight, bias…\).*freeze them"):
-            hzo.blackbox(nn.Linear(2, 2))
+    def test_does_not_repeat_any_more(self):
+        drift = iter(range(1000))
+        calm = True
+
+        def drifting(x):
+            return physics(x) + (0 if calm else 1e-3 * next(drift))
+
+        model, x, y = problem()
+        model.part = hzo.blackbox(drifting)
+        gradients(model, x, y)
+        calm = False
+        with pytest.raises(NondeterministicError, match="the black box drifting gave two results"):
+            gradients(model, x, y)
 
     def test_options(self):
         with pytest.raises(InputError, match="expected scheme"):

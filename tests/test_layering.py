@@ -53,6 +53,8 @@ ROWS = (
         "checking",
         "coloring_check",
         "inference",
+        "guarded",
+        "bridge",
         "blackbox",
         "presets",
         "baselines",
@@ -108,7 +110,7 @@ def test_the_order_is_about_files_that_exist():
 
 # Who may: the yardstick, the bridge that lets a black box sit in an autograd model, and a baseline in forward mode.
 BACKWARD = {"baselines/backprop.py"}
-FUNCTION = {"blackbox.py"}
+FUNCTION = {"bridge.py"}
 FORWARD_MODE = {"baselines/forward_gradient.py"}
 
 

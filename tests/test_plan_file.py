@@ -107,7 +107,7 @@ def first(name, value):
 TAMPERED = {
     "not an object": (lambda values: [1], "JSON object"),
     "other format": (changed(format="run"), "not a plan's file"),
-    "version": (changed(version=2), "version 2"),
+    "version": (changed(version=99), "version 99"),
     "no format": (lambda values: values.pop("format"), "'format' is missing"),
     "missing": (lambda values: values.pop("storage"), "'storage' is missing"),
     "unknown": (changed(steps=3), "unknown field 'steps'"),

@@ -1,163 +1,190 @@
-"""A part without a usable derivative inside an ordinary autograd model: its backward pass is made of queries."""
+"""A part without a usable derivative inside an ordinary autograd model: its backward pass is made of queries.
+
+The part is a chain of opaque operations, and its backward pass the engine's (see bridge.py).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from hzo import queries
+from hzo.bridge import Pass, forget, in_dtype_of, planned, through
+from hzo.chain import Chain, Stages
+from hzo.declaring import Promise, declare, declared, declared_step
 from hzo.differences import Scheme, check_scheme, check_step
-from hzo.errors import InputError, NondeterministicError, NonFiniteError
-from hzo.inspection import close
-from hzo.side_effects import contained, devices_of, random_state, set_random_state
-from hzo.vjp import estimate_vjp
+from hzo.errors import InputError
+from hzo.guarded import Guarded
+from hzo.inference import infer_structure
+from hzo.noise import Noise
+from hzo.plan import Plan
+from hzo.planner import check_smoothing
+from hzo.preparation import traced_for
+from hzo.structure import Assume
+from hzo.trees import Tree
+
+Part = Callable[..., Any]
 
 
 def blackbox(
-    f: Callable[..., Any],
+    f: Part | Sequence[Part] | Chain,
     *,
+    numpy: bool = False,
+    batched: bool | int = True,
+    timeout: float | None = None,
+    name: str | None = None,
+    elementwise: bool = False,
+    promises: Sequence[Promise] | Literal["inferred"] = (),
+    tree: Tree = "planned",
+    assume: Assume = "structure",
     scheme: Scheme = "central",
     step: float | None = None,
-    elementwise: bool = False,
-    batched: bool = True,
-    numpy: bool = False,
-    deterministic: bool = True,
+    mu: float | None = None,
+    draws: int = 1,
+    noise: float | Noise | Literal["measured"] | None = None,
+    target_cosine: float | None = None,
+    budget: float | None = None,
     memory: int | None = None,
 ) -> BlackBox:
-    """Make an ``nn.Module`` of any callable; ``loss.backward()`` flows through it by ``hzo.estimate_vjp``.
+    """Make an ``nn.Module`` of any callable; ``loss.backward()`` flows through it by finite differences.
 
     Args:
-        f: from tensor(s) with the batch in dimension 0 to one tensor alike; samples must not influence each other.
-        scheme, step, elementwise, memory: see ``hzo.estimate_vjp``.
-        batched: False where ``f`` cannot take more samples than it is given in the forward pass.
+        f: from tensor(s) with the batch in dimension 0 to tensor(s) alike; samples must not influence each other. A
+            list of such is a chain of black boxes, whose backward pass follows a planned tree. An ``hzo.Chain`` is
+            looked into: layers that are known by their type are no black boxes.
         numpy: ``f`` takes and returns NumPy arrays.
-        deterministic: False accepts an ``f`` that does not repeat; else that is an error. What torch's random state
-            decides (dropout) repeats by itself: queries draw the numbers of the forward pass.
+        batched: False where ``f`` cannot take another number of samples than the forward pass; a number where it takes
+            exactly so many (the last ones are padded).
+        timeout: seconds for one call of ``f``, in a thread of its own; None for any time.
+        name: in messages and ``count.boxes``; None takes that of ``f``.
+        elementwise, promises: what may be assumed of a single ``f``, as ``hzo.declare`` takes it; ``"inferred"`` tests
+            at the first input what seems to hold (``hzo.infer_structure``). Parts of a list are declared one by one.
+        tree, assume, scheme, step, mu, draws: as ``hzo.plan`` takes them. For piecewise constant ``f`` a ``step`` of
+            half its quantum, or a smoothing ``mu``.
+        noise: None where ``f`` repeats, else an error. A number or ``hzo.Noise`` declares how noisy queries are,
+            ``"measured"`` has it measured at the first backward pass (``hzo.calibrate``; again after
+            ``box.recalibrate()``). Steps, repeats and tree are then planned.
+        target_cosine, budget: as ``hzo.plan`` takes them; a budget is in passes of this part.
+        memory: bytes for the perturbed copies of a chunk.
 
-    Cost of a backward pass: 2 n B queries for n input elements a sample (forward differences: n B), and one base
-    evaluation that checks that ``f`` repeats. Inputs that need no gradient cost nothing.
-    Parameters of ``f``, where it is a module, get no gradient: freeze them, or train them with ``hzo.backward``.
+    Cost of a backward pass: that of the plan (``box.plan_for(x)`` shows it); for a single callable of n input elements
+    a sample 2 n B queries, 2 B if elementwise, with forward differences half of it. Where ``f`` repeats, a base
+    evaluation checks that it did. A first pass traces: about six runs of at most four samples. Inputs that require no
+    gradient cost nothing. Trainable parameters inside ``f`` are perturbed one by one, a query of B samples for
+    each element and direction (2 with central differences); freeze those that are not to be trained.
 
     Raises:
-        InputError: trainable parameters inside ``f``; an output that is not one tensor with the batch first.
-        NonFiniteError, NondeterministicError: in the pass in which it shows. What ``f`` raises itself passes through.
+        InputError: options that do not fit; a changed output shape, or one without the batch first.
+        QueryError, QueryTimeoutError, NonFiniteError: what ``f`` did, and in which query.
+        NondeterministicError: it gave two results for one input, and no noise is declared.
+        CoupledSamplesError: samples influence each other.
+        PlanError: a target that cannot be reached. Parameters and buffers are as before.
     """
-    estimate = partial(
-        estimate_vjp,
-        scheme=check_scheme(scheme),
-        step=check_step(step),
-        elementwise=elementwise,
-        batched=batched,
-        memory=memory,
-    )
-    return BlackBox(f, estimate, numpy=numpy, deterministic=deterministic)
+    for option, value in (("timeout", timeout), ("batched", batched)):
+        if value is not None and not isinstance(value, bool) and not 0 < value < float("inf"):
+            raise InputError(f"expected {option} to be positive, got {value!r}")
+    check_smoothing(mu, draws, check_scheme(scheme), modelled=noise is not None)
+    known = (*(("elementwise",) if elementwise else ()), *(promises if promises != "inferred" else ()))
+    if (known or promises) and (isinstance(f, (Chain, list, tuple))):
+        raise InputError("promises are made of one callable; give those of a chain one by one: hzo.declare(part, …)")
+
+    def guard(part: Part, of: str) -> nn.Module:
+        if isinstance(part, BlackBox):
+            return part
+        if not callable(part):
+            raise InputError(f"expected something that can be called, got a {type(part).__name__}")
+        guarded = Guarded(part, of, numpy=numpy, batched=batched, timeout=timeout)
+        module = part if isinstance(part, nn.Module) else None
+        own = (*known, *(declared(module) or ()))
+        return declare(guarded, *own, step=declared_step(module))
+
+    if isinstance(f, Chain):
+        stages: nn.Module = f.model
+    else:
+        parts: list[Any] = list(f) if isinstance(f, (list, tuple)) else [f]
+        if not parts:
+            raise InputError("hzo.blackbox got an empty list; give a callable, or several")
+        names = [name or _name(part) for part in parts]
+        if name and len(parts) > 1:
+            names = [f"{name}[{k}]" for k in range(len(parts))]
+        stages = Stages([guard(part, of) for part, of in zip(parts, names, strict=True)])
+    options: dict[str, Any] = {"tree": tree, "assume": assume, "scheme": scheme, "step": check_step(step)}
+    options |= {"mu": mu, "draws": draws} if mu is not None else {}
+    options |= {
+        key: value for key, value in (("target_cosine", target_cosine), ("budget", budget)) if value is not None
+    }
+    if noise is not None and noise != "measured":
+        options["noise"] = noise
+    return BlackBox(stages, options, measured=noise == "measured", inferred=promises == "inferred", memory=memory)
+
+
+def _name(f: Any) -> str:
+    return str(getattr(f, "__name__", type(f).__name__))
 
 
 class BlackBox(nn.Module):
-    """Made by ``hzo.blackbox``. In a traced chain it is one opaque operation."""
-
-    hzo_opaque = True
+    """Made by ``hzo.blackbox``. In an hzo chain its parts are operations of the chain, and the chain's plan holds."""
 
     def __init__(
-        self, f: Callable[..., Any], estimate: Callable[..., tuple[Tensor, ...]], *, numpy: bool, deterministic: bool
+        self, stages: nn.Module, options: Mapping[str, Any], *, measured: bool, inferred: bool, memory: int | None
     ) -> None:
         super().__init__()
-        if isinstance(f, nn.Module):
-            trainable = [name for name, p in f.named_parameters() if p.requires_grad]
-            if trainable:
-                raise InputError(
-                    f"hzo.blackbox got a module with trainable parameters ({', '.join(trainable[:3])}…), which would "
-                    "get no gradient; freeze them (requires_grad_(False)), or train the module with hzo.backward"
-                )
-        self.f = f
-        self.estimate = estimate
-        self.numpy = numpy
-        self.deterministic = deterministic
+        self.stages = stages
+        self.options = dict(options)
+        self.measured = measured
+        self.inferred = inferred
+        self.memory = memory
 
-    def forward(self, *inputs: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor) -> Any:
+        _check_inputs(inputs)
+        self._know(inputs)
         if not torch.is_grad_enabled():
-            return self.evaluate(*inputs)[0]
-        result: Tensor = _Estimated.apply(self, *inputs)  # type: ignore[no-untyped-call]
-        return result
-
-    def evaluate(self, *inputs: Tensor) -> tuple[Tensor, torch.dtype]:
-        """Call ``f`` on copies and copy what it returns, checked; also the dtype that it computed in."""
-        first = inputs[0]
-        copies = [t.detach().clone() for t in inputs]
-        result = self.f(*(t.cpu().numpy() for t in copies)) if self.numpy else self.f(*copies)
-        output = torch.as_tensor(result).detach().to(device=first.device, copy=True)
-        dtype = output.dtype
-        if output.is_floating_point():
-            like = next((t.dtype for t in inputs if t.is_floating_point()), torch.get_default_dtype())
-            output = output.to(like)
-        if output.dim() == 0 or output.shape[0] != first.shape[0]:
-            raise InputError(
-                f"{self._name()} returned shape {tuple(output.shape)} for {first.shape[0]} samples; expected the batch "
-                "in dimension 0"
-            )
-        if not bool(output.isfinite().all()):
-            raise NonFiniteError(f"{self._name()} returned NaN or infinity; check it at this input")
-        return output, dtype
-
-    def _name(self) -> str:
-        return f"the black box {getattr(self.f, '__name__', type(self.f).__name__)}"
-
-
-class _Estimated(torch.autograd.Function):
-    """The bridge to autograd: forward calls the callable, backward estimates."""
-
-    @staticmethod
-    def forward(ctx: Any, box: BlackBox, *inputs: Tensor) -> Tensor:
-        ctx.random = random_state(devices_of(inputs))
-        output, ctx.precision = box.evaluate(*inputs)
-        ctx.box = box
-        if not output.is_floating_point():
-            ctx.mark_non_differentiable(output)
-        ctx.save_for_backward(*inputs, output)
-        return output.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        box: BlackBox = ctx.box
-        *inputs, output = ctx.saved_tensors
-        wanted = [k for k, t in enumerate(inputs) if ctx.needs_input_grad[k + 1] and t.is_floating_point()]
-        found: list[Tensor | None] = [None] * len(inputs)
-        if not wanted or not output.is_floating_point():
-            return (None, *found)
-
-        def of_wanted(*moved: Tensor) -> Tensor:
-            copies = moved[0].shape[0] // inputs[0].shape[0]
-            state = [t if copies == 1 else t.repeat(copies, *[1] * (t.dim() - 1)) for t in inputs]
-            for k, tensor in zip(wanted, moved, strict=True):
-                state[k] = tensor
-            return box.evaluate(*state)[0]
-
-        of_wanted.__name__ = box._name()
-        modules = [box.f] if isinstance(box.f, nn.Module) else []
-        now = random_state(devices_of(inputs))
-        with contained(modules):
-            set_random_state(ctx.random)
-            if box.deterministic:
-                _check_repeats(box, inputs, output)
-                set_random_state(ctx.random)
-            estimates = box.estimate(of_wanted, tuple(inputs[k] for k in wanted), cotangent, precision=ctx.precision)
-        set_random_state(now)
-        for k, estimate in zip(wanted, estimates, strict=True):
-            found[k] = estimate.to(inputs[k].dtype)
-        return (None, *found)
-
-
-def _check_repeats(box: BlackBox, inputs: list[Tensor], output: Tensor) -> None:
-    again, _ = box.evaluate(*inputs)
-    queries.add(base_evaluations=inputs[0].shape[0])
-    if not close(output, again):
-        raise NondeterministicError(
-            f"{box._name()} gave two results for the same input; its differences would be noise. Make it repeat, or "
-            "accept that with hzo.blackbox(f, deterministic=False)"
+            return in_dtype_of(inputs, self.stages(*inputs))
+        parameters = {name: p for name, p in self.stages.named_parameters() if p.requires_grad}
+        if not any(t.requires_grad for t in (*inputs, *parameters.values())):
+            with torch.no_grad():
+                return in_dtype_of(inputs, self.stages(*inputs))
+        this = Pass(
+            self.stages,
+            self.options,
+            self.measured,
+            self.memory,
+            tuple(t.requires_grad for t in inputs),
+            tuple(parameters),
         )
+        return through(this, inputs, tuple(parameters.values()))
+
+    def plan_for(self, *inputs: Tensor) -> Plan:
+        """The plan of a backward pass at inputs like these, all of them wanting a gradient. Not yet of a box whose
+        noise is measured: that is known after its first backward pass."""
+        _check_inputs(inputs)
+        self._know(inputs)
+        x = tuple(t.detach().requires_grad_(t.is_floating_point()) for t in inputs)
+        chain = traced_for(self.stages, x, strict=False)
+        return planned(chain, self.options)
+
+    def recalibrate(self) -> None:
+        """Measure noise, gains and curvature again at the next backward pass: activities change as training goes on."""
+        forget(self.stages)
+
+    def _know(self, inputs: Sequence[Tensor]) -> None:
+        """What the parts must know of a forward pass before they run."""
+        for part in self.stages.modules():
+            if isinstance(part, Guarded):
+                part.samples = inputs[0].shape[0]
+                if self.inferred:
+                    declare(part, *infer_structure(part, inputs[0]), step=declared_step(part))
+        self.inferred = False
+
+
+def _check_inputs(inputs: Sequence[Any]) -> None:
+    for item in inputs:
+        if not isinstance(item, Tensor):
+            raise InputError(
+                f"a black box takes tensors with the batch in dimension 0, got a {type(item).__name__}; bind all "
+                "else to the callable: functools.partial(f, option=value)"
+            )
+    if not inputs:
+        raise InputError("a black box needs a tensor to work on, got none")

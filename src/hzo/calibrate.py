@@ -23,7 +23,7 @@ from hzo.differences import Scheme, accumulation_dtype, check_scheme, scale_of
 from hzo.edges import tree_edges
 from hzo.errors import InputError
 from hzo.execution import Activities, base_pass
-from hzo.gradient import loss_at_the_end
+from hzo.gradient import at_the_end, loss_at_the_end
 from hzo.graph import Graph, tensors_in
 from hzo.hops import Hops
 from hzo.nodes import Wanted, plan_without_nodes, wanted_by, with_hops
@@ -45,6 +45,7 @@ def calibrate(
     loss_fn: Callable[..., Any] | None = None,
     y: Any = None,
     *,
+    cotangent: Any = None,
     assume: Assume = "structure",
     scheme: Scheme = "central",
     repeats: int = 32,
@@ -55,6 +56,7 @@ def calibrate(
     Args:
         x: a batch of the traced shape; the more samples, the better noise and gains are known.
         loss_fn, y: as for ``hzo.backward``; the gains are those of this loss's cotangents. None takes random ones.
+        cotangent: of the output, in place of a loss; shaped like it, None for a part that has none.
         assume, scheme: of the plans to be made. Cost grows with what may not be assumed.
         repeats: the most estimates of a hop whose mean is taken, where the chain is noisy.
         seconds: measure times, too.
@@ -82,12 +84,12 @@ def calibrate(
         inputs = tensors_in(call_arguments(x))
         activities = base_pass(graph, inputs)
         began = perf_counter()
-        at_the_end = _at_the_end(graph, activities, inputs, loss_fn, y)
+        at_end = _at_the_end(graph, activities, inputs, loss_fn, y, cotangent)
         loss = perf_counter() - began
         total = scatter.of_stages(graph, activities)
         allowed = Allowed(assume, scheme)
         reference = _reference(graph, allowed)
-        hops = Hops(graph, activities, at_the_end, allowed, reference, total, repeats, seconds)
+        hops = Hops(graph, activities, at_end, allowed, reference, total, repeats, seconds)
         for target, source in hops_of(graph, wanted_by(graph, "all"), allowed):
             hops.measure(target, source)
         noise = None if total is None else scatter.split(graph, activities, total, hops.cotangents)
@@ -140,10 +142,17 @@ def hops_of(graph: Graph, wanted: Wanted, allowed: Allowed) -> list[tuple[int, i
 
 
 def _at_the_end(
-    graph: Graph, activities: Activities, inputs: list[Tensor], loss_fn: Callable[..., Any] | None, y: Any
+    graph: Graph,
+    activities: Activities,
+    inputs: list[Tensor],
+    loss_fn: Callable[..., Any] | None,
+    y: Any,
+    cotangent: Any,
 ) -> dict[int, Tensor]:
-    """The loss's cotangents, or random ones; scaled so that their squared norm is one."""
-    if loss_fn is not None:
+    """The cotangents given, the loss's, or random ones; scaled so that their squared norm is one."""
+    if cotangent is not None:
+        found = {v: g.to(accumulation_dtype(g.dtype)) for v, g in at_the_end(graph, cotangent).items()}
+    elif loss_fn is not None:
         found = loss_at_the_end(graph, activities, inputs, loss_fn, y)[1]
     else:
         values = {v: activities.values[v] for v in graph.outputs if graph.values[v].floating}

@@ -17,6 +17,14 @@ class InputError(HzoError, ValueError):
     """An argument (input, target, cotangent, option) has the wrong shape, type or value."""
 
 
+class QueryError(HzoError, RuntimeError):
+    """A callable of the user's raised an error, or its process ended, in a query."""
+
+
+class QueryTimeoutError(HzoError, TimeoutError):
+    """A callable of the user's did not return in time."""
+
+
 class NonFiniteError(HzoError, ArithmeticError):
     """NaN or infinity in an input, an activation, a query or the loss."""
 

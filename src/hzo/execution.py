@@ -201,6 +201,7 @@ def run_slice(
         queries=batch,
         stage_evaluations=batch * graph.stages_in(operations),
         forward_equivalents=Fraction(copies * graph.cost_of(operations), graph.cost),
+        boxes=graph.boxes_in(operations),
     )
     stage = graph.stage_of[operations[-1]] if operations else 0
     return [read(graph, lookup(value), stage) for value in outputs]
@@ -305,6 +306,7 @@ def run_alone(graph: Graph, op: Operation, activities: Activities, value: int, p
         queries=probe.shape[0],
         stage_evaluations=probe.shape[0],
         forward_equivalents=graph.cost_alone(op.index, value, probe.numel()) / activities.batch,
+        boxes=graph.boxes_in([op.index]),
     )
     return tuple(read(graph, tensor, graph.stage_of[op.index]) for tensor in results)
 
@@ -330,6 +332,7 @@ def run_with_parameter(
         queries=activities.batch,
         stage_evaluations=activities.batch,
         forward_equivalents=Fraction(op.cost, graph.cost),
+        boxes=graph.boxes_in([op.index]),
     )
     return tuple(read(graph, tensor, graph.stage_of[op.index]) for tensor in results)
 

@@ -140,11 +140,11 @@ def _estimate(
     with undone_on_error(modules):
         steps = schedule(graph, plan)
         activities = base_pass(graph, inputs, steps.base_pass)
-        loss, at_the_end = loss_at_the_end(graph, activities, inputs, loss_fn, y)
+        loss, at_end = loss_at_the_end(graph, activities, inputs, loss_fn, y)
         # Drawn where it moves the random state on, so that the next gradient has other signs.
         seed = int(torch.randint(2**62, ())) if plan.random else 0
         with contained(modules):
-            found = sweep(graph, plan, steps, activities, at_the_end, memory=memory, seed=seed, keep=keep)
+            found = sweep(graph, plan, steps, activities, at_end, memory=memory, seed=seed, keep=keep)
     return found.gradients, loss, (graph, found.cotangents)
 
 
@@ -159,7 +159,7 @@ def loss_at_the_end(
     output = pytree.tree_map_only(Ref, lambda ref: activities.values[ref.value], graph.output)
     output = pytree.tree_map_only(Attribute, Attribute.get, output)
     loss, cotangent = _loss(graph, inputs, loss_fn, output, y)
-    return loss, _at_the_end(graph, cotangent)
+    return loss, at_the_end(graph, cotangent)
 
 
 def _loss(graph: Graph, inputs: list[Tensor], loss_fn: Callable[..., Any], output: Any, y: Any) -> tuple[Tensor, Any]:
@@ -184,8 +184,8 @@ def _first_not_finite(graph: Graph, activities: Activities) -> Operation | None:
     return None
 
 
-def _at_the_end(graph: Graph, cotangent: Any) -> dict[int, Tensor]:
-    """The cotangents of the output's values; the loss gave None for whatever else stands among them."""
+def at_the_end(graph: Graph, cotangent: Any) -> dict[int, Tensor]:
+    """The cotangents of the output's values, from a cotangent like the output with None for whatever has none."""
     found: dict[int, Tensor] = {}
     leaves = pytree.tree_leaves(graph.output)
     for leaf, g in zip(leaves, pytree.tree_leaves(cotangent), strict=True):

@@ -288,6 +288,11 @@ class Graph:
         """Stage evaluations that one sample costs when these operations run; a part of a stage counts as one."""
         return len({self.stage_of[k] for k in operations})
 
+    def boxes_in(self, operations: Sequence[int]) -> tuple[str, ...]:
+        """The names of the black boxes among these operations."""
+        names = (getattr(self.operations[k].module, "hzo_box", None) for k in operations)
+        return tuple(name for name in names if name is not None)
+
     def cost_of(self, operations: Sequence[int]) -> int:
         """Operations that one sample costs when these run."""
         return sum(self.operations[k].cost for k in operations)

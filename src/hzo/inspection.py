@@ -151,7 +151,8 @@ def _mixes_samples(
         except Exception as error:
             raise TraceError(
                 f"{op.name} runs with {batch} samples and fails with {samples}: {error}. Queries are "
-                "folded into the batch; let it take any number of samples (split what needs a fixed one inside)"
+                "folded into the batch; let it take any number of samples (split what needs a fixed one inside; a "
+                "black box says batched=False)"
             ) from error
         return [graph.values[v].rows(t, samples) for v, t in zip(op.writes, made, strict=True)]
 

@@ -115,7 +115,9 @@ def _by_perturbation(local: Local, op: Operation, use: ParameterUse, given: dict
     def product(k: int, moved: Tensor) -> Tensor:
         changed = parameter.detach().clone(memory_format=torch.contiguous_format)
         changed.view(-1)[k] = moved.reshape(-1)[k]
-        outputs = dict(zip(op.writes, run_with_parameter(local.graph, op, local.activities, use, changed), strict=True))
+        with queries.doing(f"a query that moves element {k} of {where}"):
+            results = run_with_parameter(local.graph, op, local.activities, use, changed)
+        outputs = dict(zip(op.writes, results, strict=True))
         differences = ((outputs[v].to(wide) - values[v].to(wide)) * g.to(wide) for v, g in given.items())
         return sum((d.sum() for d in differences), start=torch.zeros((), dtype=wide, device=parameter.device))
 

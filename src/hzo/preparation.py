@@ -56,11 +56,16 @@ def prepare(model: Chain | nn.Module, x: Any, plan: Plan | None, options: Mappin
                     "each other; make one for this: chain = hzo.trace(model, x); plan = hzo.plan(chain)"
                 )
         return chain, plan
+    return chain, plan_of(chain, options)
+
+
+def plan_of(chain: Chain, options: Mapping[str, Any]) -> Plan:
+    """The plan of a traced chain with these options of ``hzo.plan``, made once."""
     kept = _plans.setdefault(chain, {})
     key = repr(sorted(options.items()))
     if key not in kept:
         kept[key] = make_plan(chain, **options)
-    return chain, kept[key]
+    return kept[key]
 
 
 def traced_for(model: Chain | nn.Module, x: Any, *, strict: bool) -> Chain:

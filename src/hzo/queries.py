@@ -8,7 +8,7 @@ a parameter gradient are counted apart.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -27,6 +27,7 @@ class QueryCount:
         loss_evaluations: evaluations of the loss on one sample beyond the one that the caller is given.
         base_evaluations: stages run on one sample without a perturbation (base passes, recomputation).
         check_evaluations: stages run on one sample to test determinism, structure or shapes.
+        boxes: by the name of a black box, the queries that ran it (see ``hzo.blackbox``).
     """
 
     queries: int = 0
@@ -36,12 +37,32 @@ class QueryCount:
     loss_evaluations: int = 0
     base_evaluations: int = 0
     check_evaluations: int = 0
+    boxes: dict[str, int] = field(default_factory=dict)
     exact_forward_equivalents: Fraction = field(default_factory=Fraction)
 
     @property
     def forward_equivalents(self) -> float:
         """Operations of all queries over those of one forward pass of the batch."""
         return float(self.exact_forward_equivalents)
+
+
+FORWARD_PASS = "a forward pass"
+_doing: ContextVar[str] = ContextVar("hzo_doing", default=FORWARD_PASS)
+
+
+@contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Inside, errors of what is run say that it was run for this."""
+    token = _doing.set(what)
+    try:
+        yield
+    finally:
+        _doing.reset(token)
+
+
+def being_done() -> str:
+    """What the model is being run for, in words for an error message."""
+    return _doing.get()
 
 
 _open: ContextVar[tuple[QueryCount, ...]] = ContextVar("hzo_open_counts", default=())
@@ -80,9 +101,13 @@ def add(
     base_evaluations: int = 0,
     check_evaluations: int = 0,
     forward_equivalents: Fraction | int = 0,
+    boxes: Iterable[str] = (),
 ) -> None:
-    """Add to every open counter. Called by whatever runs a part of the model."""
+    """Add to every open counter. Called by whatever runs a part of the model; ``boxes`` are those that ran."""
+    names = tuple(boxes)
     for count in _open.get():
+        for name in names:
+            count.boxes[name] = count.boxes.get(name, 0) + queries
         count.queries += queries
         count.stage_evaluations += stage_evaluations
         count.adjoints += adjoints

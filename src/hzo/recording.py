@@ -264,8 +264,9 @@ class Recorder(TorchFunctionMode):
                 self.know_tensors_of(module)
                 return parts()
             own = not type(module).__module__.startswith("torch.")
+            name = getattr(module, "hzo_box", None) or self.names.get(id(module)) or type(module).__name__
             with self.pause():
-                return self.record(module, self.names.get(id(module)) or type(module).__name__, args, kwargs, own)
+                return self.record(module, name, args, kwargs, own)
 
         nn.Module.__call__ = __call__  # type: ignore[method-assign]
         try:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from hzo import queries
 from hzo.chain import Chain, Stages
 from hzo.errors import InputError, TraceError
 from hzo.graph import (
@@ -74,7 +75,8 @@ def trace(model: nn.Module | Chain | Callable[..., Any], x: Any) -> Chain:
     args, kwargs = pytree.tree_map_only(Tensor, lambda t: t[:batch], (args, kwargs))
     larger = pytree.tree_map_only(Tensor, lambda t: torch.cat([t, t[:1]]), (args, kwargs))
     # Outside inference mode, whose tensors do not say when they are written to.
-    with torch.inference_mode(False), torch.no_grad(), contained([module]):
+    trial = queries.doing("a trial run of a few samples")
+    with torch.inference_mode(False), torch.no_grad(), contained([module]), trial:
         opaque: frozenset[int] = frozenset()
         first, opaque = record(module, args, kwargs, opaque)
         second, opaque = record(module, larger[0], larger[1], opaque)

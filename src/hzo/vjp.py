@@ -101,10 +101,13 @@ def vjp_rows(
     start = 0
     while start < probe.directions:
         stop = min(start + chunk, probe.directions)
+        asked = f"queries {start + 1} to {stop} of {probe.directions} that move {where}"
         try:
-            above = run(states[0].moved(start, stop, upper).flatten(0, 1), stop - start)
+            with queries.doing(f"{asked} up"):
+                above = run(states[0].moved(start, stop, upper).flatten(0, 1), stop - start)
             if scheme == "central":
-                below = run(states[1].moved(start, stop, lower).flatten(0, 1), stop - start)
+                with queries.doing(f"{asked} down"):
+                    below = run(states[1].moved(start, stop, lower).flatten(0, 1), stop - start)
             else:
                 assert base is not None
                 below = [b.unsqueeze(0) for b in base]

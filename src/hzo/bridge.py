@@ -1,0 +1,195 @@
+"""The bridge to autograd: one pass through a black box, whose forward is a base pass and whose backward is a sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+from hzo.calibrate import calibrate
+from hzo.chain import Chain
+from hzo.differences import accumulation_dtype
+from hzo.errors import NondeterministicError
+from hzo.execution import Activities, base_pass, run_again
+from hzo.gradient import at_the_end
+from hzo.graph import Ref
+from hzo.inspection import close
+from hzo.plan import Plan
+from hzo.planner import plan as make_plan
+from hzo.preparation import plan_of, traced_for
+from hzo.schedule import schedule
+from hzo.side_effects import contained, undone_on_error
+from hzo.sweep import Sweep, sweep
+
+_measured: WeakKeyDictionary[Chain, Plan] = WeakKeyDictionary()
+"""Plans of chains whose noise was measured."""
+
+
+def planned(chain: Chain, options: Mapping[str, Any]) -> Plan:
+    """The plan of a box's chain: the one that followed from measuring it, if it was."""
+    return _measured.get(chain) or plan_of(chain, options)
+
+
+def forget(stages: nn.Module) -> None:
+    """Forget what was measured of these stages."""
+    for chain in [chain for chain in _measured if chain.model is stages]:
+        del _measured[chain]
+
+
+@dataclass
+class Pass:
+    """One forward pass through a box, and what its backward pass needs of it.
+
+    Attributes:
+        stages, options: of the box: what runs, and how its backward pass is planned.
+        measured: whether its noise is to be measured. memory: bytes for the perturbed copies of a chunk.
+        wanted: which inputs require a gradient. names: of the parameters that do.
+        inputs, parameters: as they were in the forward pass, whoever holds others since.
+    """
+
+    stages: nn.Module
+    options: Mapping[str, Any]
+    measured: bool
+    memory: int | None
+    wanted: tuple[bool, ...]
+    names: tuple[str, ...]
+    inputs: tuple[Tensor, ...] = ()
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+    chain: Chain = field(init=False)
+    activities: Activities = field(init=False)
+    structure: Any = None
+    seed: int = 0
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the stages are said to give the same for the same."""
+        return not self.measured and "noise" not in self.options
+
+
+def through(this: Pass, inputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> Any:
+    """What a box makes of its inputs; autograd takes its backward pass from ``this``."""
+    outputs = _Estimated.apply(this, *inputs, *parameters)  # type: ignore[no-untyped-call]
+    return pytree.tree_unflatten(outputs, this.structure)
+
+
+class _Estimated(torch.autograd.Function):
+    @staticmethod
+    def forward(this: Pass, *tensors: Tensor) -> tuple[Tensor, ...]:
+        count = len(this.wanted)
+        return _forward(this, tensors[:count], tensors[count:])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.this, *tensors = inputs
+        ctx.save_for_backward(*tensors)  # so that autograd notices where one is changed in place
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(t for t in output if not t.is_floating_point()))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        _ = ctx.saved_tensors
+        return (None, *_backward(ctx.this, cotangents))
+
+
+def _forward(this: Pass, inputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """A base pass, whose activities wait for the backward pass."""
+    this.inputs = tuple(t.detach().requires_grad_(w) for t, w in zip(inputs, this.wanted, strict=True))
+    this.parameters = {n: p.detach().requires_grad_() for n, p in zip(this.names, parameters, strict=True)}
+
+    def run() -> None:
+        this.chain = traced_for(this.stages, this.inputs, strict=False)
+        graph = this.chain.traced
+        noisy = next((op for op in graph.operations if not op.deterministic), None)
+        if noisy is not None and this.repeats:
+            raise _two_results(getattr(noisy.module, "hzo_box", noisy.name))
+        with undone_on_error([this.stages]):
+            this.activities = base_pass(graph, [t.detach() for t in this.inputs])
+            this.seed = int(torch.randint(2**62, ())) if "mu" in this.options else 0
+
+    _with_parameters(this, run)
+    values = this.activities.values
+    # Copies: what becomes of the output must not reach what is stored.
+    output = pytree.tree_map_only(Ref, lambda ref: values[ref.value].clone(), this.chain.traced.output)
+    leaves, this.structure = pytree.tree_flatten(in_dtype_of(inputs, output))
+    return tuple(leaves)
+
+
+def _backward(this: Pass, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The cotangents of inputs and parameters, by a sweep; nothing is asked where all that come in are zero."""
+    graph = this.chain.traced
+    given = pytree.tree_unflatten(list(cotangents), this.structure)
+    at_end = {v: g.to(accumulation_dtype(graph.values[v].dtype)) for v, g in at_the_end(graph, given).items()}
+    if not any(bool(g.any()) for g in at_end.values()):
+        return [None] * (len(this.wanted) + len(this.names))
+
+    def run() -> Sweep:
+        if this.measured and this.chain not in _measured:
+            of = {key: this.options[key] for key in ("assume", "scheme")}
+            found = calibrate(this.chain, this.inputs, cotangent=given, **of)
+            _measured[this.chain] = make_plan(this.chain, calibration=found, **this.options)
+        plan = planned(this.chain, this.options)
+        activities = replace(
+            this.activities, values=dict(this.activities.values)
+        )  # a sweep lets go of what it has read
+        with contained([this.stages]):
+            if this.repeats:
+                _check_same(this)
+            return sweep(graph, plan, schedule(graph, plan), activities, at_end, memory=this.memory, seed=this.seed)
+
+    found = _with_parameters(this, run)
+    at_inputs = found.cotangents.get(0, {})
+    wanted = [at_inputs.get(v) if w else None for v, w in zip(graph.inputs, this.wanted, strict=True)]
+    wanted += [found.gradients[name][1] if name in found.gradients else None for name in this.names]
+    tensors = (*this.inputs, *this.parameters.values())
+    return [None if g is None else g.to(t.dtype) for t, g in zip(tensors, wanted, strict=True)]
+
+
+class _Inside(nn.Module):
+    """Lets ``torch.func.functional_call`` run anything while the parameters of a module are others."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, run: Callable[[], Any]) -> Any:
+        return run()
+
+
+def _with_parameters(this: Pass, run: Callable[[], Any]) -> Any:
+    held = {f"inner.{name}": p for name, p in this.parameters.items()}
+    return functional_call(_Inside(this.stages), held, (run,))
+
+
+def _check_same(this: Pass) -> None:
+    """Run the stages once more: differences of a result that has changed since would mean nothing."""
+    graph, first = this.chain.traced, this.activities
+    again = replace(first, values=dict(first.values))
+    run_again(graph, again, 0, len(graph.operations), len(graph.stages), [()] * len(graph.operations))
+    for op in graph.operations:
+        if not all(close(first.values[v], again.values[v]) for v in op.writes):
+            raise _two_results(getattr(op.module, "hzo_box", op.name))
+
+
+def _two_results(name: str) -> NondeterministicError:
+    return NondeterministicError(
+        f"the black box {name} gave two results for the same input; its differences would be noise. Make it repeat, or "
+        "say how noisy it is, and have differences planned for that: hzo.blackbox(f, noise='measured')"
+    )
+
+
+def in_dtype_of(inputs: Sequence[Tensor], outputs: Any) -> Any:
+    """Floating outputs in the dtype of the inputs: NumPy code that computes in another one fits into the model."""
+    dtype = next((t.dtype for t in inputs if t.is_floating_point()), torch.get_default_dtype())
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != dtype else tensor
+
+    return pytree.tree_map_only(Tensor, cast, outputs)
