@@ -11,6 +11,7 @@ from hzo.calibration import Calibration
 from hzo.chain import Chain, noisy
 from hzo.checking import StructureReport, check_structure
 from hzo.coloring_check import check_coloring
+from hzo.criterion import smoothed
 from hzo.crosstalk import CrossTalk, report_crosstalk
 from hzo.declaring import Local, declare
 from hzo.gradient import backward, cotangents, grad_and_value
@@ -20,6 +21,7 @@ from hzo.plan import Plan
 from hzo.plan_file import load_plan, save_plan
 from hzo.planner import plan
 from hzo.queries import QueryCount, count_queries
+from hzo.simulator import simulator
 from hzo.tracing import trace
 from hzo.vjp import estimate_vjp
 
@@ -51,5 +53,7 @@ __all__ = [
     "presets",
     "report_crosstalk",
     "save_plan",
+    "simulator",
+    "smoothed",
     "trace",
 ]

@@ -99,6 +99,29 @@ class _Estimated(torch.autograd.Function):
         return (None, *_backward(ctx.this, cotangents))
 
 
+class _Given(torch.autograd.Function):
+    @staticmethod
+    def forward(given: Callable[[], tuple[Tensor, Tensor]], output: Tensor) -> tuple[Tensor, Tensor]:
+        loss, cotangent = given()
+        return loss.to(output.dtype), cotangent.to(output.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:  # noqa: ARG004
+        ctx.cotangent = output[1]
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, factor: Tensor, _: Tensor) -> tuple[None, Tensor]:
+        return None, factor * ctx.cotangent
+
+
+def with_cotangent(given: Callable[[], tuple[Tensor, Tensor]], output: Tensor) -> Tensor:
+    """The loss that ``given()`` returns beside a cotangent; autograd takes that for its gradient along ``output``."""
+    loss: Tensor = _Given.apply(given, output)[0]  # type: ignore[no-untyped-call]
+    return loss
+
+
 def _forward(this: Pass, inputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """A base pass, whose activities wait for the backward pass."""
     this.inputs = tuple(t.detach().requires_grad_(w) for t, w in zip(inputs, this.wanted, strict=True))

@@ -34,7 +34,7 @@ def tree_edges(graph: Graph, tree: Tree, wanted: Wanted, allowed: Allowed) -> li
             stage = graph.stage_of[position]
             inside.setdefault(stage, []).append(position)
             outer.add(graph.stages[stage].stop)
-    if graph.differentiated:  # nothing else may be asked for, and a tree over no boundaries would be none
+    if graph.differentiated and needed == [0]:  # a tree over no boundaries would be none
         outer.update(graph.boundaries)
     first = graph.stages[graph.stage_of[max(needed[0] - 1, 0)]].start
     if tree == "planned" and graph.differentiated:
@@ -48,7 +48,8 @@ def tree_edges(graph: Graph, tree: Tree, wanted: Wanted, allowed: Allowed) -> li
     for points in groups:
         edges += [(points[t], points[s]) for t, s in fixed_tree(tree, len(points) - 1)]
     if first in outer:  # the left end itself is asked for: from the boundary next to it
-        edges += [(first, next((p for p in groups[0][1:] if p in graph.boundaries), groups[0][1]))]
+        beside = groups[0][1:] if graph.differentiated else [p for p in groups[0][1:] if p in graph.boundaries]
+        edges.append((first, (beside or groups[0][1:])[0]))
     return sorted(edges, key=lambda edge: -edge[0])
 
 

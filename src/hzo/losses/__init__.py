@@ -1,12 +1,13 @@
 """The cotangent of the loss: where every sweep starts.
 
-Three ways, cheapest first, none of them with autograd:
+Four ways, none of them with autograd:
 
 1. *Closed forms* (textbook) for the usual losses, recognised by exact type or function. No evaluations. They
    assume that the loss computes what its name says.
 2. *Values per sample*: the loss returns ``(B,)`` or ``(B, ...)``. Coordinates are perturbed by central
    differences, many at once, in every sample at once.
-3. *One number*: it may mix samples, so every coordinate of every sample is perturbed by itself, and each
+3. *Smoothed*, where the loss says so (``hzo.smoothed``): differences along random directions.
+4. *One number*: it may mix samples, so every coordinate of every sample is perturbed by itself, and each
    query costs a whole batch. Return values per sample wherever the loss allows it.
 """
 
@@ -22,6 +23,7 @@ from torch.utils._pytree import tree_map
 from hzo.losses.checks import check_batch, check_finite, check_loss, check_target
 from hzo.losses.closed_forms import checked, find_closed_form
 from hzo.losses.perturbed import cast, evaluate, one_number, per_sample, precise
+from hzo.losses.smoothed import Smoothing, smoothed
 
 __all__ = ["loss_and_cotangent"]
 
@@ -70,6 +72,10 @@ def loss_and_cotangent(loss_fn: Callable[..., Any], output: Any, target: Any = N
     values = evaluate(loss_fn, cast(output), cast(target))
     check_loss(values, batch)
     check_finite(values, "at the output")
+    smoothing = getattr(loss_fn, "smoothing", None)
+    if isinstance(smoothing, Smoothing):
+        cotangent = smoothed(loss_fn, cast(output, torch.float32), cast(target), values, smoothing)
+        return values.mean(), tree_map(_like, cotangent, output)
     wide, wide_target = precise(loss_fn, output, target, batch)
     if values.ndim and batch > 1:
         cotangent = per_sample(loss_fn, wide, wide_target, values)

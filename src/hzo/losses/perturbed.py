@@ -24,6 +24,9 @@ def evaluate(loss_fn: LossFn, output: Any, target: Any) -> Tensor:
     value = loss_fn(output) if target is None else loss_fn(output, target)
     if isinstance(value, Tensor):
         return value.detach() if value.is_floating_point() or value.is_complex() else value.to(torch.float64)
+    if hasattr(value, "__array__") and not isinstance(value, (int, float)):  # NumPy's
+        value = torch.as_tensor(value)
+        return value if value.is_floating_point() else value.to(torch.float64)
     if isinstance(value, (int, float)):
         return torch.tensor(float(value), dtype=torch.float64)
     raise InputError(f"Expected a loss that returns a tensor or a number; got {type(value).__name__}. Return its mean.")
@@ -87,15 +90,13 @@ def per_sample(loss_fn: LossFn, output: Any, target: Any, values: Tensor) -> Any
     batch = values.shape[0]
     leaves, structure = tree_flatten(output)
     coordinates = sum(leaf.numel() for leaf in leaves if is_perturbed(leaf)) // batch
-    copied = sum(leaf.numel() for leaf in (*leaves, *tree_leaves(target)) if _is_tiled(leaf, batch))
+    copied = sum(leaf.numel() for leaf in (*leaves, *tree_leaves(target)) if is_tiled(leaf, batch))
     at_once = max(1, TILED_ELEMENTS // (2 * copied))
 
     def query(index: int, perturbed: Tensor, copies: int) -> Tensor:
-        tiled = [_tile(leaf, copies, batch) for leaf in leaves]
+        tiled = [tile(leaf, copies, batch) for leaf in leaves]
         tiled[index] = perturbed.reshape(-1, *leaves[index].shape[1:])
-        result = evaluate(
-            loss_fn, tree_unflatten(tiled, structure), tree_map(lambda t: _tile(t, copies, batch), target)
-        )
+        result = evaluate(loss_fn, tree_unflatten(tiled, structure), tree_map(lambda t: tile(t, copies, batch), target))
         queries.add(loss_evaluations=copies * batch)
         if not result.ndim or result.shape[0] != copies * batch:
             raise InputError(
@@ -178,9 +179,11 @@ def _step(leaf: Tensor, coordinates: int) -> float:
     return float(relative * (rms or 1.0))
 
 
-def _is_tiled(leaf: Any, batch: int) -> bool:
+def is_tiled(leaf: Any, batch: int) -> bool:
+    """Whether a leaf has a row for every sample."""
     return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch
 
 
-def _tile(leaf: Any, copies: int, batch: int) -> Any:
-    return leaf.repeat(copies, *[1] * (leaf.ndim - 1)) if _is_tiled(leaf, batch) else leaf
+def tile(leaf: Any, copies: int, batch: int) -> Any:
+    """The rows of a leaf that has one for every sample, so many times."""
+    return leaf.repeat(copies, *[1] * (leaf.ndim - 1)) if is_tiled(leaf, batch) else leaf
