@@ -254,14 +254,19 @@ class TestErrors:
         "hanging": (lambda x: time.sleep(10), QueryTimeoutError, "no answer within 0.2 seconds; allow more"),
     }
     # What a step calls for: the forward pass, the test that it repeats, and two queries.
-    ASKED: ClassVar = ["a forward pass", "a forward pass", "queries 1 to 4 of 4 .* up", "queries 1 to 4 of 4 .* down"]
+    ASKED: ClassVar = [
+        "a forward pass",
+        "the test that it repeats",
+        "queries 1 to 4 of 4 .* up",
+        "queries 1 to 4 of 4 .* down",
+    ]
 
     @pytest.mark.parametrize("n", [1, 2, 3, 4])
     @pytest.mark.parametrize("name", SPOILT)
     def test_spoilt(self, name, n):
         spoil, error, message = self.SPOILT[name]
-        if name == "shape" and n <= 2:
-            error, message = RuntimeError, r"shapes cannot be multiplied|gave two results"
+        if name == "shape" and n == 1:  # a forward pass may have another shape; here it does not fit the next layer
+            error, message = RuntimeError, "shapes cannot be multiplied"
         model, x, y = problem()
         part = self.Part(spoil)
         model.part = hzo.blackbox(part, timeout=0.2 if name == "hanging" else None)

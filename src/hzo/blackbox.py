@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from hzo import queries
 from hzo.bridge import Pass, forget, in_dtype_of, planned, through
 from hzo.chain import Chain, Stages
 from hzo.declaring import Promise, declare, declared, declared_step
@@ -173,7 +174,8 @@ class BlackBox(nn.Module):
         """What the parts must know of a forward pass before they run."""
         for part in self.stages.modules():
             if isinstance(part, Guarded):
-                part.samples = inputs[0].shape[0]
+                # A chain that is traced through the box has no forward pass of the box's own.
+                part.samples = None if queries.being_done() == queries.TRIAL_RUN else inputs[0].shape[0]
                 if self.inferred:
                     declare(part, *infer_structure(part, inputs[0]), step=declared_step(part))
         self.inferred = False

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
+from hzo import queries
 from hzo.calibrate import calibrate
 from hzo.chain import Chain
 from hzo.differences import accumulation_dtype
@@ -195,7 +196,8 @@ def _check_same(this: Pass) -> None:
     """Run the stages once more: differences of a result that has changed since would mean nothing."""
     graph, first = this.chain.traced, this.activities
     again = replace(first, values=dict(first.values))
-    run_again(graph, again, 0, len(graph.operations), len(graph.stages), [()] * len(graph.operations))
+    with queries.doing("the test that it repeats"):
+        run_again(graph, again, 0, len(graph.operations), len(graph.stages), [()] * len(graph.operations))
     for op in graph.operations:
         if not all(close(first.values[v], again.values[v]) for v in op.writes):
             raise _two_results(getattr(op.module, "hzo_box", op.name))

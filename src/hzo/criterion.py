@@ -55,9 +55,9 @@ class Criterion(nn.Module):
         if not torch.is_grad_enabled():  # as hzo's engine calls a loss, value by value
             found = evaluate(self.score, output, target)
             return -found if self.maximize else found
-        if not isinstance(output, Tensor):
-            raise InputError(f"expected one tensor as output, got a {type(output).__name__}; pick it inside the model")
-        return with_cotangent(lambda: loss_and_cotangent(self, output.detach(), target), output)
+        return with_cotangent(
+            lambda: loss_and_cotangent(self, output.detach() if isinstance(output, Tensor) else output, target), output
+        )
 
     def extra_repr(self) -> str:
         return f"mu={self.smoothing.mu:g}, draws={self.smoothing.draws}"

@@ -46,7 +46,7 @@ class QueryCount:
         return float(self.exact_forward_equivalents)
 
 
-FORWARD_PASS = "a forward pass"
+FORWARD_PASS, TRIAL_RUN = "a forward pass", "a trial run of a few samples"
 _doing: ContextVar[str] = ContextVar("hzo_doing", default=FORWARD_PASS)
 
 

@@ -75,7 +75,7 @@ def trace(model: nn.Module | Chain | Callable[..., Any], x: Any) -> Chain:
     args, kwargs = pytree.tree_map_only(Tensor, lambda t: t[:batch], (args, kwargs))
     larger = pytree.tree_map_only(Tensor, lambda t: torch.cat([t, t[:1]]), (args, kwargs))
     # Outside inference mode, whose tensors do not say when they are written to.
-    trial = queries.doing("a trial run of a few samples")
+    trial = queries.doing(queries.TRIAL_RUN)
     with torch.inference_mode(False), torch.no_grad(), contained([module]), trial:
         opaque: frozenset[int] = frozenset()
         first, opaque = record(module, args, kwargs, opaque)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from hzo.errors import InputError
 from hzo.losses.checks import check_batch, check_finite, check_loss, check_target
 from hzo.losses.closed_forms import checked, find_closed_form
 from hzo.losses.perturbed import cast, evaluate, one_number, per_sample, precise
@@ -74,8 +75,12 @@ def loss_and_cotangent(loss_fn: Callable[..., Any], output: Any, target: Any = N
     check_finite(values, "at the output")
     smoothing = getattr(loss_fn, "smoothing", None)
     if isinstance(smoothing, Smoothing):
+        if not isinstance(output, Tensor):
+            raise InputError(
+                f"A smoothed loss takes one tensor as output, got a {type(output).__name__}. Let the model pick it."
+            )
         cotangent = smoothed(loss_fn, cast(output, torch.float32), cast(target), values, smoothing)
-        return values.mean(), tree_map(_like, cotangent, output)
+        return values.mean(), _like(cotangent, output)
     wide, wide_target = precise(loss_fn, output, target, batch)
     if values.ndim and batch > 1:
         cotangent = per_sample(loss_fn, wide, wide_target, values)

@@ -53,3 +53,12 @@ def check_finite(values: Tensor, where: str) -> None:
             f"Expected a finite loss, got NaN or infinity {where}. Look for non-finite outputs, a target "
             "of ignored classes only, or a logarithm of zero; lower the learning rate if training diverges."
         )
+
+
+def check_rows(found: Tensor, values: Tensor, samples: int) -> None:
+    """InputError where a loss that gave ``values`` for a batch does not give one a sample for another."""
+    if not found.ndim or found.shape[0] != samples:
+        raise InputError(
+            f"Expected one loss value a sample for {samples} samples, got shape {tuple(found.shape)} (for "
+            f"{len(values)} it was {tuple(values.shape)}). Let the loss follow the batch size, or return its mean."
+        )

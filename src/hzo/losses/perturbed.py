@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from hzo import queries
 from hzo.errors import CoupledSamplesError, InputError
-from hzo.losses.checks import check_finite
+from hzo.losses.checks import check_finite, check_rows
 
 LossFn = Callable[..., Any]
 
@@ -98,12 +98,7 @@ def per_sample(loss_fn: LossFn, output: Any, target: Any, values: Tensor) -> Any
         tiled[index] = perturbed.reshape(-1, *leaves[index].shape[1:])
         result = evaluate(loss_fn, tree_unflatten(tiled, structure), tree_map(lambda t: tile(t, copies, batch), target))
         queries.add(loss_evaluations=copies * batch)
-        if not result.ndim or result.shape[0] != copies * batch:
-            raise InputError(
-                f"Expected one loss value a sample for {copies * batch} samples, got shape "
-                f"{tuple(result.shape)} (for {batch} it was {tuple(values.shape)}). Let the loss follow "
-                "the batch size, or return its mean."
-            )
+        check_rows(result, values, copies * batch)
         check_finite(result, "within a finite-difference step of the output")
         return result
 
@@ -121,7 +116,7 @@ def per_sample(loss_fn: LossFn, output: Any, target: Any, values: Tensor) -> Any
             gradient[:, columns] = ((result[0] - result[1]).mean(-1).to(moved) / moved / batch).T
         return gradient.view(leaf.shape)
 
-    _check_uncoupled(query, leaves, coordinates, batch)
+    check_uncoupled(query, leaves, lambda leaf: _step(leaf, coordinates), batch)
     found = [slopes(i, leaf) if is_perturbed(leaf) else None for i, leaf in enumerate(leaves)]
     return tree_unflatten(found, structure)
 
@@ -154,13 +149,17 @@ def one_number(loss_fn: LossFn, output: Any, target: Any, batch: int) -> Any:
     return tree_unflatten(found, structure)
 
 
-def _check_uncoupled(
-    query: Callable[[int, Tensor, int], Tensor], leaves: list[Any], coordinates: int, batch: int
+def check_uncoupled(
+    query: Callable[[int, Tensor, int], Tensor], leaves: list[Any], step: Callable[[Tensor], float], batch: int
 ) -> None:
-    """Evaluate the batch beside itself and beside a moved copy: the values of the batch must be the same."""
+    """Evaluate the batch beside itself and beside a moved copy: the values of the batch must be the same.
+
+    Raises:
+        CoupledSamplesError: they are not.
+    """
     index = next(i for i, leaf in enumerate(leaves) if is_perturbed(leaf))
     leaf = leaves[index]
-    moved = leaf / 2 + _step(leaf, coordinates)
+    moved = leaf / 2 + step(leaf)
     expected = query(index, torch.cat([leaf, leaf]), 2)[:batch]
     difference = (query(index, torch.cat([leaf, moved]), 2)[:batch] - expected).abs().max()
     # Only the order of sums may differ, inside a loss that may go through float32.
