@@ -69,7 +69,7 @@ def row(depth: int, residual: bool, options: argparse.Namespace) -> dict[str, An
         result |= {"error": relative(found, exact), "seconds": seconds}
     for spacing in options.spacings:
         thinned = plan(spacing)
-        if not thinned.approximate:
+        if not thinned.random:
             continue
         found, told, seconds = estimate(thinned)
         result["approximate"].append(

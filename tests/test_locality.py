@@ -367,7 +367,7 @@ def test_wider_spacing_has_less_cross_talk():
         with hzo.count_queries() as count, hzo.report_crosstalk() as report:
             hzo.grad_and_value(chain, F.cross_entropy, x, y, plan=plan)
         assert count.queries == plan.queries
-        assert plan.approximate == (spacing is not None)
+        assert plan.random == (spacing is not None)
         whole = [node.relative_error for node in report.nodes if node.where == "boundary 1"]
         errors.append(whole[0] if whole else 0.0)
         directions.append(plan.queries)
@@ -389,7 +389,7 @@ def test_exact_plans_draw_no_random_number():
     model, x = residual_cnn(1), torch.randn(2, 2, 6, 6, dtype=torch.float64)
     before = torch.get_rng_state()
     plan = hzo.plan(hzo.trace(model, x), tree="bisect", assume="locality", spacing=9)
-    assert not plan.approximate  # exact colorings are no dearer
+    assert not plan.random  # exact colorings are no dearer
     hzo.grad_and_value(hzo.trace(model, x), F.cross_entropy, x, torch.tensor([0, 1]), plan=plan)
     assert torch.equal(before, torch.get_rng_state())
 
