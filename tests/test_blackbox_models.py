@@ -412,6 +412,36 @@ class TestNoise:
         assert box.plan_for(x).expected.cosine >= target
         assert abs(np.mean(cosines) - box.plan_for(x).expected.cosine) < 0.03
 
+    def test_random_numbers_of_torch_are_noise_where_noise_is_declared(self):
+        """A simulated chip draws them; a real one cannot draw the same again for another query."""
+
+        def chip(x):
+            return torch.sin(x) + 0.1 * torch.randn_like(x)
+
+        x = torch.randn(64, 16).requires_grad_()
+        first, second = (hzo.blackbox(chip, noise=0.1) for _ in range(2))
+        torch.manual_seed(0)
+        state = torch.get_rng_state()
+        with torch.no_grad():
+            results = [box(x) - torch.sin(x) for box in (first, first, second)]
+        assert all(0.08 < float(r.std()) < 0.12 for r in results)
+        assert all(abs(float((a * b).mean())) < 2e-3 for a, b in zip(results, results[1:] + results[:1], strict=True))
+        first(x).sum().backward()
+        assert torch.equal(torch.get_rng_state(), state)
+        assert 0.3 < float(F.cosine_similarity(x.grad.flatten(), x.detach().cos().flatten(), dim=0)) < 0.999
+
+    def test_else_every_query_draws_those_of_the_forward_pass(self):
+        def chip(x):
+            return torch.sin(x) * (1 + 0.1 * torch.randn_like(x))
+
+        x = normal(16, 4).requires_grad_()
+        torch.manual_seed(0)
+        hzo.blackbox(chip)(x).sum().backward()
+        found, x.grad = x.grad, None
+        torch.manual_seed(0)
+        chip(x).sum().backward()
+        assert torch.allclose(found, x.grad, rtol=TOLERANCE)
+
     def test_is_measured_once_and_again_when_asked(self):
         _, noisy = self.noisy_parts(depth=2)
         x = torch.randn(8, 16).requires_grad_()

@@ -64,9 +64,10 @@ def blackbox(
             at the first input what seems to hold (``hzo.infer_structure``). Parts of a list are declared one by one.
         tree, assume, scheme, step, mu, draws: as ``hzo.plan`` takes them. For piecewise constant ``f`` a ``step`` of
             half its quantum, or a smoothing ``mu``.
-        noise: None where ``f`` repeats, else an error. A number or ``hzo.Noise`` declares how noisy queries are,
-            ``"measured"`` has it measured at the first backward pass (``hzo.calibrate``; again after
-            ``box.recalibrate()``). Steps, repeats and tree are then planned.
+        noise: None where ``f`` repeats, else an error. Random numbers of torch's do repeat: every query draws those of
+            the forward pass, as for dropout. A simulator can do that, a chip cannot: with a noise they are noise. A
+            number or ``hzo.Noise`` declares how noisy queries are, ``"measured"`` has it measured at the first backward
+            pass (``hzo.calibrate``; again after ``box.recalibrate()``). Steps, repeats and tree are then planned.
         target_cosine, budget: as ``hzo.plan`` takes them; a budget is in passes of this part.
         memory: bytes for the perturbed copies of a chunk.
 
@@ -96,7 +97,7 @@ def blackbox(
             return part
         if not callable(part):
             raise InputError(f"expected something that can be called, got a {type(part).__name__}")
-        guarded = Guarded(part, of, numpy=numpy, batched=batched, timeout=timeout)
+        guarded = Guarded(part, of, numpy=numpy, batched=batched, timeout=timeout, noisy=noise is not None)
         module = part if isinstance(part, nn.Module) else None
         own = (*known, *(declared(module) or ()))
         return declare(guarded, *own, step=declared_step(module))

@@ -7,8 +7,10 @@ query met it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from contextvars import copy_context
+from itertools import count
 from typing import Any
 
 import torch
@@ -16,6 +18,9 @@ from torch import Tensor, nn
 
 from hzo import queries
 from hzo.errors import HzoError, InputError, NonFiniteError, QueryError, QueryTimeoutError
+from hzo.side_effects import RandomState, devices_of, random_state, set_random_state
+
+_seeds = count(0x9E3779B9)  # one for every part: no two of them draw the same noise
 
 
 class Guarded(nn.Module):
@@ -27,12 +32,21 @@ class Guarded(nn.Module):
         batched: True where ``f`` takes any number of samples; a number where it takes exactly so many, to which its
             input is split and padded; False for as many as its caller says (``samples``).
         timeout: seconds that a call may take; None for any time.
+        noisy: random numbers of torch's that ``f`` draws are noise, new ones in every call, out of its own stream.
+            Else they belong to the forward pass, and every query draws the same.
     """
 
     hzo_opaque: bool | str = True
 
     def __init__(
-        self, f: Callable[..., Any], name: str, *, numpy: bool, batched: bool | int, timeout: float | None
+        self,
+        f: Callable[..., Any],
+        name: str,
+        *,
+        numpy: bool,
+        batched: bool | int,
+        timeout: float | None,
+        noisy: bool = False,
     ) -> None:
         super().__init__()
         self.f = f
@@ -40,6 +54,8 @@ class Guarded(nn.Module):
         self.numpy = numpy
         self.batched = batched
         self.timeout = timeout
+        self.noisy = noisy
+        self._stream: RandomState = {}
         self.samples: int | None = None  # of one call, where batched is False
         self._shapes: dict[
             tuple[torch.Size, ...], list[torch.Size]
@@ -67,7 +83,8 @@ class Guarded(nn.Module):
         if self.numpy:
             copies = [(t.float() if t.dtype == torch.bfloat16 else t).cpu().numpy() for t in copies]
         try:
-            result = self.f(*copies) if self.timeout is None else within(self.timeout, self.f, copies)
+            with self._own_random_numbers(inputs) if self.noisy else nullcontext():
+                result = self.f(*copies) if self.timeout is None else within(self.timeout, self.f, copies)
         except HzoError as error:
             raise type(error)(f"{self}, in {queries.being_done()}: {error}") from error
         except Exception as error:
@@ -77,6 +94,20 @@ class Guarded(nn.Module):
         several = isinstance(result, (tuple, list))
         outputs = self._checked(result if several else (result,), inputs, samples)
         return tuple(outputs) if several else outputs[0]
+
+    @contextmanager
+    def _own_random_numbers(self, inputs: Sequence[Tensor]) -> Iterator[None]:
+        """Inside, torch's generators go on where this part left them; outside, they have not moved."""
+        outside = random_state(devices_of(inputs))
+        if not self._stream:
+            seed = next(_seeds)
+            self._stream = {device: torch.Generator(device).manual_seed(seed).get_state() for device in outside}
+        set_random_state(self._stream)
+        try:
+            yield
+        finally:
+            self._stream = random_state(devices_of(inputs))
+            set_random_state(outside)
 
     def _checked(self, results: Sequence[Any], inputs: Sequence[Tensor], samples: int) -> list[Tensor]:
         where = f"{self}, in {queries.being_done()},"
@@ -108,7 +139,7 @@ class Guarded(nn.Module):
         return outputs
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_shapes": {}}
+        return {**self.__dict__, "_shapes": {}, "_stream": {}}
 
     def __str__(self) -> str:
         return f"the black box {self.hzo_box}"
