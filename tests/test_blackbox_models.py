@@ -237,6 +237,14 @@ class TestPromises:
         small(3 * x).sum().backward()
         assert not x.grad.any()
 
+    def test_the_step_of_a_quantizer_in_an_hzo_chain(self):
+        model = nn.Sequential(nn.Linear(3, 4), hzo.blackbox(torch.round, elementwise=True, step=0.5), nn.Linear(4, 2))
+        model, x, y = model.double(), normal(5, 3), torch.arange(5) % 2
+        found, _ = hzo.grad_and_value(model, F.cross_entropy, x, y)
+        h = model[0](x)
+        F.cross_entropy(model[2](h + (h.round() - h).detach()), y).backward()
+        assert worst(relative_errors(found, {n: p.grad for n, p in model.named_parameters()})) <= TOLERANCE
+
 
 class TestBatches:
     @pytest.mark.parametrize("size", [1, 2, 4, 7])

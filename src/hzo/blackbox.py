@@ -87,6 +87,7 @@ def blackbox(
     for option, value in (("timeout", timeout), ("batched", batched)):
         if value is not None and not isinstance(value, bool) and not 0 < value < float("inf"):
             raise InputError(f"expected {option} to be positive, got {value!r}")
+    check_step(step)
     check_smoothing(mu, draws, check_scheme(scheme), modelled=noise is not None)
     known = (*(("elementwise",) if elementwise else ()), *(promises if promises != "inferred" else ()))
     if (known or promises) and (isinstance(f, (Chain, list, tuple))):
@@ -100,7 +101,8 @@ def blackbox(
         guarded = Guarded(part, of, numpy=numpy, batched=batched, timeout=timeout, noisy=noise is not None)
         module = part if isinstance(part, nn.Module) else None
         own = (*known, *(declared(module) or ()))
-        return declare(guarded, *own, step=declared_step(module))
+        # Declared, the step holds in an hzo chain, too; where noise is planned for, the error model must know of it.
+        return declare(guarded, *own, step=declared_step(module) or (step if noise is None else None))
 
     if isinstance(f, Chain):
         stages: nn.Module = f.model
@@ -112,7 +114,7 @@ def blackbox(
         if name and len(parts) > 1:
             names = [f"{name}[{k}]" for k in range(len(parts))]
         stages = Stages([guard(part, of) for part, of in zip(parts, names, strict=True)])
-    options: dict[str, Any] = {"tree": tree, "assume": assume, "scheme": scheme, "step": check_step(step)}
+    options: dict[str, Any] = {"tree": tree, "assume": assume, "scheme": scheme, "step": step}
     options |= {"mu": mu, "draws": draws} if mu is not None else {}
     options |= {
         key: value for key, value in (("target_cosine", target_cosine), ("budget", budget)) if value is not None
@@ -127,7 +129,8 @@ def _name(f: Any) -> str:
 
 
 class BlackBox(nn.Module):
-    """Made by ``hzo.blackbox``. In an hzo chain its parts are operations of the chain, and the chain's plan holds."""
+    """Made by ``hzo.blackbox``. In an hzo chain its parts are operations of the chain: what was promised of them and
+    their step hold there, and the chain's plan decides all else."""
 
     def __init__(
         self, stages: nn.Module, options: Mapping[str, Any], *, measured: bool, inferred: bool, memory: int | None
