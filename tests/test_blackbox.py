@@ -131,8 +131,9 @@ def test_batched_false_never_sees_a_larger_batch():
     assert sizes == {5}
 
 
+@pytest.mark.parametrize("batched", [True, 2])
 @pytest.mark.parametrize("writes", [False, True])
-def test_numpy(writes):
+def test_numpy(writes, batched):
     """Also one that writes into its input, and returns the same memory every time."""
     memory = np.empty((1000, 4))
 
@@ -144,7 +145,7 @@ def test_numpy(writes):
         return result
 
     model, x, y = problem()
-    model.part = hzo.blackbox(simulate, numpy=True)
+    model.part = hzo.blackbox(simulate, numpy=True, batched=batched)
     found = gradients(model, x, y)
     model.part = Plain(physics)
     assert worst(relative_errors(found, gradients(model, x, y))) <= TOLERANCE

@@ -47,6 +47,18 @@ def test_unbiased(by_autograd, maximize):
     assert ((found.mean(1) - exact).abs() / spread).max() < 4.5
 
 
+def test_one_number_for_the_batch_is_unbiased():
+    torch.manual_seed(0)
+    points = torch.tensor([-1.0, 0.0, 0.4, 1.0])
+    criterion, found = hzo.smoothed(lambda z, _: above_zero(z).mean(), mu=MU, draws=4000), []
+    for _ in range(8):
+        z = points[:, None].clone().requires_grad_()
+        criterion(z, torch.zeros(4)).backward()
+        found.append(z.grad[:, 0])
+    spread = torch.stack(found).std(0) / 8**0.5
+    assert ((torch.stack(found).mean(0) - slope(points) / 4).abs() / spread).max() < 7  # Student's t, of 7 degrees
+
+
 def test_variance_falls_with_the_draws():
     torch.manual_seed(0)
     z = torch.zeros(4000, 1)

@@ -170,7 +170,7 @@ def _backward(this: Pass, cotangents: Sequence[Tensor | None]) -> list[Tensor | 
 
     found = _with_parameters(this, run)
     at_inputs = found.cotangents.get(0, {})
-    wanted = [at_inputs.get(v) if w else None for v, w in zip(graph.inputs, this.wanted, strict=True)]
+    wanted = [at_inputs.get(v) for v in graph.inputs]
     wanted += [found.gradients[name][1] if name in found.gradients else None for name in this.names]
     tensors = (*this.inputs, *this.parameters.values())
     return [None if g is None else g.to(t.dtype) for t, g in zip(tensors, wanted, strict=True)]

@@ -65,6 +65,8 @@ class Guarded(nn.Module):
         samples = inputs[0].shape[0]
         size = samples if self.batched is True else self._size()
         results = [self._call([_rows(t, k, size) for t in inputs], size) for k in range(0, samples, size)]
+        if size == samples:
+            return results[0]
         if isinstance(results[0], Tensor):
             return torch.cat(results)[:samples]  # type: ignore[arg-type]
         return tuple(torch.cat(parts)[:samples] for parts in zip(*results, strict=True))
