@@ -92,12 +92,12 @@ def squared_gain(calibration: hzo.Calibration, chain: hzo.Chain) -> float:
     return float(max(first, 1e-300) ** (1 / len(graph.stages)))
 
 
-def options(description: str, seed: int = 0) -> argparse.Namespace:
+def options(description: str, seed: int = 0, out: Path = RESULTS) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few points of the grid")
     parser.add_argument("--seed", type=int, default=seed)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=out)
     found = parser.parse_args()
     torch.set_num_threads(found.threads)
     torch.manual_seed(found.seed)
