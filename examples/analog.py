@@ -30,7 +30,7 @@ class Tile(nn.Module):
         super().__init__()
         self.tile = AnalogLinear.from_digital(layer, CHIP).eval().analog_module
         self.tile.program_weights()
-        self.chip = hzo.blackbox(self.tile.forward, step=2.0, noise="measured")
+        self.chip = hzo.blackbox(self.tile.forward, parameters="ignored", step=2.0, noise="measured")
 
     def forward(self, x: Tensor) -> Tensor:
         local = self.tile.get_scales() * linear(x.detach(), self.tile.tile.weight) + self.tile.bias

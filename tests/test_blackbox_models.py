@@ -12,7 +12,7 @@ from torch import nn
 from torch.func import functional_call, grad
 
 import hzo
-from hzo.errors import InputError
+from hzo.errors import InputError, NondeterministicError, TraceError
 from oracles import normal, relative_errors, worst
 
 TOLERANCE = 1e-5
@@ -192,6 +192,83 @@ class TestOutputsAndParameters:
         found, x.grad = x.grad, None
         physics(physics(x) + x).square().sum().backward()
         assert torch.allclose(found, x.grad, rtol=TOLERANCE)
+
+
+class Remembering(nn.Module):
+    """Assigns its buffer anew in each call, as spiking neurons do; ``reads``: and depends on it."""
+
+    def __init__(self, reads=False):
+        super().__init__()
+        self.reads = reads
+        self.register_buffer("last", torch.zeros(0))
+
+    def forward(self, x):
+        y = physics(x) + (self.last.mean() if self.reads and self.last.numel() else 0)
+        self.last = y
+        return y
+
+
+class TestBuffers:
+    def test_one_that_is_assigned_anew(self):
+        part = Remembering()
+        model, x, y = problem(hzo.blackbox(part))
+        compare(model, x, y, physics)
+        assert torch.equal(part.last, physics(model.a(x)))  # as after one forward pass
+
+    def test_twice_in_a_graph(self):
+        box, x = hzo.blackbox(Remembering()), normal(5, 4).requires_grad_()
+        box(box(x)).sum().backward()
+        found, x.grad = x.grad, None
+        physics(physics(x)).sum().backward()
+        assert torch.allclose(found, x.grad, rtol=TOLERANCE)
+
+    def test_one_that_matters_is_found_out(self):
+        model, x, y = problem(hzo.blackbox(Remembering(reads=True)))
+        with pytest.raises(NondeterministicError, match="the black box Remembering gave two results"):
+            gradients(model, x, y)
+
+
+class TestIgnoredParameters:
+    def layer(self):
+        torch.manual_seed(1)
+        return nn.Linear(4, 4).double()
+
+    @pytest.mark.parametrize("hidden", [False, True])
+    def test_cost_nothing_and_get_nothing(self, hidden):
+        layer = self.layer()
+        model, x, y = problem(hzo.blackbox(layer.forward if hidden else layer, parameters="ignored"))
+        with hzo.count_queries() as count:
+            found = gradients(model, x, y)
+        assert count.queries == 2 * 5 * 4
+        assert layer.weight.grad is None
+        assert set(found) == {"a.weight", "a.bias", "b.weight", "b.bias"}
+        reference = exact(model, x, y, copy.deepcopy(layer))
+        assert all(torch.allclose(found[name], reference[name], rtol=TOLERANCE) for name in found)
+
+    def test_their_gradient_may_come_from_elsewhere(self):
+        """The local product of a layer whose own backward pass is not to be trusted."""
+        layer = self.layer()
+        box = hzo.blackbox(layer.forward, parameters="ignored")
+
+        def local(x):
+            product = F.linear(x.detach(), layer.weight, layer.bias)
+            return box(x) + product - product.detach()
+
+        model, x, y = problem(Function(local))
+        gradients(model, x, y)
+        found, layer.weight.grad = layer.weight.grad, None
+        model.part = Function(layer)
+        gradients(model, x, y)
+        assert torch.allclose(found, layer.weight.grad, rtol=TOLERANCE)
+
+    def test_are_never_lost_by_accident(self):
+        model, x, y = problem(hzo.blackbox(self.layer().forward))
+        with pytest.raises(TraceError, match=r"trainable tensor of shape \(4, 4\) .*parameters='ignored'"):
+            gradients(model, x, y)
+
+    def test_options(self):
+        with pytest.raises(InputError, match="'perturbed' or 'ignored'"):
+            hzo.blackbox(physics, parameters="lost")
 
 
 class TestPromises:

@@ -5,7 +5,7 @@ Data flows one way: model -> chain (``trace``) -> plan (``plan``) -> boundaries 
 """
 
 from hzo import baselines, presets
-from hzo.blackbox import blackbox
+from hzo.blackbox import BlackBox, blackbox
 from hzo.calibrate import calibrate
 from hzo.calibration import Calibration
 from hzo.chain import Chain, noisy
@@ -26,6 +26,7 @@ from hzo.tracing import trace
 from hzo.vjp import estimate_vjp
 
 __all__ = [
+    "BlackBox",
     "Calibration",
     "Chain",
     "CrossTalk",

@@ -38,6 +38,7 @@ def blackbox(
     name: str | None = None,
     elementwise: bool = False,
     promises: Sequence[Promise] | Literal["inferred"] = (),
+    parameters: Literal["perturbed", "ignored"] = "perturbed",
     tree: Tree = "planned",
     assume: Assume = "structure",
     scheme: Scheme = "central",
@@ -62,6 +63,9 @@ def blackbox(
         name: in messages and ``count.boxes``; None takes that of ``f``.
         elementwise, promises: what may be assumed of a single ``f``, as ``hzo.declare`` takes it; ``"inferred"`` tests
             at the first input what seems to hold (``hzo.infer_structure``). Parts of a list are declared one by one.
+        parameters: ``"perturbed"``: trainable parameters of an ``f`` that is a module get a gradient, by queries.
+            ``"ignored"``: neither they nor other trainable tensors that ``f`` uses get one from here; their gradient
+            is your affair (the product of activity and cotangent, say).
         tree, assume, scheme, step, mu, draws: as ``hzo.plan`` takes them. For piecewise constant ``f`` a ``step`` of
             half its quantum, or a smoothing ``mu``.
         noise: None where ``f`` repeats, else an error. Random numbers of torch's do repeat: every query draws those of
@@ -87,6 +91,9 @@ def blackbox(
     for option, value in (("timeout", timeout), ("batched", batched)):
         if value is not None and not isinstance(value, bool) and not 0 < value < float("inf"):
             raise InputError(f"expected {option} to be positive, got {value!r}")
+    if parameters not in ("perturbed", "ignored"):
+        raise InputError(f"expected parameters='perturbed' or 'ignored', got {parameters!r}")
+    ignores = parameters == "ignored"
     check_step(step)
     check_smoothing(mu, draws, check_scheme(scheme), modelled=noise is not None)
     known = (*(("elementwise",) if elementwise else ()), *(promises if promises != "inferred" else ()))
@@ -98,7 +105,9 @@ def blackbox(
             return part
         if not callable(part):
             raise InputError(f"expected something that can be called, got a {type(part).__name__}")
-        guarded = Guarded(part, of, numpy=numpy, batched=batched, timeout=timeout, noisy=noise is not None)
+        guarded = Guarded(
+            part, of, numpy=numpy, batched=batched, timeout=timeout, ignores=ignores, noisy=noise is not None
+        )
         module = part if isinstance(part, nn.Module) else None
         own = (*known, *(declared(module) or ()))
         # Declared, the step holds in an hzo chain, too; where noise is planned for, the error model must know of it.

@@ -32,6 +32,7 @@ class Guarded(nn.Module):
         batched: True where ``f`` takes any number of samples; a number where it takes exactly so many, to which its
             input is split and padded; False for as many as its caller says (``samples``).
         timeout: seconds that a call may take; None for any time.
+        ignores: trainable tensors that ``f`` uses are no parameters of this module.
         noisy: random numbers of torch's that ``f`` draws are noise, new ones in every call, out of its own stream.
             Else they belong to the forward pass, and every query draws the same.
     """
@@ -46,10 +47,15 @@ class Guarded(nn.Module):
         numpy: bool,
         batched: bool | int,
         timeout: float | None,
+        ignores: bool = False,
         noisy: bool = False,
     ) -> None:
         super().__init__()
-        self.f = f
+        if ignores:
+            self._held = (f,)  # in a tuple, where nn.Module does not find its parameters
+        else:
+            self.f = f
+        self.hzo_ignores_parameters = ignores
         self.hzo_box = name
         self.numpy = numpy
         self.batched = batched
@@ -84,9 +90,10 @@ class Guarded(nn.Module):
         copies: list[Any] = [t.detach().clone() for t in inputs]
         if self.numpy:
             copies = [(t.float() if t.dtype == torch.bfloat16 else t).cpu().numpy() for t in copies]
+        f = self._held[0] if self.hzo_ignores_parameters else self.f
         try:
-            with self._own_random_numbers(inputs) if self.noisy else nullcontext():
-                result = self.f(*copies) if self.timeout is None else within(self.timeout, self.f, copies)
+            with self._own_random_numbers(inputs) if self.noisy else nullcontext(), _same_buffers(f):
+                result = f(*copies) if self.timeout is None else within(self.timeout, f, copies)
         except HzoError as error:
             raise type(error)(f"{self}, in {queries.being_done()}: {error}") from error
         except Exception as error:
@@ -145,6 +152,24 @@ class Guarded(nn.Module):
 
     def __str__(self) -> str:
         return f"the black box {self.hzo_box}"
+
+
+@contextmanager
+def _same_buffers(f: Callable[..., Any]) -> Iterator[None]:
+    """Buffers that a module assigns anew in a query (a neuron that remembers its last call) are the old ones after it.
+
+    What a forward pass assigns stays. A module that reads what it remembered does not repeat, and is found out.
+    """
+    module = f if isinstance(f, nn.Module) else getattr(f, "__self__", None)
+    held = [(m, dict(m._buffers)) for m in module.modules()] if isinstance(module, nn.Module) else []
+    try:
+        yield
+    finally:
+        if queries.being_done() != queries.FORWARD_PASS:
+            for inner, buffers in held:
+                for name, buffer in buffers.items():
+                    if inner._buffers.get(name) is not buffer:
+                        inner._buffers[name] = buffer
 
 
 def _rows(tensor: Tensor, start: int, size: int) -> Tensor:

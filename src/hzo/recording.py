@@ -170,10 +170,12 @@ class Recorder(TorchFunctionMode):
 
     def refuse_hidden_parameters(self, target: Callable[..., Any]) -> None:
         """Raise where an opaque call used a trainable tensor that cannot be perturbed through it."""
+        if getattr(target, "hzo_ignores_parameters", False):
+            return
         held = {id(p) for p in target.parameters()} if isinstance(target, nn.Module) else set()
         for tensor in self.touched.values():
             if id(tensor) not in held:
-                raise _lost(tensor, "in a stage that reads values")
+                raise _lost(tensor, "inside an opaque part")
 
     def check_buffers(self) -> None:
         """Raise where the model holds another tensor as its buffer than before: queries could not undo that."""
@@ -279,7 +281,8 @@ class Recorder(TorchFunctionMode):
 def _lost(tensor: Tensor, where: str = "that no module holds") -> TraceError:
     return TraceError(
         f"the forward pass uses a trainable tensor of shape {tuple(tensor.shape)} {where}, so its gradient would be "
-        "lost; register it as an nn.Parameter of the module that uses it, or freeze it"
+        "lost; register it as an nn.Parameter of the module that uses it, freeze it, or see to its gradient yourself "
+        "and put its part into hzo.blackbox(f, parameters='ignored')"
     )
 
 
