@@ -15,42 +15,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from torch import Tensor, nn
 
 import hzo
 from common import data, expected_error, options, relative_error, squared_gain, table, write
+from hzo.reproduce.networks import of_gain
 
 READOUT, STEP, DEPTH, WIDTH = 1e-3, 0.1, 32, 64
 TREES = ("flat", "bisect", "stagewise")
 
 
-class Scaled(nn.Module):
-    """αx + β·tanh(Wx), W orthogonal."""
-
-    def __init__(self, width: int, gain: float, branch: float = 0.2) -> None:
-        super().__init__()
-        self.linear, self.branch = nn.Linear(width, width, bias=False), branch
-        nn.init.orthogonal_(self.linear.weight)
-        # E[tanh'²] at unit activities; where activities have grown, the branch saturates and α alone is left.
-        slope = float((1 - torch.tanh(torch.randn(100_000)) ** 2).square().mean())
-        self.skip = (gain**2 - branch**2 * slope) ** 0.5
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.skip * x + self.branch * torch.tanh(self.linear(x))
-
-
-def network(kind: str, gain: float) -> nn.Sequential:
-    if kind == "residual":
-        return nn.Sequential(*(Scaled(WIDTH, gain) for _ in range(DEPTH)))
-    layers = [nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(DEPTH)]
-    for layer in layers:
-        nn.init.orthogonal_(layer.weight, gain=gain)
-    return nn.Sequential(*layers)
-
-
 def run(kind: str, gain: float, seed: int, draws: int = 4) -> list[dict[str, Any]]:
     torch.manual_seed(seed)
-    model = network(kind, gain)
+    model = of_gain(kind, gain, DEPTH, WIDTH)
     x, y = data(WIDTH)
     chain = hzo.trace(model, x)
     exact = hzo.cotangents(chain, F.mse_loss, x, y, boundaries="all")[0]

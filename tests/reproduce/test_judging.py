@@ -1,0 +1,78 @@
+"""Verdicts on made-up rows: what is right holds, what is not does not."""
+
+import pytest
+
+from hzo.reproduce import complexity, spatial, theorem1
+from hzo.reproduce.finding import verdict
+
+
+def test_a_verdict_counts_what_was_seen():
+    assert verdict({"a": True, "b": True}) == "holds"
+    assert verdict({"a": True, "b": False}) == "holds in part"
+    assert verdict({"a": False}) == "does not hold"
+
+
+def rows_of_theorem1(power=None, cosine=1.0):
+    return [
+        {"dtype": "float64", "scheme": s, "tree": "bisect", "step": h, "error": h ** (power or order), "cosine": 1.0}
+        for s, order in theorem1.ORDERS.items()
+        for h in theorem1.STEPS
+    ] + [
+        {"dtype": dtype, "scheme": "central", "tree": "bisect", "step": None, "error": 0.0, "cosine": cosine}
+        for dtype in ("float64", "float32")
+    ]
+
+
+def test_theorem1_needs_order_and_cosine():
+    def judged(**given):
+        rows = rows_of_theorem1(**given)
+        return list(theorem1.judge(rows, theorem1.fitted_orders(rows)).values())
+
+    assert judged() == [True, True]
+    assert judged(power=1.5) == [False, True]
+    assert judged(cosine=0.999) == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("tree", "depth", "cost"),
+    # Design: T(n) = ⌈n/2⌉ + T(⌊n/2⌋) + T(⌈n/2⌉); (L/2)·log₂ L; L(L−1)/2; L − 1; (L·(b−1)/2)·log_b L.
+    [("bisect", 64, 192), ("bisect", 5, 3 + 1 + (2 + 1)), ("flat", 64, 2016), ("stagewise", 9, 8), (4, 16, 48)],
+)
+def test_recurrences(tree, depth, cost):
+    assert complexity.segments(tree, depth) == cost
+
+
+def made_up_counts(power=2.0, extra=0):
+    rows = []
+    for tree, e in {**complexity.EXPONENTS, "flat": power}.items():
+        log = tree in complexity.LOGARITHMIC
+        for L, M in [(16, 4), (64, 4), (256, 4), (16, 8), (16, 16)]:
+            cost = M * L**e * (L.bit_length() - 1 if log else 1)
+            rows.append(
+                {"tree": tree, "L": L, "M": M, "formula": cost, "counted": cost + extra, "predicted": cost,
+                 "queries": M * (L - 1)}
+            )  # fmt: skip
+    return rows
+
+
+def test_fig4_needs_equal_counts_and_exponents():
+    def judged(**given):
+        rows = made_up_counts(**given)
+        exponents = complexity.judge(complexity.exponents(rows, width=4, depth=16))
+        return list({**complexity.equal(rows), **exponents}.values())
+
+    assert judged() == [True, True, True, True, True]
+    assert judged(extra=1)[:2] == [False, False]
+    assert judged(power=1.9)[3:] == [False, True]
+
+
+def test_spatial_needs_colors_and_exactness():
+    def judged(**changes):
+        local = {"assume": "locality", "directions": 36, "formula": 36, "queries": 72, "error": 1e-10, **changes}
+        whole = {"assume": "nothing", "directions": 576, "formula": 576, "queries": 1152, "error": 1e-10}
+        return list(spatial.judge([local, whole]).values())
+
+    assert judged() == [True, True, True, True]
+    assert judged(directions=37) == [False, False, True, True]
+    assert judged(error=0.01) == [True, True, False, True]
+    assert judged(directions=600, formula=600, queries=1200) == [True, True, True, False]
