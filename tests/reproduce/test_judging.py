@@ -2,7 +2,7 @@
 
 import pytest
 
-from hzo.reproduce import complexity, spatial, theorem1
+from hzo.reproduce import complexity, error_accumulation, spatial, theorem1, unitary_limit
 from hzo.reproduce.finding import verdict
 
 
@@ -76,3 +76,35 @@ def test_spatial_needs_colors_and_exactness():
     assert judged(directions=37) == [False, False, True, True]
     assert judged(error=0.01) == [True, True, False, True]
     assert judged(directions=600, formula=600, queries=1200) == [True, True, True, False]
+
+
+def accumulated(power, off=1.0):
+    """Errors of paths of 1 (flat) and of 1 to 8 (stagewise) estimates: E = path^power."""
+    paths = {"flat": [1] * 8, "stagewise": list(range(8, 0, -1))}
+    return [
+        {"tree": tree, "L": 8, "boundary": k, "path": p, "measured": 0.01 * p ** (power / 2),
+         "predicted": off * 0.01 * p ** (power / 2)}
+        for tree, lengths in paths.items()
+        for k, p in enumerate(lengths)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("power", "off", "expected"), [(1, 1.0, [True, True]), (2, 1.0, [True, False]), (1, 1.3, [False, True])]
+)
+def test_accumulation_needs_the_model_and_the_bound(power, off, expected):
+    rows = accumulated(power, off)
+    judged = error_accumulation.judge(error_accumulation.of_model(rows), error_accumulation.of_path(rows))
+    assert list(judged.values()) == expected
+
+
+def test_the_unitary_limit_needs_stability_there_and_only_there():
+    def judged(far=5.0, near=1.1, model=1.0):
+        return list(unitary_limit.judge({"bisect": model}, {"plain": {0.8: far, 0.96: near, 1.0: 1.0}}).values())
+
+    assert judged() == [True, True, True]
+    assert judged(near=3.0) == [False, True, True]
+    assert judged(far=1.5) == [True, False, True]
+    assert judged(model=0.7) == [True, True, False]
+    assert unitary_limit.shrinking({"plain": {0.8: 2.0, 1.0: 1.0, 1.2: 0.5}})
+    assert not unitary_limit.shrinking({"plain": {0.8: 2.0, 1.0: 1.0, 1.2: 1.5}})

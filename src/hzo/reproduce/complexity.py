@@ -77,7 +77,8 @@ def counts(setting: Setting, name: str, points: Sequence[tuple[int, int]]) -> li
     rows = []
     for depth, width in points:
         rows += [count(tree, depth, width, setting.device) for tree in TREES]
-        setting.tell(f"{name}: L = {depth}, M = {width}")
+        if depth & (depth - 1) == 0:
+            setting.tell(f"{name}: L = {depth}, M = {width}")
     return rows
 
 

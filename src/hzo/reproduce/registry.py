@@ -8,10 +8,12 @@ from typing import Literal
 
 from hzo.errors import DataError, InputError
 from hzo.reproduce.complexity import complexity, fig4
+from hzo.reproduce.error_accumulation import error_accumulation
 from hzo.reproduce.finding import Finding, Setting
 from hzo.reproduce.images import imagenet_folder
 from hzo.reproduce.spatial import spatial
 from hzo.reproduce.theorem1 import theorem1
+from hzo.reproduce.unitary_limit import unitary_limit
 from hzo.train.cifar import find_cifar10
 
 
@@ -35,6 +37,8 @@ class Experiment:
 EXPERIMENTS = (
     Experiment("theorem1", "the error falls with the step, at the scheme's order", theorem1, 0.05),
     Experiment("complexity", "counted stage evaluations and the recurrence", complexity, 0.02),
+    Experiment("error-accumulation", "errors along the depth and the error model", error_accumulation, 0.3),
+    Experiment("unitary-limit", "errors against the stages' gain", unitary_limit, 0.1),
     Experiment("fig4", "cost against depth and width, exponents", fig4, 0.05),
     Experiment("spatial", "colors instead of elements in convolutions", spatial, 0.02),
 )
