@@ -2,7 +2,7 @@
 
 import pytest
 
-from hzo.reproduce import complexity, error_accumulation, spatial, theorem1, unitary_limit
+from hzo.reproduce import complexity, error_accumulation, fig1, spatial, theorem1, unitary_limit
 from hzo.reproduce.finding import verdict
 
 
@@ -108,3 +108,27 @@ def test_the_unitary_limit_needs_stability_there_and_only_there():
     assert judged(model=0.7) == [True, True, False]
     assert unitary_limit.shrinking({"plain": {0.8: 2.0, 1.0: 1.0, 1.2: 0.5}})
     assert not unitary_limit.shrinking({"plain": {0.8: 2.0, 1.0: 1.0, 1.2: 1.5}})
+
+
+def cosines(residual=1.0, fading=0.2, he=0.5, random=0.3):
+    networks = dict(zip(fig1.NETWORKS, (residual, fading, he, 1.0), strict=True))
+    return [
+        {"network": network.name, "L": 64, "method": method, "seed": seed, "cosine": value, "layer_mean": value}
+        for network, of_trees in networks.items()
+        for method, value in (("bisect", of_trees), ("spsa", random), ("node-perturbation", random))
+        for seed in (0, 1)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        (cosines(), [True, True, True, True]),
+        (cosines(residual=0.98), [False, True, True, True]),
+        (cosines(he=1.0), [True, True, False, True]),
+        (cosines(fading=1.0), [True, False, False, True]),
+        (cosines(random=0.95), [True, True, True, False]),
+    ],
+)
+def test_fig1_needs_high_residual_and_low_plain_networks(rows, expected):
+    assert list(fig1.judge(rows, 64).values()) == expected

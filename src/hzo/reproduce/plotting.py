@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from matplotlib.figure import Figure
 
-from hzo.train.plots import COLORS
-
-# After Okabe and Ito, as the methods' are. Trees are never drawn beside trained methods.
+# After Okabe and Ito, as the methods' are.
 TREE_COLORS = {
     "bisect": "#0072B2",
     "flat": "#E69F00",
@@ -15,7 +13,8 @@ TREE_COLORS = {
     "planned": "#D55E00",
 }
 MARKERS = {"bisect": "o", "flat": "s", "stagewise": "^", "4-ary": "D", "planned": "x"}
-ALL_COLORS = {**COLORS, **TREE_COLORS}
+# Methods that stand beside trees: in colors that no tree has.
+STANDARD_COLORS = {"coordinate": "#222222", "spsa": "#888888", "node-perturbation": "#56B4E9"}
 
 
 def new_figure(width: float, height: float) -> Figure:

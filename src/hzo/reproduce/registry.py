@@ -9,6 +9,7 @@ from typing import Literal
 from hzo.errors import DataError, InputError
 from hzo.reproduce.complexity import complexity, fig4
 from hzo.reproduce.error_accumulation import error_accumulation
+from hzo.reproduce.fig1 import fig1
 from hzo.reproduce.finding import Finding, Setting
 from hzo.reproduce.images import imagenet_folder
 from hzo.reproduce.spatial import spatial
@@ -39,6 +40,7 @@ EXPERIMENTS = (
     Experiment("complexity", "counted stage evaluations and the recurrence", complexity, 0.02),
     Experiment("error-accumulation", "errors along the depth and the error model", error_accumulation, 0.3),
     Experiment("unitary-limit", "errors against the stages' gain", unitary_limit, 0.1),
+    Experiment("fig1", "cosine with backprop against depth, standard ZO beside", fig1, 1.0),
     Experiment("fig4", "cost against depth and width, exponents", fig4, 0.05),
     Experiment("spatial", "colors instead of elements in convolutions", spatial, 0.02),
 )
