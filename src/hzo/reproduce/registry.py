@@ -8,11 +8,14 @@ from typing import Literal
 
 from hzo.errors import DataError, InputError
 from hzo.reproduce.complexity import complexity, fig4
+from hzo.reproduce.curves import fig2, fig3
 from hzo.reproduce.error_accumulation import error_accumulation
 from hzo.reproduce.fig1 import fig1
+from hzo.reproduce.fig5 import fig5
 from hzo.reproduce.finding import Finding, Setting
 from hzo.reproduce.images import imagenet_folder
 from hzo.reproduce.spatial import spatial
+from hzo.reproduce.table1 import table1
 from hzo.reproduce.theorem1 import theorem1
 from hzo.reproduce.unitary_limit import unitary_limit
 from hzo.train.cifar import find_cifar10
@@ -41,7 +44,11 @@ EXPERIMENTS = (
     Experiment("error-accumulation", "errors along the depth and the error model", error_accumulation, 0.3),
     Experiment("unitary-limit", "errors against the stages' gain", unitary_limit, 0.1),
     Experiment("fig1", "cosine with backprop against depth, standard ZO beside", fig1, 1.0),
+    Experiment("fig2", "training curves on CIFAR-10, HZO beside backprop", fig2, 10.0, "cifar10"),
+    Experiment("fig3", "training curves on ten ImageNet classes", fig3, 8.0, "imagenet"),
     Experiment("fig4", "cost against depth and width, exponents", fig4, 0.05),
+    Experiment("fig5", "activations and precisions: cosine, trained accuracy", fig5, 0.5),
+    Experiment("table1", "accuracies, and other estimates at equal budget", table1, 6.0, "cifar10"),
     Experiment("spatial", "colors instead of elements in convolutions", spatial, 0.02),
 )
 

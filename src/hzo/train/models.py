@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -128,6 +129,13 @@ def resnet(
 
 
 _OF_IMAGES: dict[str, Callable[..., nn.Module]] = {"cnn": cnn, "resnet20": resnet, "plain-cnn": plain_cnn}
+_MAKERS: dict[str, Callable[..., nn.Module]] = {"mlp": mlp, "plain-mlp": plain_mlp, **_OF_IMAGES}
+
+
+def own_size(name: str) -> dict[str, Any]:
+    """Depth, width and activation that a network has where none are asked for."""
+    parameters = inspect.signature(_MAKERS[name]).parameters
+    return {key: parameters[key].default for key in ("depth", "width", "activation")}
 
 
 def initialise(model: nn.Module, seed: int) -> None:
@@ -165,8 +173,7 @@ def build(
     asked = {"depth": depth, "width": width, "activation": activation}
     own: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
     if name in ("mlp", "plain-mlp"):
-        make = mlp if name == "mlp" else plain_mlp
-        body = make(math.prod(shape), classes, **own)
+        body = _MAKERS[name](math.prod(shape), classes, **own)
         model = body if len(shape) == 1 else nn.Sequential(nn.Flatten(), *body.children())
     elif name in _OF_IMAGES:
         if len(shape) != 3:
