@@ -2,8 +2,11 @@
 
 import pytest
 
-from hzo.reproduce import complexity, error_accumulation, fig1, spatial, theorem1, unitary_limit
+from hzo.errors import InputError
+from hzo.reproduce import complexity, curves, error_accumulation, fig1, fig5, spatial, table1, theorem1, unitary_limit
 from hzo.reproduce.finding import verdict
+from hzo.reproduce.trained import Trained
+from hzo.train.config import TrainConfig
 
 
 def test_a_verdict_counts_what_was_seen():
@@ -132,3 +135,70 @@ def cosines(residual=1.0, fading=0.2, he=0.5, random=0.3):
 )
 def test_fig1_needs_high_residual_and_low_plain_networks(rows, expected):
     assert list(fig1.judge(rows, 64).values()) == expected
+
+
+def finished(method, accuracy, cosine=0.9999, seed=0):
+    summary = {"test_accuracy": accuracy / 100, "seconds": 60.0, "cost": 1.0, "environment": {}}
+    records = [{"step": 1, "cosine": cosine if method == "hzo" else None}]
+    return Trained(TrainConfig(method=method, seed=seed), records, summary)
+
+
+def arms(ours=90.0, exact=90.3, cosine=0.9999, seeds=(0, 1)):
+    both = {
+        "hzo": [finished("hzo", ours, cosine, seed) for seed in seeds],
+        "backprop": [finished("backprop", exact, seed=seed) for seed in seeds],
+    }
+    return {"full": both, "paper": both}
+
+
+@pytest.mark.parametrize(
+    ("runs", "missing"),
+    [
+        (arms(), []),
+        (arms(ours=89.0), ["within 0.5 points"]),
+        (arms(ours=86.0, exact=86.0), ["above 86.94"]),
+        (arms(cosine=0.98), ["cosine"]),
+        (arms(cosine=None), ["cosine"]),
+        (arms(ours=10.0, exact=10.0), ["learns", "above 86.94"]),
+        (arms(seeds=(0,)), ["2 of 4 runs"]),
+    ],
+)
+def test_curves_need_accuracy_cosine_and_all_runs(runs, missing):
+    judged = curves.judge(runs, 2, points=0.5, above=curves.DEEPZERO)
+    for text in missing:
+        assert any(text in part for part, seen in judged.items() if not seen)
+    assert all(any(text in part for text in missing) for part, seen in judged.items() if not seen)
+
+
+def test_curves_need_something_to_compare():
+    with pytest.raises(InputError, match="--runs"):
+        curves.require_a_pair({"full": {"hzo": [], "backprop": [finished("backprop", 90)]}})
+    curves.require_a_pair(arms())
+
+
+def test_table1_needs_hzo_ahead_at_equal_budget():
+    def judged(theirs, **gone):
+        budget = {method: [finished(method, theirs)] for method in table1.PASSES}
+        budget |= {"hzo": [finished("hzo", 50)], "backprop": [finished("backprop", 50)], **gone}
+        return list(table1.judge({}, budget, 1).values())
+
+    assert judged(40.0) == [True] * 4
+    assert judged(60.0) == [False] * 4
+    assert judged(40.0, spsa=[]) == [False, True, True, True]
+
+
+def precisions(cosine=1.0, behind=0.0):
+    rows = []
+    for dtype in fig5.DTYPES:
+        rows.append({"what": "cosine", "method": "bisect", "dtype": dtype, "activation": "relu", "cosine": cosine})
+        for method, accuracy in (("hzo", 95 - behind), ("backprop", 95)):
+            rows.append(
+                {"what": "training", "method": method, "dtype": dtype, "activation": "relu", "accuracy": accuracy}
+            )
+    return rows
+
+
+def test_fig5_needs_cosine_and_accuracy_in_every_precision():
+    assert all(fig5.judge(precisions()).values())
+    assert list(fig5.judge(precisions(cosine=0.95)).values()) == [False, True, False, True, True, True, True, True]
+    assert list(fig5.judge(precisions(behind=2.0)).values()) == [True, False] * 4

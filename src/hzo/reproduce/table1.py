@@ -183,13 +183,13 @@ def plot(arms: dict[str, curves.Runs], budget: dict[str, list[Trained]]) -> Figu
         there = [(k, by_method[method]) for k, (_, by_method) in enumerate(groups) if by_method[method]]
         bars(left, [k + offset for k, _ in there], [found for _, found in there], COLORS[method], 0.38, method)
     left.set_xticks(range(len(groups)), [name for name, _ in groups])
-    left.legend(loc="lower right")
+    left.legend(loc="upper right")
     shown = [(method, found) for method, found in budget.items() if found]
     for k, (method, found) in enumerate(shown):
         bars(right, [k], [found], COLORS[method], 0.7)
     right.set_xticks(range(len(shown)), [method for method, _ in shown], rotation=20)
     for axes, title in ((left, "HZO beside backprop"), (right, "at equal budget (backprop: equal steps)")):
-        axes.set(ylim=(0, 100), ylabel="test accuracy, %", title=title)
+        axes.set(ylim=(0, 112), ylabel="test accuracy, %", title=title)
     return figure
 
 
