@@ -97,7 +97,7 @@ def accumulated(power, off=1.0):
 )
 def test_accumulation_needs_the_model_and_the_bound(power, off, expected):
     rows = accumulated(power, off)
-    judged = error_accumulation.judge(error_accumulation.of_model(rows), error_accumulation.of_path(rows))
+    judged = error_accumulation.judge(error_accumulation.of_model(rows, "tree", "L"), error_accumulation.of_path(rows))
     assert list(judged.values()) == expected
 
 

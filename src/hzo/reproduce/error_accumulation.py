@@ -36,16 +36,15 @@ def error_accumulation(setting: Setting) -> Finding:
         for depth in depths:
             rows += along_depth(seed, depth, setting.device, draws=2)
             setting.tell(f"error-accumulation: seed {seed}, L = {depth}")
-    model, growth = of_model(rows), of_path(rows)
+    model, growth = of_model(rows, "tree", "L"), of_path(rows)
     parts = judge(model, growth)
-    noisy = {tree: at_input(rows, tree, max(depths), "measured") for tree in model}
-    exact = {tree: at_input(rows, tree, max(depths), "rounding") for tree in model}
+    noisy = {tree: at_input(rows, tree, max(depths), "measured") for tree in growth}
+    exact = {tree: at_input(rows, tree, max(depths), "rounding") for tree in growth}
     found = (
         f"Relative error at the input of {max(depths)} residual stages, readout noise {READOUT:g}: "
         + ", ".join(f"{tree} {error:.3f}" for tree, error in noisy.items())
-        + "; predicted over measured "
-        + ", ".join(f"{ratio:.2f}" for ratio in model.values())
-        + f". Squared errors stay below {max(growth.values()):.2f} × path length × the worst single estimate's. "
+        + f"; predicted over measured {min(model.values()):.2f} to {max(model.values()):.2f}. Squared errors stay "
+        f"below {max(growth.values()):.2f} × path length × the worst single estimate's. "
         f"Without noise, float32 leaves {min(exact.values()):.0e} to {max(exact.values()):.0e}." + in_words(parts)
     )
     return Finding(
@@ -118,13 +117,15 @@ def at_input(rows: list[Row], tree: str, depth: int, what: str) -> float:
     return rms([row[what] for row in select(rows, tree=tree, L=depth, boundary=0)])
 
 
-def of_model(rows: list[Row]) -> dict[str, float]:
-    """By tree, predicted over measured error."""
-
-    def size(tree: str, what: str) -> float:
-        return rms([row[what] for row in select(rows, tree=tree)])
-
-    return {tree: size(tree, "predicted") / size(tree, "measured") for tree in dict.fromkeys(r["tree"] for r in rows)}
+def of_model(rows: list[Row], *keys: str) -> dict[str, float]:
+    """Predicted over measured error, by the values of these keys; root mean squares over all else."""
+    places = dict.fromkeys(tuple(row[key] for key in keys) for row in rows)
+    found = {}
+    for place in places:
+        mine = select(rows, **dict(zip(keys, place, strict=True)))
+        ratio = rms([row["predicted"] for row in mine]) / rms([row["measured"] for row in mine])
+        found[", ".join(map(str, place))] = ratio
+    return found
 
 
 def of_path(rows: list[Row]) -> dict[str, float]:

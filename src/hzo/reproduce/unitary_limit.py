@@ -34,7 +34,10 @@ def unitary_limit(setting: Setting) -> Finding:
             for gain in gains:
                 rows += at_gain(kind, gain, seed, depth, setting.device)
         setting.tell(f"unitary-limit: seed {seed}")
-    model, factors = of_model(rows), {kind: relative(rows, kind) for kind in ("plain", "residual")}
+    model, factors = (
+        of_model(rows, "kind", "gain", "tree"),
+        {kind: relative(rows, kind) for kind in ("plain", "residual")},
+    )
     parts = judge(model, factors)
     found = (
         f"Bisect's error at the input of {depth} stages, relative to gain 1: "
@@ -42,8 +45,7 @@ def unitary_limit(setting: Setting) -> Finding:
             f"{kind} " + ", ".join(f"{factor:.2f}× at {gain:g}" for gain, factor in by_gain.items() if gain != 1)
             for kind, by_gain in factors.items()
         )
-        + ". Predicted over measured "
-        + ", ".join(f"{ratio:.2f} ({tree})" for tree, ratio in model.items())
+        + f". Predicted over measured {min(model.values()):.2f} to {max(model.values()):.2f}"
         + "."
         + (" Contraction alone hurts: where stages expand, relative errors shrink." if shrinking(factors) else "")
         + in_words(parts)
