@@ -19,10 +19,11 @@ from hzo.train.commands import app
 from hzo.train.display import clock
 from hzo.train.environment import commit
 from hzo.train.loop import on_threads
+from hzo.train.loop import train as train_to_the_end
 from hzo.train.options import one_of, whole_numbers
 from hzo.train.plots import STYLE
 from hzo.train.run import device_called
-from hzo.train.terminal import console
+from hzo.train.terminal import console, train_shown
 
 OUT: dict[Scale, Path] = {
     "smoke": Path("runs/reproduction-smoke"),  # a quick look does not replace results of record
@@ -71,6 +72,8 @@ def reproduce_command(
         threads=threads,
         runs=tuple(runs or ()),
         train=train,
+        # Whoever waits for hours sees how far it is; a run of seconds needs no display.
+        train_run=train_to_the_end if size == "smoke" else lambda run: train_shown(run, None, "the same command"),
         tell=lambda line: console.print(f"  {line}", style="dim", highlight=False),
     )
     check(setting)

@@ -11,6 +11,10 @@ from typing import Any, Literal
 import torch
 from matplotlib.figure import Figure
 
+from hzo.train.loop import Result
+from hzo.train.loop import train as train_to_the_end
+from hzo.train.run import Run
+
 Scale = Literal["smoke", "cpu", "gpu"]
 SCALES: tuple[Scale, ...] = ("smoke", "cpu", "gpu")
 Verdict = Literal["holds", "holds in part", "does not hold"]
@@ -28,6 +32,7 @@ class Setting:
         chosen: seeds asked for; None leaves them to the claim.
         runs: folders of finished runs to be used where they fit.
         train: whether runs that are not there are trained; otherwise they are left out and said to be missing.
+        train_run: trains a run to its end; a command shows it, and takes Ctrl-C.
         tell: called with a line about what goes on.
     """
 
@@ -39,6 +44,7 @@ class Setting:
     threads: int = 1
     runs: tuple[Path, ...] = ()
     train: bool = True
+    train_run: Callable[[Run], Result] = train_to_the_end
     tell: Callable[[str], object] = lambda _: None
 
     @property

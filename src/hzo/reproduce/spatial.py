@@ -15,6 +15,7 @@ from hzo.structure import Assume
 
 CLAIM = "Spatial parallel perturbation cuts the cost for convolutions further."
 CHANNELS, BATCH = 4, 4
+COLORS = "C·(2d+1)² directions, capped by the map"
 TOLERANCE = 1e-6  # relative, in float64: central differences of tanh leave about u^(2/3) = 4e-11
 
 
@@ -31,9 +32,10 @@ def spatial(setting: Setting) -> Finding:
     factors = {d: saved[d] / select(rows, depth=d, assume="locality")[0]["queries"] for d in depths}
     worst = max(row["error"] for row in rows)
     found = (
-        f"Colors are C·(2d+1)² for d layers of 3 × 3, capped by the {side} × {side} map: "
+        f"A segment of d layers of 3 × 3 {'takes' if parts[COLORS] else 'does not take'} C·(2d+1)² directions on a "
+        f"{side} × {side} map: "
         + ", ".join(f"{factors[d]:.3g}× fewer queries for d = {d}" for d in depths)
-        + f"; gradients equal backprop's to {worst:.1e} (float64)."
+        + f". Largest relative error to backprop's gradient: {worst:.1e} (float64)."
         + in_words(parts)
     )
     return Finding(
@@ -85,7 +87,7 @@ def measure(seed: int, depth: int, side: int, assume: Assume, device: torch.devi
 def judge(rows: list[Row]) -> dict[str, bool]:
     local, whole = select(rows, assume="locality"), select(rows, assume="nothing")
     return {
-        "C·(2d+1)² directions": all(row["directions"] == row["formula"] for row in rows),
+        COLORS: all(row["directions"] == row["formula"] for row in rows),
         "two queries a direction": all(row["queries"] == 2 * row["directions"] for row in rows),
         "as exact as coordinate by coordinate": all(row["error"] <= TOLERANCE for row in rows),
         "fewer queries": all(a["queries"] < b["queries"] for a, b in zip(local, whole, strict=True)),

@@ -17,7 +17,6 @@ from hzo.train.config import TrainConfig, read_config
 from hzo.train.data import BUNDLED
 from hzo.train.files import CONFIG, METRICS, SUMMARY, read_metrics
 from hzo.train.images import Dataset
-from hzo.train.loop import train
 from hzo.train.plots import Record
 from hzo.train.run import load_data, resume, start
 
@@ -106,7 +105,7 @@ def trained(config: TrainConfig, setting: Setting, datasets: dict[str, Dataset])
     begun = (own / CONFIG).is_file()
     setting.tell(f"{'going on with' if begun else 'training'} {own.name}")
     run = (resume if begun else start)(config, own, datasets[key])
-    result = train(run)
+    result = setting.train_run(run)
     setting.tell(f"{own.name}: {100 * result.test_accuracy:.2f} % in {result.seconds:,.0f} s")
     return finished(own)
 
