@@ -27,7 +27,8 @@ class Experiment:
 
     Attributes:
         about: in a few words.
-        hours: at scale "cpu", on one core of a laptop.
+        hours: at scale "cpu", on one core that has nothing else to do, beyond runs that others of the list have made;
+            estimates, from shares of each that were timed.
         data: that cannot be done without at scales "cpu" and "gpu".
     """
 
@@ -39,16 +40,16 @@ class Experiment:
 
 
 EXPERIMENTS = (
-    Experiment("theorem1", "the error falls with the step, at the scheme's order", theorem1, 0.05),
-    Experiment("complexity", "counted stage evaluations and the recurrence", complexity, 0.02),
-    Experiment("error-accumulation", "errors along the depth and the error model", error_accumulation, 0.3),
+    Experiment("theorem1", "the error falls with the step, at the scheme's order", theorem1, 0.02),
+    Experiment("complexity", "counted stage evaluations and the recurrence", complexity, 0.01),
+    Experiment("error-accumulation", "errors along the depth and the error model", error_accumulation, 0.1),
     Experiment("unitary-limit", "errors against the stages' gain", unitary_limit, 0.1),
-    Experiment("fig1", "cosine with backprop against depth, standard ZO beside", fig1, 1.0),
-    Experiment("fig2", "training curves on CIFAR-10, HZO beside backprop", fig2, 10.0, "cifar10"),
-    Experiment("fig3", "training curves on ten ImageNet classes", fig3, 8.0, "imagenet"),
-    Experiment("fig4", "cost against depth and width, exponents", fig4, 0.05),
-    Experiment("fig5", "activations and precisions: cosine, trained accuracy", fig5, 0.5),
-    Experiment("table1", "accuracies, and other estimates at equal budget", table1, 6.0, "cifar10"),
+    Experiment("fig1", "cosine with backprop against depth, standard ZO beside", fig1, 0.4),
+    Experiment("fig2", "training curves on CIFAR-10, HZO beside backprop", fig2, 7, "cifar10"),
+    Experiment("fig3", "training curves on ten ImageNet classes", fig3, 4, "imagenet"),
+    Experiment("fig4", "cost against depth and width, exponents", fig4, 0.01),
+    Experiment("fig5", "activations and precisions: cosine, trained accuracy", fig5, 0.3),
+    Experiment("table1", "accuracies, and other estimates at equal budget", table1, 4, "cifar10"),
     Experiment("spatial", "colors instead of elements in convolutions", spatial, 0.02),
 )
 
