@@ -13,6 +13,7 @@ def main() -> None:
     """Run the command line; the console script and ``python -m hzo`` enter here."""
     try:
         commands = importlib.import_module("hzo.train.commands")
+        importlib.import_module("hzo.reproduce.command")  # adds itself
     except ModuleNotFoundError as missing:
         package = (missing.name or "").partition(".")[0]
         if package not in _EXTRA:

@@ -15,6 +15,7 @@ from hzo.train import models
         ("mlp", (3, 8, 8), None),
         ("cnn", (3, 32, 32), None),
         ("cnn", (3, 20, 20), None),
+        ("plain-cnn", (1, 8, 8), None),
         ("resnet20", (3, 32, 32), 269_722),  # the figure that the literature gives
         ("resnet20", (3, 64, 64), 269_722 + (5 * 5 - 3 * 3) * 3 * 16),  # a stem of 5 × 5 with stride 2
     ],

@@ -27,7 +27,7 @@ PIXELS = 3 * 32 * 32
 
 def load_cifar10(data_dir: Path) -> Dataset:
     """Read the official Python archive, unpacked at ``data_dir`` or in a folder of it."""
-    folder = _find(data_dir)
+    folder = find_cifar10(data_dir)
     parts = [_read_batch(folder / name) for name in TRAIN_FILES]
     train_images = np.concatenate([images for images, _ in parts])
     train_labels = np.concatenate([labels for _, labels in parts])
@@ -63,7 +63,8 @@ def _split(images: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> Split:
     return Split(labels=torch.from_numpy(labels), fetch=lambda indices: stored[indices])
 
 
-def _find(data_dir: Path) -> Path:
+def find_cifar10(data_dir: Path) -> Path:
+    """The folder of the batch files: ``data_dir`` or one in it."""
     for folder in (data_dir, data_dir / FOLDER):
         if (folder / TEST_FILE).is_file() or (folder / TRAIN_FILES[0]).is_file():
             return folder

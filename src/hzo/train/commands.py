@@ -43,7 +43,9 @@ from hzo.train.options import (
     Tree,
     Width,
     given_options,
+    listed,
     one_of,
+    whole_numbers,
 )
 from hzo.train.plan_command import plan_command
 from hzo.train.recipes import recipe
@@ -184,8 +186,8 @@ def compare_command(
         by_name = _rates(rates or [])
         configs = [
             recipe(**given, method=method, seed=seed, lr=by_name.get(method, by_name.get("")))
-            for method in _listed(methods)
-            for seed in _numbers(seeds)
+            for method in listed(methods)
+            for seed in whole_numbers(seeds)
         ]
         if not configs:
             raise InputError("expected at least one method and one seed to compare.")
@@ -199,17 +201,6 @@ def compare_command(
     console.print(comparing.table(outcomes))
     for what, name in (("table", comparing.TABLE), ("results", comparing.RESULTS), ("plot", comparing.PLOT)):
         console.print(f"  {what:8} {out / name}", highlight=False, soft_wrap=True)
-
-
-def _listed(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _numbers(text: str) -> list[int]:
-    parts = _listed(text)
-    if not all(part.isdigit() for part in parts):
-        raise InputError(f"expected seeds to be whole numbers with commas between (0,1,2), got {text!r}.")
-    return [int(part) for part in parts]
 
 
 def _rates(given: list[str]) -> dict[str, float]:

@@ -11,8 +11,8 @@ from typing import Any, get_args, get_type_hints
 
 from hzo.errors import CheckpointError, InputError
 
-DATA = ("digits", "cifar10", "imagefolder")
-MODELS = ("mlp", "plain-mlp", "cnn", "resnet20")
+DATA = ("digits", "cifar10", "imagefolder", "digit-images")
+MODELS = ("mlp", "plain-mlp", "cnn", "resnet20", "plain-cnn")
 METHODS = ("hzo", "backprop", "coordinate", "spsa", "mezo", "forward-gradient", "node-perturbation")
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("one-cycle", "cosine", "constant")

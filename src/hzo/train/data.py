@@ -15,18 +15,22 @@ from hzo.train.cifar import load_cifar10
 from hzo.train.imagefolder import load_imagefolder
 from hzo.train.images import Dataset, Split
 
+BUNDLED: dict[str, tuple[int, ...]] = {"digits": (64,), "digit-images": (1, 8, 8)}  # by name, the shape of an example
 DIGITS_TEST = 360  # of 1,797; the split is fixed, so that runs with different seeds are tested on the same digits
 
 
-def digits() -> Dataset:
-    """The 8 × 8 handwritten digits that come with scikit-learn: 1,437 to learn from, 360 to be tested on."""
+def digits(shape: tuple[int, ...] = (64,)) -> Dataset:
+    """The 8 × 8 handwritten digits that come with scikit-learn: 1,437 to learn from, 360 to be tested on.
+
+    Vectors, or of another ``shape``.
+    """
     bunch = load_digits()
     values = bunch.data.astype(np.float32)
     labels = bunch.target.astype(np.int64)
     train, test = train_test_split(np.arange(len(labels)), test_size=DIGITS_TEST, random_state=0, stratify=labels)
 
     def split(rows: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Split:
-        stored = torch.from_numpy(values[rows])
+        stored = torch.from_numpy(values[rows]).reshape(-1, *shape)
         return Split(labels=torch.from_numpy(labels[rows]), fetch=lambda indices: stored[indices])
 
     # One mean and one deviation for all pixels. With one for each, the nearly empty pixels at the rim are
@@ -37,22 +41,22 @@ def digits() -> Dataset:
         train=split(train),
         test=split(test),
         classes=tuple(str(name) for name in bunch.target_names),
-        shape=(64,),
+        shape=shape,
         mean=torch.tensor(mean),
         std=torch.tensor(std),
     )
 
 
 def load(name: str, data_dir: Path | None = None, *, image_size: int = 64) -> Dataset:
-    """The data set ``name``: "digits" needs nothing, the others the folder that their files are in."""
-    if name == "digits":
-        return digits()
+    """The data set ``name``: the digits need nothing, the others the folder that their files are in."""
+    if name in BUNDLED:
+        return digits(BUNDLED[name])
     readers: dict[str, Callable[[Path], Dataset]] = {
         "cifar10": load_cifar10,
         "imagefolder": lambda folder: load_imagefolder(folder, image_size),
     }
     if name not in readers:
-        raise InputError(f"expected data to be one of digits, {', '.join(readers)}, got {name!r}.")
+        raise InputError(f"expected data to be one of {', '.join([*BUNDLED, *readers])}, got {name!r}.")
     if data_dir is None:
         raise DataError(f"{name} is read from files of yours: say where they are with --data-dir DIR.")
     if not data_dir.exists():

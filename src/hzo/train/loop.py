@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from hzo.train.environment import environment
+from hzo.train.environment import commit, environment
 from hzo.train.files import CURVES, METRICS, SUMMARY, MetricsLog, disk_errors, read_metrics
 from hzo.train.images import batch_indices
 from hzo.train.plots import run_curves
@@ -80,6 +80,7 @@ def train(
     stop: Callable[[], bool] = lambda: False,
 ) -> Result:
     """Train to the end, to step ``max_steps``, or until ``stop()``; leaves a checkpoint in any case."""
+    commit()  # of the code as it is now: a long run outlives its checkout
     with on_threads(run.config.threads):
         loss, newest = _steps(run, max_steps, watch, stop)
         test_loss, test_accuracy = run.test()
@@ -212,7 +213,7 @@ def write_summary(run: Run, result: Result) -> None:
         "cost": result.cost,
         "seconds": round(result.seconds, 3),
         "checkpoint": str(result.checkpoint.relative_to(run.out)),
-        "environment": environment(run.device),
+        "environment": {**environment(run.device), "threads": run.config.threads},
     }
     with disk_errors(f"writing {run.out / SUMMARY}", f"`hzo train --resume {run.out}`"):
         replace_file(run.out / SUMMARY, (json.dumps(values, indent=2) + "\n").encode())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -57,12 +58,24 @@ def cnn(
     shape: tuple[int, ...], classes: int, *, depth: int = 8, width: int = 16, activation: str = "gelu"
 ) -> nn.Module:
     """A residual CNN without normalization: patches to an 8 × 8 map, ``depth`` blocks of one 3 × 3 layer, head."""
-    channels, height, _ = shape
-    patch = max(1, height // 8)
     scale = min(0.5, 8 / depth)
     blocks = [Residual(nn.Conv2d(width, width, 3, padding=1), _ACTIVATIONS[activation](), scale) for _ in range(depth)]
+    return _on_patches(shape, classes, width, blocks)
+
+
+def plain_cnn(
+    shape: tuple[int, ...], classes: int, *, depth: int = 8, width: int = 16, activation: str = "gelu"
+) -> nn.Module:
+    """The same without skips."""
+    layers = [nn.Sequential(nn.Conv2d(width, width, 3, padding=1), _ACTIVATIONS[activation]()) for _ in range(depth)]
+    return _on_patches(shape, classes, width, layers)
+
+
+def _on_patches(shape: tuple[int, ...], classes: int, width: int, body: Sequence[nn.Module]) -> nn.Module:
+    channels, height, _ = shape
+    patch = max(1, height // 8)
     stem = nn.Conv2d(channels, width, patch, stride=patch)
-    return nn.Sequential(stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
+    return nn.Sequential(stem, *body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
 
 
 class BasicBlock(nn.Module):
@@ -115,6 +128,16 @@ def resnet(
     return nn.Sequential(stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
 
 
+_OF_IMAGES: dict[str, Callable[..., nn.Module]] = {"cnn": cnn, "resnet20": resnet, "plain-cnn": plain_cnn}
+_MAKERS: dict[str, Callable[..., nn.Module]] = {"mlp": mlp, "plain-mlp": plain_mlp, **_OF_IMAGES}
+
+
+def own_size(name: str) -> dict[str, Any]:
+    """Depth, width and activation that a network has where none are asked for."""
+    parameters = inspect.signature(_MAKERS[name]).parameters
+    return {key: parameters[key].default for key in ("depth", "width", "activation")}
+
+
 def initialise(model: nn.Module, seed: int) -> None:
     """Set every weight from ``seed`` alone: the same numbers whatever else was drawn before, on any device.
 
@@ -150,16 +173,14 @@ def build(
     asked = {"depth": depth, "width": width, "activation": activation}
     own: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
     if name in ("mlp", "plain-mlp"):
-        make = mlp if name == "mlp" else plain_mlp
-        body = make(math.prod(shape), classes, **own)
+        body = _MAKERS[name](math.prod(shape), classes, **own)
         model = body if len(shape) == 1 else nn.Sequential(nn.Flatten(), *body.children())
-    elif name in ("cnn", "resnet20"):
+    elif name in _OF_IMAGES:
         if len(shape) != 3:
             raise InputError(f"expected images for {name}, the data give vectors of {shape[0]}: choose --model mlp.")
-        maker = cnn if name == "cnn" else resnet
-        model = maker(shape, classes, **own)
+        model = _OF_IMAGES[name](shape, classes, **own)
     else:
-        raise InputError(f"expected a model of the names mlp, plain-mlp, cnn, resnet20, got {name!r}.")
+        raise InputError(f"expected a model of the names mlp, plain-mlp, {', '.join(_OF_IMAGES)}, got {name!r}.")
     with torch.no_grad():
         initialise(model, seed)
     return model

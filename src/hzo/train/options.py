@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from hzo.errors import InputError
 from hzo.train import config as names
 
 
@@ -53,3 +54,16 @@ def given_options(values: dict[str, Any]) -> dict[str, Any]:
     if given.get("tree", "").lstrip("-").isdigit():
         given["tree"] = int(given["tree"])
     return given
+
+
+def listed(text: str) -> list[str]:
+    """The parts of an option with commas between."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def whole_numbers(text: str) -> list[int]:
+    """Seeds, with commas between."""
+    parts = listed(text)
+    if not all(part.isdigit() for part in parts):
+        raise InputError(f"expected seeds to be whole numbers with commas between (0,1,2), got {text!r}.")
+    return [int(part) for part in parts]

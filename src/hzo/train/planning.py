@@ -17,6 +17,7 @@ import hzo
 from hzo.errors import HzoError
 from hzo.train import models
 from hzo.train.config import TrainConfig
+from hzo.train.data import BUNDLED
 from hzo.train.images import epoch_order, make_batch
 from hzo.train.methods import CHUNK_BYTES
 from hzo.train.run import device_of, load_data, loss_fn
@@ -66,7 +67,7 @@ class Outcome:
 def problem(config: TrainConfig) -> Problem:
     """The network and its first batch: real where the data are at hand, else random numbers of their shape."""
     device, dtype = device_of(config), getattr(torch, config.dtype)
-    real = config.data == "digits" or config.data_dir is not None
+    real = config.data in BUNDLED or config.data_dir is not None
     if real:
         dataset = load_data(config)
         shape, classes = dataset.shape, len(dataset.classes)

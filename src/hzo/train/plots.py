@@ -83,13 +83,13 @@ def run_curves(records: Sequence[Record], path: Path, *, title: str, method: str
         x, y = series(records, "test_accuracy")
         accuracy.plot(x, y, color="#D55E00", marker="o", markersize=4, label="test")
         accuracy.set_title("accuracy")
-        _accuracy_axis(accuracy)
+        accuracy_axis(accuracy)
         if len(y):
             _note_last(accuracy, x[-1], y[-1], f"{100 * y[-1]:.1f} %")
         accuracy.legend(loc="lower right")
 
         for cosine in rest:
-            _cosine_panel(cosine, [(series(records, "cosine"), color, method)])
+            cosine_panel(cosine, [(series(records, "cosine"), color, method)])
         (accuracy, *rest)[-1].set_xlabel("step")
         save(figure, path)
 
@@ -102,16 +102,16 @@ def comparison(runs: Mapping[str, Sequence[Sequence[Record]]], path: Path, *, ti
         figure.suptitle(title, x=0.01, ha="left", fontsize=12)
         for method, seeds in runs.items():
             color = COLORS.get(method, "#777777")
-            _spread(by_step, [series(r, "test_accuracy") for r in seeds], color, method)
-            _spread(by_cost, [series(r, "test_accuracy", "cost") for r in seeds], color, method)
-            _spread(loss, [_running(series(r, "loss")) for r in seeds], color, method)
+            spread(by_step, [series(r, "test_accuracy") for r in seeds], color, method)
+            spread(by_cost, [series(r, "test_accuracy", "cost") for r in seeds], color, method)
+            spread(loss, [running(series(r, "loss")) for r in seeds], color, method)
         by_step.set(title="test accuracy", xlabel="step")
         by_cost.set(title="test accuracy by cost", xlabel="cost, in forward passes", xscale="log")
-        _accuracy_axis(by_step)
-        _accuracy_axis(by_cost)
+        accuracy_axis(by_step)
+        accuracy_axis(by_cost)
         loss.set(title="training loss", xlabel="step", ylim=(0, None))
         lines = [(series(r, "cosine"), COLORS.get(m, "#777777"), m) for m, seeds in runs.items() for r in seeds]
-        _cosine_panel(cosine, lines)
+        cosine_panel(cosine, lines)
         cosine.set_xlabel("step")
         handles, labels = by_step.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=max(1, len(labels)))
@@ -121,15 +121,15 @@ def comparison(runs: Mapping[str, Sequence[Sequence[Record]]], path: Path, *, ti
 def _noisy(axes: Axes, values: Series, color: str, label: str) -> None:
     x, y = values
     axes.plot(x, y, color=color, alpha=0.22, linewidth=0.8)
-    axes.plot(*_running(values), color=color, label=label)
+    axes.plot(*running(values), color=color, label=label)
 
 
-def _running(values: Series) -> Series:
+def running(values: Series) -> Series:
     x, y = values
     return x, smoothed(y, max(3, len(y) // 30))
 
 
-def _spread(axes: Axes, lines: Sequence[Series], color: str, label: str) -> None:
+def spread(axes: Axes, lines: Sequence[Series], color: str, label: str) -> None:
     length = min(len(x) for x, _ in lines)
     if length == 0:
         return
@@ -153,7 +153,7 @@ def _spread(axes: Axes, lines: Sequence[Series], color: str, label: str) -> None
         axes.fill_between(x, y.min(axis=0), y.max(axis=0), color=color, alpha=0.15, linewidth=0)
 
 
-def _accuracy_axis(axes: Axes) -> None:
+def accuracy_axis(axes: Axes) -> None:
     axes.set_ylim(0, 1.03)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
 
@@ -162,7 +162,7 @@ def _note_last(axes: Axes, x: float, y: float, text: str) -> None:
     axes.annotate(text, (x, y), textcoords="offset points", xytext=(0, -14), ha="right", va="top", color="#D55E00")
 
 
-def _cosine_panel(axes: Axes, lines: Sequence[tuple[Series, str, str]]) -> None:
+def cosine_panel(axes: Axes, lines: Sequence[tuple[Series, str, str]]) -> None:
     axes.set_title("cosine with backprop")
     drawn = [(x, y, color) for (x, y), color, _ in lines if len(y)]
     if not drawn:

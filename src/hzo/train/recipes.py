@@ -7,10 +7,12 @@ from typing import Any
 import torch
 
 from hzo.train.config import TrainConfig
+from hzo.train.data import BUNDLED
 
 # The main job's are the defaults of TrainConfig itself.
 _BY_DATA: dict[str, dict[str, Any]] = {
     "digits": {},
+    "digit-images": {"model": "cnn"},
     "cifar10": {
         "model": "cnn",
         "batch_size": 128,
@@ -48,7 +50,7 @@ def recipe(**given: Any) -> TrainConfig:
     }
     if "lr" not in asked and (share := _RANDOM_RATE.get(settings.get("method", "hzo"))) is not None:
         settings["lr"] = settings.get("lr", TrainConfig.lr) * share
-    if settings.get("data", "digits") != "digits":
+    if settings.get("data", "digits") not in BUNDLED:
         # The digits' network is so small that a second thread gains little, and much is lost where cores are shared.
         settings.setdefault("threads", torch.get_num_threads())
     return TrainConfig(**settings)

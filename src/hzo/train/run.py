@@ -141,14 +141,17 @@ def evaluate_batch(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, int]:
 
 
 def device_of(config: TrainConfig) -> torch.device:
+    return device_called(config.device)
+
+
+def device_called(name: str) -> torch.device:
+    """The device of this name, if this machine has it."""
     try:
-        device = torch.device(config.device)
+        device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: a build of torch without CUDA
         reason = str(error).splitlines()[0]
-        raise InputError(
-            f"expected a device that this machine has, got {config.device!r} ({reason}): try cpu."
-        ) from None
+        raise InputError(f"expected a device that this machine has, got {name!r} ({reason}): try cpu.") from None
     return device
 
 
