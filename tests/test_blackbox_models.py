@@ -290,6 +290,15 @@ class TestPromises:
             compare(model, x, y, torch.tanh)
         assert count.queries == 2 * 5
 
+    def test_the_step_of_a_declared_module(self):
+        class Rounding(nn.Module):
+            def forward(self, x):
+                return x.round()
+
+        x = normal(5, 4).requires_grad_()
+        hzo.blackbox(hzo.declare(Rounding(), "elementwise", step=0.5))(3 * x).sum().backward()
+        assert torch.allclose(x.grad, torch.full_like(x, 3.0), rtol=1e-12)
+
     def test_are_made_of_one_callable(self):
         with pytest.raises(InputError, match=r"one by one: hzo\.declare"):
             hzo.blackbox([physics, squash], elementwise=True)

@@ -63,6 +63,20 @@ def test_a_declared_step_goes_before_that_of_the_plan():
     assert worst(relative_errors(with_step, without)) <= 1e-9
 
 
+def test_the_widest_step_of_all_that_read_a_value():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fine = hzo.declare(Quantizer(), "elementwise", step=QUANTUM / 2)
+            self.coarse = hzo.declare(Quantizer(), "elementwise", step=QUANTUM)
+
+        def forward(self, x):
+            return self.fine(x) + self.coarse(x)
+
+    chain = hzo.trace(nn.Sequential(nn.Linear(5, 6), Two()), torch.randn(8, 5))
+    assert {node.distance for node in hzo.plan(chain, assume="locality").nodes} == {QUANTUM}
+
+
 @pytest.mark.parametrize("step", [0, -1.0, float("nan"), float("inf"), "half"])
 def test_a_step_that_is_none_cannot_be_declared(step):
     with pytest.raises(InputError, match="expected a positive finite step"):
@@ -197,6 +211,14 @@ class TestInputsThatRequireAGradient:
             assert (count.queries, count.stage_evaluations) == (plan.queries, plan.stage_evaluations)
             data = hzo.plan(hzo.trace(model, x.detach()), tree=tree, assume="nothing")
             assert plan.queries == data.queries + 2 * 4 * 6
+
+    @pytest.mark.parametrize(("tree", "hops"), [("stagewise", 5), ("bisect", 5), ("flat", 1), ("planned", 1)])
+    def test_a_tree_goes_over_all_boundaries_where_nothing_is_trained(self, tree, hops):
+        model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(5))).requires_grad_(False)
+        chain = hzo.trace(model, torch.randn(6, 4, requires_grad=True))
+        plan = hzo.plan(chain, tree=tree, assume="nothing")
+        assert len(plan.hops) == hops
+        assert {node.target for node in plan.nodes} >= {0}
 
     def test_one_that_hangs_on_another_graph_is_data(self):
         model, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(6, 4, requires_grad=True)
