@@ -267,6 +267,8 @@ class TestIgnoredParameters:
             gradients(model, x, y)
 
     def test_options(self):
+        with pytest.raises(InputError, match="expected noise to be a number"):
+            hzo.blackbox(physics, noise="loud")
         with pytest.raises(InputError, match="'perturbed' or 'ignored'"):
             hzo.blackbox(physics, parameters="lost")
 
@@ -279,7 +281,7 @@ class TestPromises:
         assert count.queries == 2 * 5
 
     def test_declared(self):
-        model, x, y = problem(hzo.blackbox(lambda a: 3 * a.flip(-1) + 1, promises=["affine"]))
+        model, x, y = problem(hzo.blackbox(lambda a: 3 * a.flip(-1) + 1, promises="affine"))
         with hzo.count_queries() as count:
             compare(model, x, y, lambda a: 3 * a.flip(-1) + 1)
         assert count.queries < 2 * 5 * 4
@@ -461,6 +463,29 @@ class TestTheRestOfTorch:
         found, x.grad = x.grad, None
         (2 * physics(x)).sum().backward()
         assert torch.allclose(found, x.grad, rtol=TOLERANCE)
+
+    def test_autocast(self):
+        """Queries compute in the dtype of the forward pass, though autograd runs them outside its context."""
+        seen = set()
+        layer = nn.Linear(4, 4).requires_grad_(False)
+
+        def watched(x):
+            y = layer(x)
+            seen.add(y.dtype)
+            return torch.tanh(y)
+
+        box, x = hzo.blackbox(watched), torch.randn(64, 4, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            box(x).sum().backward()
+        found, x.grad = x.grad, None
+        with torch.autocast("cpu", torch.bfloat16):
+            y = box(x)
+        assert seen == {torch.bfloat16}
+        y.sum().backward()
+        assert seen == {torch.bfloat16}
+        assert torch.equal(found, x.grad)
+        (reference,) = torch.autograd.grad(torch.tanh(layer(x)).sum(), x)
+        assert F.cosine_similarity(found.flatten(), reference.flatten(), dim=0) > 0.99
 
     def test_evaluation(self):
         model, x, _ = problem(hzo.blackbox(physics))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hzo import queries
 from hzo.bridge import Pass, forget, in_dtype_of, planned, through
 from hzo.chain import Chain, Stages
-from hzo.declaring import Promise, declare, declared, declared_step
+from hzo.declaring import Local, Promise, declare, declared, declared_step
 from hzo.differences import Scheme, check_scheme, check_step
 from hzo.errors import InputError
 from hzo.guarded import Guarded
@@ -37,7 +37,7 @@ def blackbox(
     timeout: float | None = None,
     name: str | None = None,
     elementwise: bool = False,
-    promises: Sequence[Promise] | Literal["inferred"] = (),
+    promises: Promise | Sequence[Promise] = (),
     parameters: Literal["perturbed", "ignored"] = "perturbed",
     tree: Tree = "planned",
     assume: Assume = "structure",
@@ -96,8 +96,11 @@ def blackbox(
     ignores = parameters == "ignored"
     check_step(step)
     check_smoothing(mu, draws, check_scheme(scheme), modelled=noise is not None)
-    known = (*(("elementwise",) if elementwise else ()), *(promises if promises != "inferred" else ()))
-    if (known or promises) and (isinstance(f, (Chain, list, tuple))):
+    if isinstance(noise, str) and noise != "measured":
+        raise InputError(f"expected noise to be a number, an hzo.Noise, 'measured' or None, got {noise!r}")
+    said = (promises,) if isinstance(promises, (str, Local)) else tuple(promises)
+    known = (*(("elementwise",) if elementwise else ()), *(p for p in said if p != "inferred"))
+    if (known or said) and (isinstance(f, (Chain, list, tuple))):
         raise InputError("promises are made of one callable; give those of a chain one by one: hzo.declare(part, …)")
 
     def guard(part: Part, of: str) -> nn.Module:
@@ -130,7 +133,7 @@ def blackbox(
     }
     if noise is not None and noise != "measured":
         options["noise"] = noise
-    return BlackBox(stages, options, measured=noise == "measured", inferred=promises == "inferred", memory=memory)
+    return BlackBox(stages, options, measured=noise == "measured", inferred="inferred" in said, memory=memory)
 
 
 def _name(f: Any) -> str:

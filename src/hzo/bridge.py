@@ -67,6 +67,7 @@ class Pass:
     activities: Activities = field(init=False)
     structure: Any = None
     seed: int = 0
+    autocast: tuple[str, torch.dtype | None] = ("cpu", None)
 
     @property
     def repeats(self) -> bool:
@@ -125,6 +126,8 @@ def with_cotangent(given: Callable[[], tuple[Tensor, Tensor]], output: Tensor) -
 
 def _forward(this: Pass, inputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """A base pass, whose activities wait for the backward pass."""
+    device = inputs[0].device.type
+    this.autocast = device, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     this.inputs = tuple(t.detach().requires_grad_(w) for t, w in zip(inputs, this.wanted, strict=True))
     this.parameters = {n: p.detach().requires_grad_() for n, p in zip(this.names, parameters, strict=True)}
 
@@ -163,7 +166,8 @@ def _backward(this: Pass, cotangents: Sequence[Tensor | None]) -> list[Tensor | 
         activities = replace(
             this.activities, values=dict(this.activities.values)
         )  # a sweep lets go of what it has read
-        with contained([this.stages]):
+        device, dtype = this.autocast  # autograd runs a backward pass outside the user's autocast
+        with contained([this.stages]), torch.autocast(device, dtype=dtype, enabled=dtype is not None):
             if this.repeats:
                 _check_same(this)
             return sweep(graph, plan, schedule(graph, plan), activities, at_end, memory=this.memory, seed=this.seed)
