@@ -65,12 +65,12 @@ use_environment() {
     say "installing hzo[$extra] there (minutes the first time)"
     # The constraints pin torch: left open, pip takes the newest build there is, on Linux one for CUDA.
     if ! install -e ".[$extra]"; then
-        say "could not install hzo[$extra]; what pip says above names the package, which comes from its index"
+        say "could not install hzo[$extra], see above; the first time, pip must reach its package index"
         return 1
     fi
     # Of its dependencies it imports none but torch, numpy and scipy; torchvision would be one more thing to match torch.
     if [ "$extra" = parts ] && ! install --no-deps --only-binary aihwkit aihwkit; then
-        say "could not install aihwkit; its index must be reachable, and have a wheel for this Python (1.1.0: 3.10 to 3.12)"
+        say "could not install aihwkit, see above; pip's index must have a wheel for this Python (1.1.0: 3.10 to 3.12)"
         return 1
     fi
     fingerprint >"$venv/installed-$extra"
