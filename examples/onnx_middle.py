@@ -14,11 +14,12 @@ from digits import compare, last_layer_only, options, train
 WIDTH = 16
 
 
-def pretrained(seed: int, epochs: int = 20) -> nn.Sequential:
+def pretrained(seed: int, split: str = "train") -> nn.Sequential:
     """Two layers of a network that told zeros to fours apart."""
     torch.manual_seed(seed)
     middle = nn.Sequential(nn.Linear(WIDTH, 64), nn.Tanh(), nn.Linear(64, WIDTH), nn.Tanh())
-    train(nn.Sequential(nn.Linear(64, WIDTH), nn.Tanh(), *middle, nn.Linear(WIDTH, 5)), epochs, lr=5e-3, classes=5)
+    whole = nn.Sequential(nn.Linear(64, WIDTH), nn.Tanh(), *middle, nn.Linear(WIDTH, 5))
+    train(whole, epochs=20, lr=5e-3, split=split, classes=5)
     return middle.requires_grad_(False)
 
 
@@ -40,8 +41,8 @@ def black_box(file: bytes) -> nn.Module:
     return hzo.blackbox(lambda x: session.run(None, {"x0": x})[0], numpy=True)
 
 
-def network(how: str, seed: int) -> nn.Module:
-    middle = pretrained(seed)  # autograd through it is what nobody has who only has the file
+def network(how: str, seed: int, split: str = "train") -> nn.Module:
+    middle = pretrained(seed, split)  # autograd through it is what nobody has who only has the file
     torch.manual_seed(seed + 1)
     inner = black_box(exported(middle)) if how == "hzo" else middle
     return nn.Sequential(nn.Linear(64, WIDTH), nn.Tanh(), inner, nn.Linear(WIDTH, 10))

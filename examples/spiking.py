@@ -12,12 +12,13 @@ import hzo
 from digits import compare, last_layer_only, options
 
 HIDDEN, STEPS, DECAY = 64, 10, 0.9
+STEP = 1.0  # of the query, in thresholds
 
 
 def neurons(how: str) -> nn.Module:
     """(current, membrane) -> (spike, membrane), each neuron for itself."""
     if how == "hzo":
-        return hzo.blackbox(snn.Leaky(DECAY, surrogate_disable=True), elementwise=True, step=1.0)
+        return hzo.blackbox(snn.Leaky(DECAY, surrogate_disable=True), elementwise=True, step=STEP)
     return snn.Leaky(DECAY, spike_grad=snn.surrogate.atan() if how == "atan" else snn.surrogate.fast_sigmoid())
 
 

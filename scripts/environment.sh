@@ -1,7 +1,7 @@
-# Sourced by train.sh and test.sh: gives the checkout a virtual environment of its own, .venv, and keeps it up to date.
+# Sourced by the scripts beside it: gives the checkout a virtual environment of its own, .venv, and keeps it up to date.
 #
-#   use_environment EXTRA    install hzo with its extra EXTRA (train or dev) into .venv, unless that was done already;
-#                            afterwards "$venv/bin" has it
+#   use_environment EXTRA    install hzo with its extra EXTRA (train, dev, parts) into .venv, unless that was done
+#                            already; afterwards "$venv/bin" has it
 #
 # Expects $root, the directory of the checkout. PYTHON names the interpreter to start from; without it, the first one
 # on the path that is recent enough.
@@ -40,11 +40,17 @@ fingerprint() {
     cksum <"$root/constraints.txt"
 }
 
+install() {
+    (cd "$root" && "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt "$@")
+}
+
 use_environment() {
     extra=$1
     venv=$root/.venv
     # The extra "dev" holds all of "train".
-    for stamp in "$venv/installed-$extra" "$venv/installed-dev"; do
+    case $extra in train) holders="train dev" ;; *) holders=$extra ;; esac
+    for holder in $holders; do
+        stamp=$venv/installed-$holder
         if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$(fingerprint)" ] && is_usable; then return 0; fi
     done
     if ! is_usable; then
@@ -58,7 +64,14 @@ use_environment() {
     fi
     say "installing hzo[$extra] there (minutes the first time)"
     # The constraints pin torch: left open, pip takes the newest build there is, on Linux one for CUDA.
-    (cd "$root" && "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-        -c constraints.txt -e ".[$extra]")
+    if ! install -e ".[$extra]"; then
+        say "could not install hzo[$extra], see above; the first time, pip must reach its package index"
+        return 1
+    fi
+    # Of its dependencies it imports none but torch, numpy and scipy; torchvision would be one more thing to match torch.
+    if [ "$extra" = parts ] && ! install --no-deps --only-binary aihwkit aihwkit; then
+        say "could not install aihwkit, see above; pip's index must have a wheel for this Python (1.1.0: 3.10 to 3.12)"
+        return 1
+    fi
     fingerprint >"$venv/installed-$extra"
 }
