@@ -224,10 +224,13 @@ def plot(rows: list[Row]) -> Figure:
         (PLAIN, "layer_mean", "plain: mean over layers"),
     )
     panels = figure.subplots(1, 3, sharey=True)
+    depths = sorted({row["L"] for row in rows})
     for axes, (network, what, title) in zip(panels, shown, strict=True):
         for method in (*TREES, *STANDARD):
             draw(axes, rows, network, method, what, label=method)
         axes.set(title=title, xlabel="depth L", ylim=(-0.05, 1.05))
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(depths, [str(depth) for depth in depths])
     for network, style in ((NETWORKS[2], ":"), (NETWORKS[3], "-.")):
         draw(panels[2], rows, network, "bisect", "layer_mean", style=style, label=f"bisect, {network.name[7:]}")
     panels[0].set_ylabel("cosine with backprop")
@@ -249,5 +252,3 @@ def draw(axes: Any, rows: list[Row], network: Network, method: str, what: str, *
             "ls": style if tree else (0, (4, 2)),
         }
         axes.errorbar(depths, means, spreads, ms=5, mfc="none", capsize=2, lw=1.3, label=label, **look)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(depths, [str(depth) for depth in depths])
