@@ -243,9 +243,6 @@ def rows_of(name: str, part: Part, seeds: list[int], quick: bool) -> list[dict[s
     for method in ("hzo", *part.references, "spsa", "frozen"):
         started = time.perf_counter()
         point, tried = tuned(part, method, samples, quick)
-        if method == "hzo":
-            price = passes(part.network("hzo", 0))  # by the step that was chosen
-            samples = math.ceil(price / 2)
         epochs = max(1, part.epochs // 10) if quick else part.epochs
         runs = [run(part, method, seed, point, samples, tuning=False, epochs=epochs) for seed in seeds]
         row = summary(name, method, runs, **point, parameters=trained, tried=tried)
@@ -272,14 +269,17 @@ def recovered(rows: list[dict[str, Any]]) -> None:
 
 
 def plot(rows: list[dict[str, Any]]) -> Figure:
-    figure = Figure((11, 3.5), layout="constrained")
-    for axes, part in zip(figure.subplots(1, len(PARTS), sharey=True), PARTS, strict=True):
-        mine = [row for row in rows if row["part"] == part]
+    figure = Figure((12, 3.2), layout="constrained")
+    for axes, part in zip(figure.subplots(1, len(PARTS)), PARTS, strict=True):
+        mine = [row for row in reversed(rows) if row["part"] == part]  # the first one on top
         found = [row["accuracy"] for row in mine]
-        axes.bar([row["method"] for row in mine], found, yerr=[row["deviation"] for row in mine], color="#4477aa")
-        axes.set(title=part, ylim=(0, 100))
-        axes.tick_params(axis="x", rotation=60)
-    figure.axes[0].set_ylabel("test accuracy, %")
+        colors = ["#0072b2" if row["method"] == "hzo" else "#b0b0b0" for row in mine]
+        bars = axes.barh(
+            [row["method"] for row in mine], found, xerr=[row["deviation"] for row in mine], color=colors, capsize=2
+        )
+        axes.bar_label(bars, [f"{accuracy:.1f}" for accuracy in found], label_type="center", fontsize=8)
+        axes.set(title=part, xlim=(0, 100), xlabel="test accuracy, %")
+        axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
