@@ -487,6 +487,14 @@ class TestTheRestOfTorch:
         (reference,) = torch.autograd.grad(torch.tanh(layer(x)).sum(), x)
         assert F.cosine_similarity(found.flatten(), reference.flatten(), dim=0) > 0.99
 
+    def test_autocast_of_noisy_parts(self):
+        layer, x = nn.Linear(4, 4).requires_grad_(False), torch.randn(256, 4, requires_grad=True)
+        box = hzo.blackbox(lambda a: layer(a) + 0.01 * torch.randn_like(a), noise="measured", target_cosine=0.9)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = box(x)
+        y.sum().backward()
+        assert F.cosine_similarity(x.grad.flatten(), layer.weight.sum(0).expand(256, 4).flatten(), dim=0) > 0.87
+
     def test_evaluation(self):
         model, x, _ = problem(hzo.blackbox(physics))
         with torch.inference_mode(), hzo.count_queries() as count:

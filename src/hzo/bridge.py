@@ -53,6 +53,8 @@ class Pass:
         measured: whether its noise is to be measured. memory: bytes for the perturbed copies of a chunk.
         wanted: which inputs require a gradient. names: of the parameters that do.
         inputs, parameters: as they were in the forward pass, whoever holds others since.
+        chain, activities: what was traced, and what its base pass left. structure: of the output. seed: of smoothing.
+        autocast: device, and the dtype that autocast computed in there, if it did.
     """
 
     stages: nn.Module
@@ -163,16 +165,16 @@ def _backward(this: Pass, cotangents: Sequence[Tensor | None]) -> list[Tensor | 
             found = calibrate(this.chain, this.inputs, cotangent=given, **of)
             _measured[this.chain] = make_plan(this.chain, calibration=found, **this.options)
         plan = planned(this.chain, this.options)
-        activities = replace(
-            this.activities, values=dict(this.activities.values)
-        )  # a sweep lets go of what it has read
-        device, dtype = this.autocast  # autograd runs a backward pass outside the user's autocast
-        with contained([this.stages]), torch.autocast(device, dtype=dtype, enabled=dtype is not None):
+        # A sweep lets go of what it has read, and there may be another one.
+        activities = replace(this.activities, values=dict(this.activities.values))
+        with contained([this.stages]):
             if this.repeats:
                 _check_same(this)
             return sweep(graph, plan, schedule(graph, plan), activities, at_end, memory=this.memory, seed=this.seed)
 
-    found = _with_parameters(this, run)
+    device, dtype = this.autocast  # autograd runs a backward pass outside the user's autocast
+    with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
+        found = _with_parameters(this, run)
     at_inputs = found.cotangents.get(0, {})
     wanted = [at_inputs.get(v) for v in graph.inputs]
     wanted += [found.gradients[name][1] if name in found.gradients else None for name in this.names]

@@ -63,9 +63,8 @@ class Guarded(nn.Module):
         self.noisy = noisy
         self._stream: RandomState = {}
         self.samples: int | None = None  # of one call, where batched is False
-        self._shapes: dict[
-            tuple[torch.Size, ...], list[torch.Size]
-        ] = {}  # of a sample: what comes out for what goes in
+        # Shapes of a sample: those that come out for those that go in.
+        self._shapes: dict[tuple[torch.Size, ...], list[torch.Size]] = {}
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         samples = inputs[0].shape[0]
