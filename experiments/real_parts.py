@@ -238,14 +238,11 @@ def rows_of(name: str, part: Part, seeds: list[int], quick: bool) -> list[dict[s
     rows: list[dict[str, Any]] = chip_before(name, seeds) if name == "analog" else []
     network = part.network("hzo", 0)
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    price = passes(network)
+    price = passes(network)  # which no step changes
     samples = math.ceil(price / 2)
     for method in ("hzo", *part.references, "spsa", "frozen"):
         started = time.perf_counter()
         point, tried = tuned(part, method, samples, quick)
-        if method == "hzo":
-            price = passes(part.network("hzo", 0))  # by the step that was chosen
-            samples = math.ceil(price / 2)
         epochs = max(1, part.epochs // 10) if quick else part.epochs
         runs = [run(part, method, seed, point, samples, tuning=False, epochs=epochs) for seed in seeds]
         row = summary(name, method, runs, **point, parameters=trained, tried=tried)
@@ -276,9 +273,11 @@ def plot(rows: list[dict[str, Any]]) -> Figure:
     for axes, part in zip(figure.subplots(1, len(PARTS), sharey=True), PARTS, strict=True):
         mine = [row for row in rows if row["part"] == part]
         found = [row["accuracy"] for row in mine]
-        axes.bar([row["method"] for row in mine], found, yerr=[row["deviation"] for row in mine], color="#4477aa")
+        axes.bar(range(len(mine)), found, yerr=[row["deviation"] for row in mine], color="#4477aa")
         axes.set(title=part, ylim=(0, 100))
-        axes.tick_params(axis="x", rotation=60)
+        axes.set_xticks(
+            range(len(mine)), [row["method"] for row in mine], rotation=60, ha="right", rotation_mode="anchor"
+        )
     figure.axes[0].set_ylabel("test accuracy, %")
     return figure
 
