@@ -24,6 +24,7 @@ from hzo.plan import Plan
 from hzo.planner import check_smoothing
 from hzo.preparation import traced_for
 from hzo.structure import Assume
+from hzo.tracing import batch_size
 from hzo.trees import Tree
 
 Part = Callable[..., Any]
@@ -193,8 +194,17 @@ class BlackBox(nn.Module):
                 # A chain that is traced through the box has no forward pass of the box's own.
                 part.samples = None if queries.being_done() == queries.TRIAL_RUN else inputs[0].shape[0]
                 if self.inferred:
-                    declare(part, *infer_structure(part, inputs[0]), step=declared_step(part))
+                    declare(part, *_inferred(part, inputs), step=declared_step(part))
         self.inferred = False
+
+
+def _inferred(part: Guarded, inputs: Sequence[Tensor]) -> list[Promise]:
+    """What holds near the input and far from it: a part that saturates looks affine where it does not."""
+    if len(inputs) != 1:
+        raise InputError("promises are inferred of parts with one input; declare those of this one: promises=(…)")
+    x = inputs[0].detach()
+    found = [list(infer_structure(part, scale * x)) for scale in (1, 10, 1000)]
+    return [promise for promise in found[0] if all(promise in others for others in found[1:])]
 
 
 def _check_inputs(inputs: Sequence[Any]) -> None:
@@ -206,3 +216,4 @@ def _check_inputs(inputs: Sequence[Any]) -> None:
             )
     if not inputs:
         raise InputError("a black box needs a tensor to work on, got none")
+    batch_size(tuple(inputs), {})

@@ -10,7 +10,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from hzo import queries
@@ -21,12 +20,13 @@ from hzo.errors import NondeterministicError
 from hzo.execution import Activities, base_pass, run_again
 from hzo.gradient import at_the_end
 from hzo.graph import Ref
+from hzo.guarded import Guarded
 from hzo.inspection import close
 from hzo.plan import Plan
 from hzo.planner import plan as make_plan
 from hzo.preparation import plan_of, traced_for
 from hzo.schedule import schedule
-from hzo.side_effects import contained, undone_on_error
+from hzo.side_effects import contained, undone_on_error, with_parameters
 from hzo.sweep import Sweep, sweep
 
 _measured: WeakKeyDictionary[Chain, Plan] = WeakKeyDictionary()
@@ -54,7 +54,7 @@ class Pass:
         wanted: which inputs require a gradient. names: of the parameters that do.
         inputs, parameters: as they were in the forward pass, whoever holds others since.
         chain, activities: what was traced, and what its base pass left. structure: of the output. seed: of smoothing.
-        autocast: device, and the dtype that autocast computed in there, if it did.
+        autocast: device, and the dtype that autocast computed in there, if it did. training: modes of the modules.
     """
 
     stages: nn.Module
@@ -70,6 +70,7 @@ class Pass:
     structure: Any = None
     seed: int = 0
     autocast: tuple[str, torch.dtype | None] = ("cpu", None)
+    training: dict[nn.Module, bool] = field(default_factory=dict)
 
     @property
     def repeats(self) -> bool:
@@ -130,6 +131,7 @@ def _forward(this: Pass, inputs: Sequence[Tensor], parameters: Sequence[Tensor])
     """A base pass, whose activities wait for the backward pass."""
     device = inputs[0].device.type
     this.autocast = device, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    this.training = {module: module.training for module in this.stages.modules()}
     this.inputs = tuple(t.detach().requires_grad_(w) for t, w in zip(inputs, this.wanted, strict=True))
     this.parameters = {n: p.detach().requires_grad_() for n, p in zip(this.names, parameters, strict=True)}
 
@@ -168,6 +170,11 @@ def _backward(this: Pass, cotangents: Sequence[Tensor | None]) -> list[Tensor | 
         # A sweep lets go of what it has read, and there may be another one.
         activities = replace(this.activities, values=dict(this.activities.values))
         with contained([this.stages]):
+            for module, training in this.training.items():  # of the forward pass, too
+                module.training = training
+            for part in this.stages.modules():
+                if isinstance(part, Guarded):
+                    part.samples = this.inputs[0].shape[0]
             if this.repeats:
                 _check_same(this)
             return sweep(graph, plan, schedule(graph, plan), activities, at_end, memory=this.memory, seed=this.seed)
@@ -182,20 +189,11 @@ def _backward(this: Pass, cotangents: Sequence[Tensor | None]) -> list[Tensor | 
     return [None if g is None else g.to(t.dtype) for t, g in zip(tensors, wanted, strict=True)]
 
 
-class _Inside(nn.Module):
-    """Lets ``torch.func.functional_call`` run anything while the parameters of a module are others."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, run: Callable[[], Any]) -> Any:
-        return run()
-
-
 def _with_parameters(this: Pass, run: Callable[[], Any]) -> Any:
-    held = {f"inner.{name}": p for name, p in this.parameters.items()}
-    return functional_call(_Inside(this.stages), held, (run,))
+    """Run with the parameters of the forward pass, whoever holds others since."""
+    now = dict(this.stages.named_parameters())
+    with with_parameters(this.stages, {id(now[name]): p for name, p in this.parameters.items()}):
+        return run()
 
 
 def _check_same(this: Pass) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hzo.bridge import with_cotangent
 from hzo.errors import InputError
 from hzo.losses import loss_and_cotangent
-from hzo.losses.perturbed import evaluate
+from hzo.losses.perturbed import cast, evaluate
 from hzo.losses.smoothed import Smoothing
 
 
@@ -52,12 +52,14 @@ class Criterion(nn.Module):
         self.maximize = maximize
 
     def forward(self, output: Any, target: Any = None) -> Tensor:
-        if not torch.is_grad_enabled():  # as hzo's engine calls a loss, value by value
-            found = evaluate(self.score, output, target)
-            return -found if self.maximize else found
-        return with_cotangent(
-            lambda: loss_and_cotangent(self, output.detach() if isinstance(output, Tensor) else output, target), output
-        )
+        if torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad:
+            return with_cotangent(lambda: loss_and_cotangent(self, output.detach(), target), output)
+        return self.values(output, target).mean()
+
+    def values(self, output: Any, target: Any = None) -> Tensor:
+        """What the score says of each sample or of the batch, as something to be small."""
+        found = evaluate(self.score, cast(output), cast(target))
+        return -found if self.maximize else found
 
     def extra_repr(self) -> str:
         return f"mu={self.smoothing.mu:g}, draws={self.smoothing.draws}"

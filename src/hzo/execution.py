@@ -16,12 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from hzo import queries
 from hzo.errors import InputError
 from hzo.graph import Attribute, Extent, Graph, Operation, ParameterUse, Ref, leaves, map_arguments, tensors_in
-from hzo.side_effects import RandomState, devices_of, random_state, set_random_state
+from hzo.side_effects import RandomState, devices_of, random_state, set_random_state, with_parameters
 
 
 @dataclass
@@ -322,8 +321,13 @@ def run_with_parameter(
     if isinstance(use.where, Ref):
         values = {**values, use.where.value: parameter}
     elif op.module is not None:
-        module, changed = op.module, {str(use.slot): parameter}
-        op = replace(op, target=lambda *args, **kwargs: functional_call(module, changed, args, kwargs))
+        module, changed = op.module, {id(use.where.get()): parameter}
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with with_parameters(module, changed):
+                return module(*args, **kwargs)
+
+        op = replace(op, target=run)
     else:
         op = replace(op, args=_substitute(op.args, use.where, parameter))
         op = replace(op, kwargs=_substitute(op.kwargs, use.where, parameter))

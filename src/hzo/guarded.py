@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from contextvars import copy_context
 from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
 
 from hzo import queries
 from hzo.errors import HzoError, InputError, NonFiniteError, QueryError, QueryTimeoutError
@@ -159,8 +160,10 @@ def _same_buffers(f: Callable[..., Any]) -> Iterator[None]:
 
     What a forward pass assigns stays. A module that reads what it remembered does not repeat, and is found out.
     """
-    module = f if isinstance(f, nn.Module) else getattr(f, "__self__", None)
-    held = [(m, dict(m._buffers)) for m in module.modules()] if isinstance(module, nn.Module) else []
+    modules = [inner for module in _modules_of(f) for inner in module.modules()]
+    held = [(inner, dict(inner._buffers)) for inner in modules]
+    # Of a module that this one has not registered nobody else puts them back.
+    copies = [] if isinstance(f, nn.Module) else [(b, b.clone()) for inner in modules for b in inner.buffers(False)]
     try:
         yield
     finally:
@@ -169,6 +172,20 @@ def _same_buffers(f: Callable[..., Any]) -> Iterator[None]:
                 for name, buffer in buffers.items():
                     if inner._buffers.get(name) is not buffer:
                         inner._buffers[name] = buffer
+            for buffer, copy in copies:
+                if buffer.shape == copy.shape and not torch.equal(buffer, copy):
+                    buffer.copy_(copy)
+
+
+def _modules_of(f: Any) -> list[nn.Module]:
+    """The modules that a callable is, is a method of, was bound to, or closes over."""
+    if isinstance(f, nn.Module):
+        return [f]
+    held = [getattr(f, "__self__", None), *(getattr(f, "args", None) or ()), getattr(f, "func", None)]
+    for cell in getattr(f, "__closure__", None) or ():
+        with suppress(ValueError):  # of a name that has no value yet
+            held.append(cell.cell_contents)
+    return [item for item in held if isinstance(item, nn.Module)]
 
 
 def _rows(tensor: Tensor, start: int, size: int) -> Tensor:
@@ -190,10 +207,17 @@ def within(seconds: float, f: Callable[..., Any], arguments: Sequence[Any]) -> A
     answer: list[Any] = []
     error: list[BaseException] = []
     context = copy_context()
+    # What torch keeps for each thread: autocast, and a recording that may be under way.
+    cast = [(d, torch.get_autocast_dtype(d)) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
+    modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
 
     def work() -> None:
         try:
-            with torch.no_grad():  # a thread starts with gradients on
+            with ExitStack() as stack, torch.no_grad():  # a thread starts with gradients on
+                for device, dtype in cast:
+                    stack.enter_context(torch.autocast(device, dtype=dtype))
+                for mode in modes:
+                    stack.enter_context(mode)
                 answer.append(context.run(f, *arguments))
         except BaseException as raised:  # handed to the thread that waits
             error.append(raised)

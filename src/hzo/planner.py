@@ -111,6 +111,7 @@ def plan(
     trainable = any(use.name for op in graph.operations for use in op.parameters) or graph.differentiated
     if boundaries == "needed" and not trainable:
         raise PlanError("no parameter of this chain requires a gradient; set requires_grad=True on those to train")
+    _check_codes(graph)
     wanted, allowed = wanted_by(graph, boundaries), Allowed(assume, scheme, check_spacing(spacing, assume))
     made = plan_without_nodes(
         graph,
@@ -163,6 +164,17 @@ def _check_no_declared_steps(graph: Graph) -> None:
             raise PlanError(
                 f"a step was declared for {op.name}, which the error model does not know: declare none, or leave out "
                 "noise, calibration and target"
+            )
+
+
+def _check_codes(graph: Graph) -> None:
+    """Integers that a black box hands on end every difference: what lies before would get nothing, without a word."""
+    for op in graph.operations:
+        handed = [v for v in op.writes if not graph.values[v].floating and graph.last_read[v] > op.index]
+        if handed and graph.boxes_in([op.index]) and any(graph.requires[v] for v in op.reads):
+            raise PlanError(
+                f"{op.name} hands {graph.values[handed[0]].dtype} on to the next part, through which no difference "
+                "passes; return its codes as floating-point numbers, or put both parts into one callable"
             )
 
 

@@ -8,6 +8,7 @@ any Python that does not look at the values of tensors (loops, keyword arguments
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -250,10 +251,10 @@ class Recorder(TorchFunctionMode):
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Record inside: torch functions by this mode, torch layers as one operation each."""
-        original = nn.Module.__call__
+        original, recorded = nn.Module.__call__, threading.get_ident()
 
         def __call__(module: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-            if self.paused:
+            if self.paused or threading.get_ident() != recorded:
                 return original(module, *args, **kwargs)
             inner = getattr(module, "_orig_mod", None)
             if isinstance(inner, nn.Module):  # compiled: the cotangents inside it need its operations

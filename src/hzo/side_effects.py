@@ -7,7 +7,7 @@ and subtracting a perturbation would drift in low precision.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -85,6 +85,30 @@ def contained(modules: Iterable[nn.Module]) -> Iterator[None]:
         yield
     finally:
         restore_snapshot(snapshot)
+
+
+@contextmanager
+def with_parameters(module: nn.Module, replaced: Mapping[int, Tensor]) -> Iterator[None]:
+    """Inside, other tensors stand for some parameters of a module, wherever in it those stand.
+
+    Not by ``torch.func.functional_call``: where a module is registered twice, that leaves the others in its place.
+
+    Args:
+        replaced: by the identity of the parameter.
+    """
+    slots = [
+        (inner, name, parameter)
+        for inner in module.modules()
+        for name, parameter in inner._parameters.items()
+        if parameter is not None and id(parameter) in replaced
+    ]
+    try:
+        for inner, name, parameter in slots:
+            inner._parameters[name] = replaced[id(parameter)]  # type: ignore[assignment]
+        yield
+    finally:
+        for inner, name, parameter in slots:
+            inner._parameters[name] = parameter
 
 
 @contextmanager

@@ -8,6 +8,7 @@ moves, what it costs.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -38,6 +39,7 @@ from hzo.recording import Call, ReadsValuesError, Recorder, Recording
 from hzo.side_effects import contained
 from hzo.structure import untouched
 
+_ONE_AT_A_TIME = threading.RLock()  # a recording patches nn.Module while it lasts
 _SAMPLES = 4  # enough to tell samples apart; what is learned holds for any number of them
 _OPTIONS = (bool, float, str)
 _NEW = ("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor")  # take dtype and device from a tensor, no more
@@ -76,7 +78,7 @@ def trace(model: nn.Module | Chain | Callable[..., Any], x: Any) -> Chain:
     larger = pytree.tree_map_only(Tensor, lambda t: torch.cat([t, t[:1]]), (args, kwargs))
     # Outside inference mode, whose tensors do not say when they are written to.
     trial = queries.doing(queries.TRIAL_RUN)
-    with torch.inference_mode(False), torch.no_grad(), contained([module]), trial:
+    with _ONE_AT_A_TIME, torch.inference_mode(False), torch.no_grad(), contained([module]), trial:
         opaque: frozenset[int] = frozenset()
         first, opaque = record(module, args, kwargs, opaque)
         second, opaque = record(module, larger[0], larger[1], opaque)
@@ -158,7 +160,9 @@ def stages_of(module: nn.Module) -> list[tuple[str, Callable[..., Any]]] | None:
     if isinstance(module, Stages):
         return [(f"{k}:{getattr(s, '__name__', type(s).__name__)}", s) for k, s in enumerate(module.callables)]
     if type(module) is nn.Sequential and len(module) and untouched(module):
-        return [(f"{name}:{type(child).__name__}", child) for name, child in module.named_children()]
+        # Not named_children, which leaves out a child that stands there a second time.
+        children = [(name, child) for name, child in module._modules.items() if child is not None]
+        return [(f"{name}:{type(child).__name__}", child) for name, child in children]
     return None
 
 

@@ -69,11 +69,13 @@ def loss_and_cotangent(loss_fn: Callable[..., Any], output: Any, target: Any = N
 
     batch = check_batch(output)
     check_target(batch, target)
+    smoothing = getattr(loss_fn, "smoothing", None)
+    if isinstance(smoothing, Smoothing):
+        loss_fn = loss_fn.values  # type: ignore[attr-defined]  # a Criterion; what it returns itself is their mean
     # Copies: a loss of the user's own may write into what it is given.
     values = evaluate(loss_fn, cast(output), cast(target))
     check_loss(values, batch)
     check_finite(values, "at the output")
-    smoothing = getattr(loss_fn, "smoothing", None)
     if isinstance(smoothing, Smoothing):
         if not isinstance(output, Tensor):
             raise InputError(
