@@ -17,7 +17,7 @@ from hzo.chain import Chain, Stages
 from hzo.declaring import Local, Promise, declare, declared, declared_step
 from hzo.differences import Scheme, check_scheme, check_step
 from hzo.errors import InputError
-from hzo.guarded import Guarded
+from hzo.guarded import Guarded, expect
 from hzo.inference import infer_structure
 from hzo.noise import Noise
 from hzo.plan import Plan
@@ -189,13 +189,13 @@ class BlackBox(nn.Module):
 
     def _know(self, inputs: Sequence[Tensor]) -> None:
         """What the parts must know of a forward pass before they run."""
-        for part in self.stages.modules():
-            if isinstance(part, Guarded):
-                # A chain that is traced through the box has no forward pass of the box's own.
-                part.samples = None if queries.being_done() == queries.TRIAL_RUN else inputs[0].shape[0]
-                if self.inferred:
+        # A chain that is traced through the box has no forward pass of the box's own.
+        expect(self.stages, None if queries.being_done() == queries.TRIAL_RUN else inputs[0].shape[0])
+        if self.inferred:
+            for part in self.stages.modules():
+                if isinstance(part, Guarded):
                     declare(part, *_inferred(part, inputs), step=declared_step(part))
-        self.inferred = False
+            self.inferred = False
 
 
 def _inferred(part: Guarded, inputs: Sequence[Tensor]) -> list[Promise]:

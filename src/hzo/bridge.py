@@ -20,7 +20,7 @@ from hzo.errors import NondeterministicError
 from hzo.execution import Activities, base_pass, run_again
 from hzo.gradient import at_the_end
 from hzo.graph import Ref
-from hzo.guarded import Guarded
+from hzo.guarded import expect
 from hzo.inspection import close
 from hzo.plan import Plan
 from hzo.planner import plan as make_plan
@@ -140,7 +140,7 @@ def _forward(this: Pass, inputs: Sequence[Tensor], parameters: Sequence[Tensor])
         graph = this.chain.traced
         noisy = next((op for op in graph.operations if not op.deterministic), None)
         if noisy is not None and this.repeats:
-            raise _two_results(getattr(noisy.module, "hzo_box", noisy.name))
+            raise _two_results(noisy.name)
         with undone_on_error([this.stages]):
             this.activities = base_pass(graph, [t.detach() for t in this.inputs])
             this.seed = int(torch.randint(2**62, ())) if "mu" in this.options else 0
@@ -172,9 +172,7 @@ def _backward(this: Pass, cotangents: Sequence[Tensor | None]) -> list[Tensor | 
         with contained([this.stages]):
             for module, training in this.training.items():  # of the forward pass, too
                 module.training = training
-            for part in this.stages.modules():
-                if isinstance(part, Guarded):
-                    part.samples = this.inputs[0].shape[0]
+            expect(this.stages, this.inputs[0].shape[0])
             if this.repeats:
                 _check_same(this)
             return sweep(graph, plan, schedule(graph, plan), activities, at_end, memory=this.memory, seed=this.seed)
@@ -204,7 +202,7 @@ def _check_same(this: Pass) -> None:
         run_again(graph, again, 0, len(graph.operations), len(graph.stages), [()] * len(graph.operations))
     for op in graph.operations:
         if not all(close(first.values[v], again.values[v]) for v in op.writes):
-            raise _two_results(getattr(op.module, "hzo_box", op.name))
+            raise _two_results(op.name)
 
 
 def _two_results(name: str) -> NondeterministicError:

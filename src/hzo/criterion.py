@@ -31,7 +31,8 @@ def smoothed(score: Callable[..., Any], *, mu: float = 1.0, draws: int = 32, max
     ``hzo.backward(model, criterion, x, y)`` without. The loss that it returns is not smoothed.
 
     The cotangent is an unbiased estimate of the gradient of E score(output + mu·u); its relative variance is about
-    n / draws for n outputs a sample (n B / draws for one number). Cost: 2 ``draws`` score evaluations a sample.
+    n / draws for n outputs a sample (n B / draws for one number). Cost: 2 ``draws`` score evaluations a sample,
+    and for values per sample 4 that test whether each depends on its own sample alone.
     Source: Nesterov and Spokoiny (2017).
 
     Raises:

@@ -37,9 +37,9 @@ def tree_edges(graph: Graph, tree: Tree, wanted: Wanted, allowed: Allowed) -> li
     if graph.differentiated and needed == [0]:  # a tree over no boundaries would be none
         outer.update(graph.boundaries)
     first = graph.stages[graph.stage_of[max(needed[0] - 1, 0)]].start
-    if tree == "planned" and graph.differentiated:
-        return shortest_path(graph, [first, *needed, end], allowed)
     if tree == "planned":
+        if graph.differentiated:
+            return shortest_path(graph, [first, *needed, end], allowed)
         path = shortest_path(graph, [first, *(p for p in needed if p > first), end], allowed)
         return path if first not in needed else [*path, (first, path[-1][0] if path else end)]
     groups = [[first, *sorted(outer - {first})]]

@@ -154,12 +154,22 @@ class Guarded(nn.Module):
         return f"the black box {self.hzo_box}"
 
 
+def expect(stages: nn.Module, samples: int | None) -> None:
+    """Tell the parts how many samples a forward pass has; None where there is none of their own."""
+    for part in stages.modules():
+        if isinstance(part, Guarded):
+            part.samples = samples
+
+
 @contextmanager
 def _same_buffers(f: Callable[..., Any]) -> Iterator[None]:
     """Buffers that a module assigns anew in a query (a neuron that remembers its last call) are the old ones after it.
 
     What a forward pass assigns stays. A module that reads what it remembered does not repeat, and is found out.
     """
+    if queries.being_done() == queries.FORWARD_PASS:
+        yield
+        return
     modules = [inner for module in _modules_of(f) for inner in module.modules()]
     held = [(inner, dict(inner._buffers)) for inner in modules]
     # Of a module that this one has not registered nobody else puts them back.
@@ -167,14 +177,11 @@ def _same_buffers(f: Callable[..., Any]) -> Iterator[None]:
     try:
         yield
     finally:
-        if queries.being_done() != queries.FORWARD_PASS:
-            for inner, buffers in held:
-                for name, buffer in buffers.items():
-                    if inner._buffers.get(name) is not buffer:
-                        inner._buffers[name] = buffer
-            for buffer, copy in copies:
-                if buffer.shape == copy.shape and not torch.equal(buffer, copy):
-                    buffer.copy_(copy)
+        for inner, buffers in held:
+            inner._buffers.update(buffers)
+        for buffer, copy in copies:
+            if buffer.shape == copy.shape and not torch.equal(buffer, copy):
+                buffer.copy_(copy)
 
 
 def _modules_of(f: Any) -> list[nn.Module]:
