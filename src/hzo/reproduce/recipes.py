@@ -37,7 +37,7 @@ _FULL_IMAGENET: Options = {**_IMAGENET, **BEST, "model": "resnet20", "lr": 0.1}
 _RECIPES: dict[tuple[str, str, Scale], Options] = {
     ("cifar10", "full", "cpu"): {**_FULL_CIFAR, "epochs": 20},
     ("cifar10", "full", "gpu"): {**_FULL_CIFAR, "epochs": 100},
-    ("cifar10", "paper", "cpu"): {**_CIFAR, **PAPER, "model": "cnn", "depth": 8, "width": 8, "lr": 0.1, "epochs": 3},
+    ("cifar10", "paper", "cpu"): {**_CIFAR, **PAPER, "model": "cnn", "depth": 8, "width": 8, "lr": 0.1, "epochs": 2},
     ("cifar10", "paper", "gpu"): {**_CIFAR, **PAPER, "model": "cnn", "depth": 16, "width": 16, "lr": 0.1, "epochs": 20},
     ("cifar10", "budget", "cpu"): {**_CIFAR, **PAPER, "model": "cnn", "depth": 4, "width": 8, "lr": 0.3, "epochs": 1},
     ("cifar10", "budget", "gpu"): {**_CIFAR, **PAPER, "model": "cnn", "depth": 8, "width": 8, "lr": 0.1, "epochs": 5},
