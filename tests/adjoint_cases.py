@@ -11,8 +11,9 @@ from torch import nn
 
 import hzo
 from hzo.adjoints import Call, find_adjoint
+from hzo.calling import call, resolve
 from hzo.differences import accumulation_dtype
-from hzo.execution import base_pass, call, resolve, run_alone
+from hzo.execution import base_pass, run_alone
 
 BATCH = 3
 

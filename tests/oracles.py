@@ -10,9 +10,9 @@ from torch.utils import _pytree as pytree
 
 import hzo
 from cases import CASES, Case, Problem
+from hzo.arguments import Ref
+from hzo.calling import call, resolve
 from hzo.chain import Chain
-from hzo.execution import call, resolve
-from hzo.graph import Ref
 from hzo.tracing import call_arguments
 
 # Central differences of one node in float64, h = u^(1/3) of the scale: h² of curvature and u/h of rounding are each

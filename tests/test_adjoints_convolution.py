@@ -10,7 +10,8 @@ from torch import nn
 import hzo
 from adjoint_cases import Run, apply_all, normal, operands, worst
 from hzo.adjoints import Call, convolution, find_adjoint
-from hzo.execution import base_pass, resolve, run_alone
+from hzo.calling import resolve
+from hzo.execution import base_pass, run_alone
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # of torch's
 

@@ -14,14 +14,17 @@ FILES = sorted(ROOT.rglob("*.py"))
 ROWS = (
     ("errors", "queries", "writing", "patterns", "declaring", "noise"),
     (
+        "arguments",
         "graph",
         "chain",
         "structure",
         "decompositions",
         "side_effects",
+        "calling",
         "execution",
         "inspection",
         "recording",
+        "linking",
         "tracing",
     ),
     ("trees", "coloring", "probes", "differences", "violations", "dot_product", "vjp", "repeats", "budgets", "optimum"),

@@ -16,8 +16,8 @@ import hzo.sweep
 import oracles
 import test_architectures
 from cases import CASES, Problem
+from hzo.calling import Activities
 from hzo.errors import InputError, NonFiniteError, PlanError
-from hzo.execution import Activities
 from hzo.memory import activity_bytes
 from hzo.schedule import schedule
 from hzo.storage import Event, Pass, last_uses, passes, run_again

@@ -13,13 +13,14 @@ from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
 from hzo import queries
+from hzo.arguments import Ref
 from hzo.calibrate import calibrate
+from hzo.calling import Activities
 from hzo.chain import Chain
 from hzo.differences import accumulation_dtype
 from hzo.errors import NondeterministicError
-from hzo.execution import Activities, base_pass, run_again
+from hzo.execution import base_pass, run_again
 from hzo.gradient import at_the_end
-from hzo.graph import Ref
 from hzo.guarded import expect
 from hzo.inspection import close
 from hzo.plan import Plan

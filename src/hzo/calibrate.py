@@ -16,15 +16,17 @@ from torch import Tensor
 
 from hzo import noise_measured as scatter
 from hzo.aims import points_of
+from hzo.arguments import tensors_in
 from hzo.calibration import Calibration, unitary
+from hzo.calling import Activities
 from hzo.chain import Chain
 from hzo.choice import Allowed
 from hzo.differences import Scheme, accumulation_dtype, check_scheme, scale_of
 from hzo.edges import tree_edges
 from hzo.errors import InputError
-from hzo.execution import Activities, base_pass
+from hzo.execution import base_pass
 from hzo.gradient import at_the_end, loss_at_the_end
-from hzo.graph import Graph, tensors_in
+from hzo.graph import Graph
 from hzo.hops import Hops
 from hzo.nodes import Wanted, plan_without_nodes, wanted_by, with_hops
 from hzo.plan import Hop, Plan

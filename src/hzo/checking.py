@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from hzo import queries, violations
 from hzo.adjoints import Adjoint, Call, find_adjoint
+from hzo.arguments import Attribute, tensors_in
+from hzo.calling import Activities, query, resolve
 from hzo.chain import Chain
 from hzo.declaring import declared
 from hzo.differences import accumulation_dtype
 from hzo.dot_product import dot_product_test
 from hzo.errors import StructureError
-from hzo.execution import Activities, base_pass, query, resolve, run_alone, run_with_parameter
-from hzo.graph import Attribute, Graph, Operation, ParameterUse, tensors_in
+from hzo.execution import base_pass, run_alone, run_with_parameter
+from hzo.graph import Graph, Operation, ParameterUse
 from hzo.locality import slice_locality
 from hzo.nodes import has_rule
 from hzo.parameter_rules import find_rule

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from hzo import queries
+from hzo.arguments import tensors_in
+from hzo.calling import Activities
 from hzo.chain import Chain
 from hzo.coloring import Coloring
 from hzo.errors import ColoringError
-from hzo.execution import Activities, base_pass, run_slice
-from hzo.graph import Graph, tensors_in
+from hzo.execution import base_pass, run_slice
+from hzo.graph import Graph
 from hzo.patterns import Pattern
 from hzo.plan import Node, Plan
 from hzo.preparation import prepare

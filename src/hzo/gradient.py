@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from hzo.arguments import Attribute, Ref, tensors_in
+from hzo.calling import Activities
 from hzo.chain import Chain
 from hzo.errors import InputError, NonFiniteError
-from hzo.execution import Activities, base_pass
-from hzo.graph import Attribute, Graph, Operation, Ref, tensors_in
+from hzo.execution import base_pass
+from hzo.graph import Graph, Operation
 from hzo.losses import loss_and_cotangent
 from hzo.parameter_gradients import Gradients
 from hzo.plan import Plan

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from hzo.accuracy import share
 from hzo.adjoints import find_adjoint
+from hzo.arguments import Attribute
 from hzo.calibration import Bend, Seconds
+from hzo.calling import Activities
 from hzo.choice import Allowed
 from hzo.differences import evaluations, scale_of, scaled_step
-from hzo.execution import Activities
-from hzo.graph import Attribute, Graph, Operation
+from hzo.graph import Graph, Operation
 from hzo.nodes import check_coupling, has_rule, make_node
 from hzo.parameter_gradients import Gradients, Local, add_gradients
 from hzo.plan import Node, Plan

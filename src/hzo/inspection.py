@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from hzo import queries
+from hzo.arguments import Attribute, leaves
+from hzo.calling import call, resolve
 from hzo.errors import TraceError
-from hzo.execution import call, resolve
-from hzo.graph import Attribute, Graph, Operation, leaves
+from hzo.graph import Graph, Operation
 from hzo.side_effects import devices_of, random_state, set_random_state
 
 

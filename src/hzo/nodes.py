@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import torch
 
+from hzo.arguments import Attribute
 from hzo.choice import Allowed, choose_probe
 from hzo.cost import parameter_cost
 from hzo.declaring import declared_step
 from hzo.differences import Scheme
 from hzo.errors import CoupledSamplesError
-from hzo.graph import Attribute, Graph, Operation, ParameterUse
+from hzo.graph import Graph, Operation, ParameterUse
 from hzo.noise import Noise
 from hzo.parameter_rules import find_rule
 from hzo.plan import Boundaries, Hop, Node, ParameterProbe, Plan

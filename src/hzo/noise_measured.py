@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from hzo.execution import Activities, run_slice
+from hzo.calling import Activities
+from hzo.execution import run_slice
 from hzo.graph import Graph
 from hzo.noise import Noise
 

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from hzo import queries
+from hzo.arguments import Attribute, Ref
+from hzo.calling import Activities, resolve
 from hzo.differences import Scheme, accumulation_dtype, default_step, narrowest, stepped
 from hzo.errors import NonFiniteError
-from hzo.execution import Activities, resolve, run_with_parameter
-from hzo.graph import Attribute, Graph, Operation, ParameterUse, Ref
+from hzo.execution import run_with_parameter
+from hzo.graph import Graph, Operation, ParameterUse
 from hzo.parameter_rules import find_rule
 from hzo.plan import ParameterProbe
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
+from hzo.arguments import Attribute, Ref, leaves, map_arguments, tensors_in
 from hzo.decompositions import decomposition, slow_paths
 from hzo.errors import TraceError
-from hzo.graph import Attribute, Ref, leaves, map_arguments, tensors_in
 from hzo.side_effects import devices_of, random_state
 
 _READS_VALUES = {

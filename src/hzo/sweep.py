@@ -9,10 +9,11 @@ from torch import Tensor
 
 from hzo import queries
 from hzo.adjoints import Call, find_adjoint
+from hzo.calling import Activities, read, resolve
 from hzo.cost import bytes_per_direction
 from hzo.crosstalk import over_signs
 from hzo.differences import accumulation_dtype, narrowest, scaled_step
-from hzo.execution import Activities, read, resolve, run_again, run_alone, run_slice
+from hzo.execution import run_again, run_alone, run_slice
 from hzo.graph import Graph, Operation
 from hzo.parameter_gradients import Gradients, Local, add_gradients
 from hzo.plan import Node, Plan

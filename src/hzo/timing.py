@@ -8,8 +8,9 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from hzo.calling import Activities
 from hzo.cost import bytes_per_direction
-from hzo.execution import Activities, run_slice
+from hzo.execution import run_slice
 from hzo.graph import Graph, Operation
 from hzo.plan import Cost, Node
 from hzo.probes import Probe

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hzo import queries
+from hzo.arguments import tensors_in
 from hzo.differences import (
     Scheme,
     accumulation_dtype,
@@ -26,7 +27,6 @@ from hzo.differences import (
     stepped,
 )
 from hzo.errors import InputError, NonFiniteError
-from hzo.graph import tensors_in
 from hzo.probes import Probe, States, decode
 from hzo.side_effects import RandomState, contained, devices_of, random_state, set_random_state
 

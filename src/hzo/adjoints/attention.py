@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hzo.adjoints.common import Adjoint, Call, argument, is_first_operand, slots_of
-from hzo.graph import Graph, Operation, Ref
+from hzo.arguments import Ref
+from hzo.graph import Graph, Operation
 
 aten: Any = torch.ops.aten
 

@@ -13,7 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hzo.graph import Graph, Operation, Ref, leaves, map_arguments
+from hzo.arguments import Ref, leaves, map_arguments
+from hzo.graph import Graph, Operation
 
 Shape = tuple[int, ...]
 

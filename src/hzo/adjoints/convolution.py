@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from hzo.adjoints.affine import impulse_size
 from hzo.adjoints.common import Adjoint, Call, Shape, argument, is_first_operand
-from hzo.graph import Attribute, Graph, Operation
+from hzo.arguments import Attribute
+from hzo.graph import Graph, Operation
 
 
 @dataclass(frozen=True)

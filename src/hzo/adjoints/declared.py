@@ -18,8 +18,9 @@ from hzo.adjoints import convolution
 from hzo.adjoints.affine import impulse_size
 from hzo.adjoints.common import Adjoint, Call, Shape, is_first_operand
 from hzo.adjoints.convolution import Geometry
+from hzo.arguments import Ref, map_arguments
 from hzo.declaring import Local, Promise, declared, local_along
-from hzo.graph import Graph, Operation, Ref, map_arguments
+from hzo.graph import Graph, Operation
 
 _CHUNK = 512  # impulses in one call
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from hzo.adjoints.common import Adjoint, Call
-from hzo.graph import Graph, Operation, Ref
+from hzo.arguments import Ref
+from hzo.graph import Graph, Operation
 
 
 def _letters(equation: str) -> tuple[list[str], str] | None:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from hzo import queries
+from hzo.arguments import tensors_in
 from hzo.chain import Chain
 from hzo.errors import InputError, NonFiniteError, StepError
-from hzo.graph import tensors_in
 from hzo.losses.checks import check_finite, check_loss
 from hzo.side_effects import restore_snapshot, take_snapshot
 from hzo.tracing import batch_size, call_arguments

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hzo.arguments import Ref, map_arguments, tensors_in
 from hzo.baselines import _evaluate as ev
 from hzo.baselines._per_sample import contributions
+from hzo.calling import Activities, query, resolve
 from hzo.errors import CoupledSamplesError, InputError
-from hzo.execution import Activities, base_pass, query, resolve
-from hzo.graph import Graph, Operation, Ref, map_arguments, tensors_in
+from hzo.execution import base_pass
+from hzo.graph import Graph, Operation
 from hzo.parameter_gradients import Local, parameter_gradients
 from hzo.parameter_rules import find_rule
 from hzo.preparation import traced_for

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hzo.adjoints.common import argument, is_first_operand, slots_of
-from hzo.graph import Attribute, Graph, Operation, Ref
+from hzo.arguments import Attribute, Ref
+from hzo.graph import Graph, Operation
 from hzo.locality.common import Rule, along, functions, sizes
 from hzo.patterns import Links, either
 

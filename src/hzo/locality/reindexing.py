@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hzo.graph import Attribute, Extent, Graph, Operation, Ref, leaves, map_arguments, tensors_in
+from hzo.arguments import Attribute, Extent, Ref, leaves, map_arguments, tensors_in
+from hzo.graph import Graph, Operation
 from hzo.locality.common import Rule, functions, sizes
 from hzo.patterns import Links, matrix_of, without_full
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from hzo.adjoints.common import argument, is_first_operand
 from hzo.adjoints.convolution import geometry
-from hzo.graph import Extent, Graph, Operation, Ref, leaves, map_arguments
+from hzo.arguments import Extent, Ref, leaves, map_arguments
+from hzo.graph import Graph, Operation
 from hzo.locality.common import Rule, functions, sizes
 from hzo.locality.pointwise import blocks
 from hzo.patterns import Link, Links, Matrix, identity, matrix_of, without_full
