@@ -225,6 +225,7 @@ def test_train_mode_batch_norm_in_a_probed_segment():
         ({"scheme": "backward"}, InputError, "expected scheme to be one of"),
         ({"step": 0.0}, InputError, "expected a positive finite step, got 0"),
         ({"step": -1.0}, InputError, "expected a positive finite step"),
+        ({"step": "0.1"}, InputError, "expected a positive finite step, got '0.1'"),
         ({"step": NAN}, InputError, "expected a positive finite step, got nan"),
         ({"step": INF}, InputError, "expected a positive finite step, got inf"),
         ({"boundaries": "some"}, PlanError, "expected boundaries 'needed' or 'all'"),

@@ -282,7 +282,7 @@ def test_printing():
 @pytest.mark.parametrize("spacing", [0, -1, 1.5, True, "3"])
 def test_spacing_must_be_a_whole_number(spacing):
     chain, _ = traced(conv(2, 2), conv(2, 2))
-    with pytest.raises(hzo.errors.PlanError, match="whole number"):
+    with pytest.raises(hzo.errors.InputError, match="whole number"):
         hzo.plan(chain, assume="locality", spacing=spacing)
 
 

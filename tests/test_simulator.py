@@ -154,7 +154,9 @@ def test_a_copy_has_a_process_of_its_own(simulator):
 def test_options():
     with pytest.raises(InputError, match="as a list"):
         hzo.simulator("python chip.py")
-    with pytest.raises(InputError, match="timeout > 0"):
+    with pytest.raises(InputError, match="positive finite timeout"):
         hzo.simulator(["python"], timeout=0)
+    with pytest.raises(InputError, match="outputs to be a whole number"):
+        hzo.simulator(["python"], outputs=0)
     with pytest.raises(QueryError, match="cannot be started"):
         hzo.simulator(["no-such-program-anywhere"])(np.ones(2))

@@ -163,20 +163,21 @@ def test_a_smoothed_plan_is_a_file_like_any_other(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "error", "message"),
     [
-        ({"mu": 0.0}, "positive finite width"),
-        ({"mu": True}, "positive finite width"),
-        ({"mu": 0.1, "draws": 0}, "whole number from 1 on"),
-        ({"draws": 2}, "give its width, too"),
-        ({"mu": 0.1, "scheme": "forward"}, "scheme='central'"),
-        ({"mu": 0.1, "noise": 1e-3}, "knows nothing of smoothing"),
-        ({"mu": 0.1, "target_cosine": 0.9}, "knows nothing of smoothing"),
+        ({"mu": 0.0}, InputError, "positive finite width"),
+        ({"mu": True}, InputError, "positive finite width"),
+        ({"mu": "0.1"}, InputError, "positive finite width"),
+        ({"mu": 0.1, "draws": 0}, InputError, "whole number from 1 on"),
+        ({"draws": 2}, PlanError, "give its width, too"),
+        ({"mu": 0.1, "scheme": "forward"}, PlanError, "scheme='central'"),
+        ({"mu": 0.1, "noise": 1e-3}, PlanError, "knows nothing of smoothing"),
+        ({"mu": 0.1, "target_cosine": 0.9}, PlanError, "knows nothing of smoothing"),
     ],
 )
-def test_what_cannot_be_smoothed(options, message):
+def test_what_cannot_be_smoothed(options, error, message):
     _, chain, _ = step_chain(4)
-    with pytest.raises(PlanError, match=message):
+    with pytest.raises(error, match=message):
         hzo.plan(chain, **options)
 
 

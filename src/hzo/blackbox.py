@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hzo import queries
 from hzo.bridge import Pass, forget, in_dtype_of, planned, through
 from hzo.chain import Chain, Stages
+from hzo.checked import positive, whole
 from hzo.declaring import Local, Promise, declare, declared, declared_step
 from hzo.differences import Scheme, check_scheme, check_step
 from hzo.errors import InputError
@@ -89,9 +90,10 @@ def blackbox(
         CoupledSamplesError: samples influence each other.
         PlanError: a target that cannot be reached. Parameters and buffers are as before.
     """
-    for option, value in (("timeout", timeout), ("batched", batched)):
-        if value is not None and not isinstance(value, bool) and not 0 < value < float("inf"):
-            raise InputError(f"expected {option} to be positive, got {value!r}")
+    if timeout is not None:
+        positive("timeout in seconds", timeout, "None waits for ever")
+    if not isinstance(batched, bool):
+        whole("batched, a number of samples a call,", batched, "True takes any number, False one")
     if parameters not in ("perturbed", "ignored"):
         raise InputError(f"expected parameters='perturbed' or 'ignored', got {parameters!r}")
     ignores = parameters == "ignored"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hzo.adjoints import find_adjoint
+from hzo.checked import whole
 from hzo.coloring import color, thin
 from hzo.cost import adjoint_cost, node_cost
 from hzo.crosstalk import DRAWS
@@ -31,10 +32,7 @@ def check_spacing(spacing: int | None, assume: Assume) -> int | None:
     """A spacing that may be used: a whole number from 1 on, where locality is assumed; or None for exact colorings."""
     if spacing is None:
         return None
-    if type(spacing) is not int or spacing < 1:
-        raise PlanError(
-            f"expected spacing to be a whole number from 1 on, or None for exact colorings; got {spacing!r}"
-        )
+    whole("spacing", spacing, "None takes exact colorings")
     if assume == "nothing":
         raise PlanError("spacing thins colorings, which assume='nothing' has none of; assume 'locality' or 'structure'")
     return spacing

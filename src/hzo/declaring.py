@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from hzo.checked import positive
 from hzo.errors import InputError
 
 PROMISES = {
@@ -89,11 +90,10 @@ def declare(module: Module, *promises: Promise, step: float | None = None) -> Mo
             _check_local(promise)
         elif promise not in PROMISES:
             raise InputError(f"expected promises out of {', '.join(PROMISES)} and hzo.Local(axis, …), got {promise!r}")
-    if step is not None and not (isinstance(step, (int, float)) and 0 < step < float("inf")):
-        raise InputError(f"expected a positive finite step, got {step!r}; leave it out for the plan's own")
+    own = None if step is None else positive("step", step, "leave it out for the plan's own")
     given: Any = module
     given.hzo_promises = tuple(dict.fromkeys(promises))
-    given.hzo_step = None if step is None else float(step)
+    given.hzo_step = own
     # A traced chain is recognized by the options of its modules, of which this line is one: declaring anew traces anew.
     given.hzo_opaque = f"declared: {', '.join(map(str, promises)) or 'a black box'}"
     return module

@@ -13,6 +13,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from hzo.checked import positive
 from hzo.errors import InputError, NonFiniteError, StepError
 
 Scheme = Literal["central", "forward"]
@@ -78,9 +79,7 @@ def scaled_step(
 
 def check_step(step: float | None) -> float | None:
     """A step that may be used: positive and finite, or None for the default."""
-    if step is not None and not 0 < step < float("inf"):
-        raise InputError(f"expected a positive finite step, got {step}; step=None chooses one from dtype and scale")
-    return step
+    return None if step is None else positive("step", step, "step=None chooses one from dtype and scale")
 
 
 def stepped(tensor: Tensor, step: float | Tensor, scheme: Scheme, where: str) -> tuple[Tensor, Tensor, Tensor]:

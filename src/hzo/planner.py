@@ -11,6 +11,7 @@ from hzo.aims import Aim, check_aim, choices, decide, expecting
 from hzo.balance import Repeats, check_repeats
 from hzo.calibration import Calibration, unitary
 from hzo.chain import Chain
+from hzo.checked import positive, whole
 from hzo.choice import Allowed, check_spacing
 from hzo.declaring import declared_step
 from hzo.differences import Scheme, check_scheme, check_step
@@ -86,7 +87,7 @@ def plan(
     The plan predicts exactly what ``hzo.count_queries`` will count. Source: trees: paper and ours; the rest: ours.
 
     Raises:
-        InputError: not a chain. TraceError: a chain that has not seen an input.
+        InputError: not a chain, or a number out of range. TraceError: a chain that has not seen an input.
         PlanError: an unknown option, a target that cannot be reached or a budget that pays for no plan, more memory
             needed than allowed, or a chain without anything to train.
         CoupledSamplesError: a query would run a stage in which samples influence each other (BatchNorm in train mode).
@@ -140,15 +141,13 @@ def plan(
 
 
 def check_smoothing(mu: float | None, draws: int, scheme: Scheme, modelled: bool = False) -> None:
-    """Raises PlanError where smoothing cannot be had as asked."""
-    if type(draws) is not int or draws < 1:
-        raise PlanError(f"expected draws to be a whole number from 1 on, got {draws!r}")
+    """Raises InputError where a number is out of range, PlanError where smoothing cannot be had as asked."""
+    whole("draws", draws)
     if mu is None:
         if draws != 1:
             raise PlanError(f"draws={draws} are points of a smoothing: give its width, too, mu=")
         return
-    if isinstance(mu, bool) or not isinstance(mu, (int, float)) or not 0 < mu < float("inf"):
-        raise PlanError(f"expected mu to be a positive finite width, got {mu!r}; None takes no smoothing")
+    positive("width mu", mu, "None takes no smoothing")
     if scheme != "central":
         raise PlanError(
             "smoothing moves the point at which differences are taken, where no result is stored for "

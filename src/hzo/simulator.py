@@ -10,6 +10,7 @@ from pathlib import PurePath
 from types import SimpleNamespace
 from typing import IO, Any
 
+from hzo.checked import positive, whole
 from hzo.errors import InputError, QueryError, QueryTimeoutError
 from hzo.guarded import within
 
@@ -43,9 +44,7 @@ def simulator(command: Sequence[str], *, timeout: float = 60.0, outputs: int = 1
     """
     if isinstance(command, str) or not command:
         raise InputError(f"expected the program and its arguments as a list, ['python', 'chip.py'], got {command!r}")
-    if not 0 < timeout < float("inf") or type(outputs) is not int or outputs < 1:
-        raise InputError(f"expected timeout > 0 in seconds and outputs ≥ 1, got {timeout!r} and {outputs!r}")
-    return Simulator(tuple(command), timeout, outputs)
+    return Simulator(tuple(command), positive("timeout in seconds", timeout), whole("outputs", outputs))
 
 
 class Simulator:

@@ -7,7 +7,6 @@ one for a plain module, ``len(chain)`` for an ``hzo.Chain``.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from torch.utils._pytree import tree_map
 from hzo import queries
 from hzo.arguments import tensors_in
 from hzo.chain import Chain
+from hzo.checked import positive, whole
 from hzo.errors import InputError, NonFiniteError, StepError
 from hzo.losses.checks import check_finite, check_loss
 from hzo.side_effects import restore_snapshot, take_snapshot
@@ -198,8 +198,7 @@ def accumulator(parameter: Tensor) -> Tensor:
 
 def draw_seeds(generator: torch.Generator | None, samples: int) -> list[int]:
     """One seed per sample: from ``generator``, or from torch's global random state, which that moves."""
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-        raise InputError(f"expected samples to be a whole number of at least 1, got {samples!r}")
+    whole("samples", samples)
     device = generator.device if generator is not None else torch.device("cpu")
     seeds = torch.randint(2**63 - 1, (samples,), generator=generator, device=device)
     return [int(seed) for seed in seeds]
@@ -240,9 +239,7 @@ def checked_step(step: float | None, default: float, tensors: Mapping[str, Tenso
         InputError: not a positive finite number.
         StepError: so small that a typical element of some tensor would not change at all.
     """
-    step = default if step is None else step
-    if isinstance(step, bool) or not isinstance(step, (int, float)) or not (math.isfinite(step) and step > 0):
-        raise InputError(f"expected a step above 0 and finite, got {step!r}; None chooses one from the dtype")
+    step = default if step is None else positive("step", step, "None chooses one from the dtype")
     for name, tensor in tensors.items():
         size = float(tensor.detach().abs().mean()) if tensor.numel() else 0.0
         if step < torch.finfo(tensor.dtype).eps / 4 * size:
@@ -250,4 +247,4 @@ def checked_step(step: float | None, default: float, tensors: Mapping[str, Tenso
                 f"a step of {step:g} vanishes in {name}: {tensor.dtype}, elements of about "
                 f"{size:.2g}. Give a larger step, or the model a wider dtype."
             )
-    return float(step)
+    return step

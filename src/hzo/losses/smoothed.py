@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from hzo import queries
-from hzo.errors import InputError
+from hzo.checked import positive, whole
 from hzo.losses.checks import check_finite, check_rows
 from hzo.losses.perturbed import TILED_ELEMENTS, LossFn, cast, check_uncoupled, evaluate, is_tiled, tile
 
@@ -33,10 +33,8 @@ class Smoothing:
     draws: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.mu, bool) or not isinstance(self.mu, (int, float)) or not 0 < self.mu < float("inf"):
-            raise InputError(f"expected mu to be a positive finite width, got {self.mu!r}")
-        if type(self.draws) is not int or self.draws < 1:
-            raise InputError(f"expected draws to be a whole number from 1 on, got {self.draws!r}")
+        positive("width mu", self.mu)
+        whole("draws", self.draws)
 
 
 def smoothed(loss_fn: LossFn, output: Tensor, target: Any, values: Tensor, smoothing: Smoothing) -> Tensor:
