@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -217,38 +218,45 @@ def sentence(rows: list[Row], depth: int) -> str:
 
 
 def plot(rows: list[Row]) -> Figure:
-    figure = new_figure(13, 4.6)
+    figure = new_figure(15, 4.6)
+    panels = figure.subplots(1, 4, sharey=True)
+    trees = [(method, TREE_COLORS[method], MARKERS[method], "-") for method in TREES]
+    lines = trees + [(method, STANDARD_COLORS[method], ".", "--") for method in STANDARD]
     shown = (
         (RESIDUAL, "cosine", "residual: all parameters"),
         (PLAIN, "cosine", "plain: all parameters"),
         (PLAIN, "layer_mean", "plain: mean over layers"),
     )
-    panels = figure.subplots(1, 3, sharey=True)
+    for axes, (network, what, title) in zip(panels, shown, strict=False):
+        for k, (method, color, marker, style) in enumerate(lines):
+            mine = select(rows, network=network.name, method=method)
+            draw(axes, mine, what, method, (color, marker, style), k - len(lines) / 2)
+        axes.set_title(title)
+    for k, (network, style) in enumerate(zip(NETWORKS[1:], ("-", ":", "-."), strict=True)):
+        look = (TREE_COLORS["bisect"], MARKERS["bisect"], style)
+        mine = select(rows, network=network.name, method="bisect")
+        draw(panels[3], mine, "layer_mean", network.name.removeprefix("plain, "), look, k - 1)
+    panels[3].set_title("plain, bisect: by initialisation")
+    panels[3].legend(loc="lower left")
     depths = sorted({row["L"] for row in rows})
-    for axes, (network, what, title) in zip(panels, shown, strict=True):
-        for method in (*TREES, *STANDARD):
-            draw(axes, rows, network, method, what, label=method)
-        axes.set(title=title, xlabel="depth L", ylim=(-0.05, 1.05))
+    for axes in panels:
+        axes.set(xlabel="depth L", ylim=(-0.05, 1.05))
         axes.set_xscale("log", base=2)
         axes.set_xticks(depths, [str(depth) for depth in depths])
-    for network, style in ((NETWORKS[2], ":"), (NETWORKS[3], "-.")):
-        draw(panels[2], rows, network, "bisect", "layer_mean", style=style, label=f"bisect, {network.name[7:]}")
     panels[0].set_ylabel("cosine with backprop")
-    pairs = [pair for axes in panels for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
-    labelled = {label: handle for handle, label in pairs}
-    figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=5)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(lines))
     return figure
 
 
-def draw(axes: Any, rows: list[Row], network: Network, method: str, what: str, *, label: str, style: str = "-") -> None:
-    depths = sorted({row["L"] for row in select(rows, network=network.name, method=method)})
-    if depths:
-        found = [mean_spread(of(rows, network, method, depth, what)) for depth in depths]
-        means, spreads = zip(*found, strict=True)
-        tree = method in TREES
-        look = {
-            "color": TREE_COLORS[method] if tree else STANDARD_COLORS[method],
-            "marker": MARKERS[method] if tree else ".",
-            "ls": style if tree else (0, (4, 2)),
-        }
-        axes.errorbar(depths, means, spreads, ms=5, mfc="none", capsize=2, lw=1.3, label=label, **look)
+def draw(axes: Axes, rows: list[Row], what: str, label: str, look: tuple[str, str, str], shift: float) -> None:
+    """Mean and standard deviation over seeds, no higher than a cosine gets; lines that coincide stand side by side."""
+    color, marker, style = look
+    depths = sorted({row["L"] for row in rows})
+    found = [mean_spread([row[what] for row in select(rows, L=depth)]) for depth in depths]
+    means = [mean for mean, _ in found]
+    bars = [[sd for _, sd in found], [min(sd, 1 - mean) for mean, sd in found]]
+    at = [depth * 1.03**shift for depth in depths]
+    axes.errorbar(
+        at, means, bars, color=color, marker=marker, ls=style, ms=5, mfc="none", elinewidth=0.8, capsize=2, lw=1.3,
+        label=label,
+    )  # fmt: skip
