@@ -154,8 +154,7 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
 def _damaged(path: Path, what: str) -> CheckpointError:
     return CheckpointError(
         f"{path} is damaged or not of a checkpoint by hzo: {what}. Remove the directory {path.parent} "
-        "to go on "
-        "from the checkpoint before it."
+        "to go on from the checkpoint before it."
     )
 
 
