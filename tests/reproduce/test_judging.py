@@ -2,9 +2,9 @@
 
 import pytest
 
-from hzo.errors import InputError
+from hzo.errors import InputError, StepError
 from hzo.reproduce import complexity, curves, error_accumulation, fig1, fig5, spatial, table1, theorem1, unitary_limit
-from hzo.reproduce.finding import verdict
+from hzo.reproduce.finding import Setting, verdict
 from hzo.reproduce.trained import Trained
 from hzo.train.config import TrainConfig
 
@@ -185,6 +185,27 @@ def test_table1_needs_hzo_ahead_at_equal_budget():
     assert judged(40.0) == [True] * 4
     assert judged(60.0) == [False] * 4
     assert judged(40.0, spsa=[]) == [False, True, True, True]
+
+
+def test_a_rate_at_which_a_seed_diverges_gives_way_to_the_next_best(monkeypatch, tmp_path):
+    def trained(config, setting, datasets):
+        if config.lr > 0.1 and config.seed == 1:
+            raise StepError("a step vanishes")
+        return finished(config.method, 100 * config.lr)
+
+    monkeypatch.setattr(table1, "trained", trained)
+    told = []
+    setting = Setting(scale="smoke", out=tmp_path, tell=told.append)
+
+    def accuracies(shares):
+        changes = {"lr": 0.4, "directions": 3}
+        return [run.accuracy for run in table1.at_first_share(setting, "spsa", changes, shares, (0, 1), {})]
+
+    assert accuracies([1.0, 0.5, 0.2, 0.1]) == pytest.approx([8, 8])
+    assert ["diverges at 1 " in line or "diverges at 0.5 " in line for line in told] == [True, True]
+    assert accuracies([]) == []
+    with pytest.raises(StepError):
+        accuracies([1.0, 0.5])
 
 
 def precisions(cosine=1.0, behind=0.0):
