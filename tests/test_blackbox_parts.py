@@ -279,7 +279,12 @@ class TestBatches:
         with pytest.raises(InputError, match=r"say how many: hzo\.blackbox"):
             hzo.backward(model, F.cross_entropy, normal(5, 3), torch.arange(5) % 2)
 
-    @pytest.mark.parametrize("options", [{"batched": 0}, {"batched": -1}, {"timeout": 0.0}, {"timeout": float("nan")}])
-    def test_options(self, options):
-        with pytest.raises(InputError, match=f"expected {next(iter(options))} to be positive"):
-            hzo.blackbox(physics, **options)
+    @pytest.mark.parametrize("batched", [0, -1, 1.5, None])
+    def test_a_size_is_a_whole_number(self, batched):
+        with pytest.raises(InputError, match=r"expected batched, .* whole number from 1 on"):
+            hzo.blackbox(physics, batched=batched)
+
+    @pytest.mark.parametrize("timeout", [0.0, float("nan"), "1", True])
+    def test_a_timeout_is_a_time(self, timeout):
+        with pytest.raises(InputError, match="expected a positive finite timeout in seconds"):
+            hzo.blackbox(physics, timeout=timeout)

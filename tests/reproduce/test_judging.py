@@ -208,6 +208,19 @@ def test_a_rate_at_which_a_seed_diverges_gives_way_to_the_next_best(monkeypatch,
         accuracies([1.0, 0.5])
 
 
+def test_without_training_the_share_that_has_most_runs_counts(monkeypatch, tmp_path):
+    there = {(0.4, 0), (0.2, 0), (0.2, 1), (0.1, 1)}
+
+    def trained(config, setting, datasets):
+        return finished("spsa", 100 * config.lr) if (config.lr, config.seed) in there else None
+
+    monkeypatch.setattr(table1, "trained", trained)
+    setting = Setting(scale="smoke", out=tmp_path, train=False)
+    for shares, found in (([1.0, 0.5, 0.25], [20, 20]), ([1.0, 0.25], [40]), ([0.01], [])):
+        runs = table1.at_first_share(setting, "spsa", {"lr": 0.4, "directions": 3}, shares, (0, 1), {})
+        assert [run.accuracy for run in runs] == pytest.approx(found)
+
+
 def precisions(cosine=1.0, behind=0.0):
     rows = []
     for dtype in fig5.DTYPES:

@@ -117,25 +117,26 @@ def at_first_share(
     datasets: dict[str, Dataset],
 ) -> list[Trained]:
     """The runs of all seeds at the first of these shares of the rate at which none diverges; a short run may end well
-    where a long one does not.
+    where a long one does not. Where no run may be made, those of the share that has most.
 
     Raises:
         NonFiniteError, StepError: some run diverges at each of them.
     """
+    most: list[Trained] = []
     for share in shares:
         rate = {**changes, "lr": changes["lr"] * share}
+        configs = [training(setting, "cifar10", "budget", method, seed, **rate) for seed in seeds]
         try:
-            runs = [
-                trained(training(setting, "cifar10", "budget", method, seed, **rate), setting, datasets)
-                for seed in seeds
-            ]
+            runs = [trained(config, setting, datasets) for config in configs]
         except DIVERGED as error:
             if share == shares[-1]:
                 raise
             setting.tell(f"{method} diverges at {share:g} of the rate ({error}): the next best")
             continue
-        return [run for run in runs if run is not None]
-    return []
+        most = max(most, [run for run in runs if run is not None], key=len)
+        if len(most) == len(seeds):
+            break
+    return most
 
 
 def problem_price(config: TrainConfig) -> float:
