@@ -159,17 +159,21 @@ def sentence(runs: Runs) -> str:
             if not found:
                 figures.append(f"{method} not run yet")
                 continue
-            mean, sd = mean_spread([run.accuracy for run in found])
-            spread_words = f" ± {sd:.2f}" if len(found) > 1 else ""
             seconds = statistics.fmean(run.summary["seconds"] for run in found)
-            figures.append(f"{method} {mean:.2f}{spread_words} % ({_seeds(found)}, {seconds / 60:.1f} min each)")
+            figures.append(f"{method} {accuracy_words(found)} ({seeds_words(found)}, {seconds / 60:.1f} min each)")
         cosines = [run.lowest_cosine for run in by_method["hzo"] if run.lowest_cosine is not None]
         lowest = f", lowest cosine {min(cosines):.6f}" if cosines else ""
         parts.append(f"{arm.capitalize()} arm: {', '.join(figures)}{lowest}.")
     return " ".join(parts)
 
 
-def _seeds(found: Sequence[Trained]) -> str:
+def accuracy_words(found: Sequence[Trained]) -> str:
+    """A single run has no spread."""
+    mean, sd = mean_spread([run.accuracy for run in found])
+    return f"{mean:.2f} ± {sd:.2f} %" if len(found) > 1 else f"{mean:.2f} %"
+
+
+def seeds_words(found: Sequence[Trained]) -> str:
     return f"seed{'s' if len(found) > 1 else ''} {', '.join(str(run.config.seed) for run in found)}"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -193,8 +192,8 @@ def sentence(arms: dict[str, curves.Runs], budget: dict[str, list[Trained]], spe
     words = " ".join(f"{data}: {curves.sentence(runs)}" for data, runs in arms.items())
     figures = []
     for method, found in budget.items():
-        mean, sd = mean_spread([run.accuracy for run in found]) if found else (math.nan, math.nan)
-        figures.append(f"{method} {mean:.2f} ± {sd:.2f} %" if found else f"{method} not run yet")
+        words = f"{curves.accuracy_words(found)} ({curves.seeds_words(found)})" if found else "not run yet"
+        figures.append(f"{method} {words}")
     return f"{words} At a budget of {spent:,.0f} forward equivalents: {', '.join(figures)}."
 
 
