@@ -201,7 +201,7 @@ def plot(arms: dict[str, curves.Runs], budget: dict[str, list[Trained]]) -> Figu
     figure = new_figure(12, 4.4)
     left, right = figure.subplots(1, 2)
     groups = [
-        (f"{data}, {arm} arm", by_method)
+        (f"{data}\n{arm} arm", by_method)
         for data, runs in arms.items()
         for arm, by_method in runs.items()
         if any(by_method.values())
