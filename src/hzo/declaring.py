@@ -90,10 +90,10 @@ def declare(module: Module, *promises: Promise, step: float | None = None) -> Mo
             _check_local(promise)
         elif promise not in PROMISES:
             raise InputError(f"expected promises out of {', '.join(PROMISES)} and hzo.Local(axis, …), got {promise!r}")
-    own = None if step is None else positive("step", step, "leave it out for the plan's own")
+    length = None if step is None else positive("step", step, "leave it out for the plan's own")
     given: Any = module
     given.hzo_promises = tuple(dict.fromkeys(promises))
-    given.hzo_step = own
+    given.hzo_step = length
     # A traced chain is recognized by the options of its modules, of which this line is one: declaring anew traces anew.
     given.hzo_opaque = f"declared: {', '.join(map(str, promises)) or 'a black box'}"
     return module

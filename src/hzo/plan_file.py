@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from hzo.chain import Chain
+from hzo.checked import positive
 from hzo.choice import check_spacing
-from hzo.differences import check_scheme, check_step
+from hzo.differences import check_scheme
 from hzo.errors import HzoError, InputError, PlanError
 from hzo.graph import Graph
 from hzo.memory import stored
@@ -80,11 +81,11 @@ def load_plan(chain: Chain, path: str | PathLike[str]) -> Plan:
         tree=values.take("tree", check_tree),
         assume=assume,
         scheme=values.take("scheme", check_scheme),
-        step=values.take("step", _step),
+        step=values.take("step", _positive),
         noise=values.take("noise", lambda noise: _noise(graph, noise)),
         boundaries=values.take("boundaries", check_boundaries),
         spacing=values.take("spacing", lambda spacing: check_spacing(spacing, assume)),
-        mu=(mu := values.take("mu", _step)),
+        mu=(mu := values.take("mu", _positive)),
         draws=(draws := values.take("draws", _whole(1))),
     )
     if mu is None and draws != 1:
@@ -217,10 +218,10 @@ def _at_least_zero(value: Any) -> float:
     return float(value)
 
 
-def _step(value: Any) -> float | None:
+def _positive(value: Any) -> float | None:
     if value is not None and type(value) not in (int, float):
-        raise PlanError(f"expected a positive finite step or null, got {_short(value)}")
-    return check_step(value)
+        raise PlanError(f"expected a positive finite number or null, got {_short(value)}")
+    return None if value is None else positive("number", value)
 
 
 def _seconds(value: Any) -> float | None:
@@ -249,7 +250,7 @@ def _noise(graph: Graph, value: Any) -> Noise | None:
 def _hop(row: _Fields) -> Hop:
     row.take("where")
     hop = Hop(row.take("target", _whole(0)), row.take("source", _whole(1)), row.take("repeats", _whole(1)))
-    return replace(hop, step=row.take("step", _step))
+    return replace(hop, step=row.take("step", _positive))
 
 
 def _check_tree(graph: Graph, made: Plan, hops: list[Hop], source: str) -> None:

@@ -1,9 +1,8 @@
 """``trace``: from a model and an input to a chain.
 
-The model is recorded twice, with the batch and with one sample more. What differs between the two is what depends on
-the batch size; what cannot be explained by it cannot be a chain, and is an error. Then every operation is run by
-itself to learn what the engine must know of it: whether it repeats, whether it keeps samples apart, which buffers it
-moves, what it costs.
+The model is recorded twice, with the batch and with one sample more (recording.py), and the two become one graph
+(linking.py). Then every operation is run by itself to learn what the engine must know of it (inspection.py): whether it
+repeats, whether it keeps samples apart, which buffers it moves, what it costs.
 """
 
 from __future__ import annotations

@@ -227,7 +227,7 @@ def plot(rows: list[Row]) -> Figure:
         (PLAIN, "cosine", "plain: all parameters"),
         (PLAIN, "layer_mean", "plain: mean over layers"),
     )
-    for axes, (network, what, title) in zip(panels, shown, strict=False):
+    for axes, (network, what, title) in zip(panels[:3], shown, strict=True):
         for k, (method, color, marker, style) in enumerate(lines):
             mine = select(rows, network=network.name, method=method)
             draw(axes, mine, what, method, (color, marker, style), k - len(lines) / 2)

@@ -45,11 +45,11 @@ EXPERIMENTS = (
     Experiment("error-accumulation", "errors along the depth and the error model", error_accumulation, 0.1),
     Experiment("unitary-limit", "errors against the stages' gain", unitary_limit, 0.1),
     Experiment("fig1", "cosine with backprop against depth, standard ZO beside", fig1, 0.4),
-    Experiment("fig2", "training curves on CIFAR-10, HZO beside backprop", fig2, 7, "cifar10"),
-    Experiment("fig3", "training curves on ten ImageNet classes", fig3, 4, "imagenet"),
+    Experiment("fig2", "training curves on CIFAR-10, HZO beside backprop", fig2, 5, "cifar10"),
+    Experiment("fig3", "training curves on ten ImageNet classes", fig3, 2.5, "imagenet"),
     Experiment("fig4", "cost against depth and width, exponents", fig4, 0.01),
     Experiment("fig5", "activations and precisions: cosine, trained accuracy", fig5, 0.3),
-    Experiment("table1", "accuracies, and other estimates at equal budget", table1, 4, "cifar10"),
+    Experiment("table1", "accuracies, and other estimates at equal budget", table1, 3, "cifar10"),
     Experiment("spatial", "colors instead of elements in convolutions", spatial, 0.02),
 )
 

@@ -15,13 +15,12 @@ from hzo.reproduce.finding import Finding, Row, Setting, in_words, mean_spread, 
 from hzo.reproduce.images import imagenet_folder
 from hzo.reproduce.plotting import new_figure
 from hzo.reproduce.recipes import training
-from hzo.reproduce.trained import Trained, identity, trained
+from hzo.reproduce.trained import Trained, dataset_of, identity, trained
 from hzo.train.config import TrainConfig, replace
 from hzo.train.images import Dataset, batches_per_epoch
 from hzo.train.methods import make_plan
 from hzo.train.planning import problem
 from hzo.train.plots import COLORS
-from hzo.train.run import load_data
 
 CLAIM = "Accuracy competitive with backprop (the paper's table)."
 # Forward passes of one direction. A forward gradient carries the derivative along, for the work of two more.
@@ -95,7 +94,7 @@ def at_equal_budget(setting: Setting, seeds: Sequence[int]) -> tuple[dict[str, l
     reference = training(setting, "cifar10", "budget", "hzo", seeds[0])
     datasets: dict[str, Dataset] = {}
     price = problem_price(reference)
-    steps = reference.epochs * batches_per_epoch(len(load_data(reference).train), reference.batch_size)
+    steps = reference.epochs * batches_per_epoch(len(dataset_of(reference, datasets).train), reference.batch_size)
     found: dict[str, list[Trained]] = {}
     for method in METHODS:
         changes: dict[str, Any] = {"lr": reference.lr}

@@ -99,15 +99,21 @@ def trained(config: TrainConfig, setting: Setting, datasets: dict[str, Dataset])
         return found
     if not setting.train:
         return None
-    key = f"{config.data}, {config.image_size}"
-    if key not in datasets:
-        datasets[key] = load_data(config)
+    dataset = dataset_of(config, datasets)
     begun = (own / CONFIG).is_file()
     setting.tell(f"{'going on with' if begun else 'training'} {own.name}")
-    run = (resume if begun else start)(config, own, datasets[key])
+    run = (resume if begun else start)(config, own, dataset)
     result = setting.train_run(run)
     setting.tell(f"{own.name}: {100 * result.test_accuracy:.2f} % in {result.seconds:,.0f} s")
     return finished(own)
+
+
+def dataset_of(config: TrainConfig, datasets: dict[str, Dataset]) -> Dataset:
+    """What a run sees; read once, then kept in ``datasets``."""
+    key = f"{config.data}, {config.image_size}"
+    if key not in datasets:
+        datasets[key] = load_data(config)
+    return datasets[key]
 
 
 def finished(directory: Path) -> Trained | None:
