@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import hzo
-from hzo.train.environment import environment
+from hzo_lab.records import environment
 
 
 class Layer(nn.Module):

@@ -26,11 +26,10 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import hzo
-from hzo.cost import bytes_per_direction
 from hzo.execution import base_pass
-from hzo.schedule import schedule
-from hzo.train.environment import environment
-from hzo.vjp import directions_per_chunk
+from hzo.finite_differences import directions_per_chunk
+from hzo.plans import bytes_per_direction, schedule
+from hzo_lab.records import environment
 
 MIB = 2**20
 OUT = Path(__file__).parents[1] / "results" / "benchmarks" / "gradient_time.json"

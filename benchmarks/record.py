@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hzo.train.environment import environment
+from hzo_lab.records import environment
 
 
 def write(out: Path, **content: Any) -> None:

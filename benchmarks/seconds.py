@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,11 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hzo
-from hzo.train.models import mlp, resnet
+from hzo_lab.networks import GPT, BasicBlock, ResNet
+from hzo_lab.training import mlp, resnet
 from record import write
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
-from architectures import GPT, BasicBlock, ResNet
 
 Problem = tuple[nn.Module, Tensor, Tensor]
 Case = tuple[Callable[[], Problem], str, tuple[dict[str, Any], ...]]

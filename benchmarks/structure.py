@@ -30,11 +30,9 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import hzo
-from hzo.train.environment import environment
-from hzo.train.models import resnet
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
-from architectures import GPT, BasicBlock, ResNet
+from hzo_lab.networks import GPT, BasicBlock, ResNet
+from hzo_lab.records import environment
+from hzo_lab.training import resnet
 
 Problem = tuple[nn.Module, Tensor, Tensor]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from hzo.train.data import digits
+from hzo_lab.data import digits
 
 DIGITS = digits()  # a fixed split: 1,437 to learn from, 360 to be tested on
 

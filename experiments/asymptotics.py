@@ -19,7 +19,7 @@ from torch import nn, randn
 
 import hzo
 from common import cosine, options, table, write
-from hzo.trees import b_ary, flat, longest_path, stagewise, total_length
+from hzo.plans import b_ary, flat, longest_path, stagewise, total_length
 
 WIDTH, BATCH, STEP, TARGET, PRICE = 16, 64, 0.1, 0.99, 40
 ERROR = -2 * log(TARGET)

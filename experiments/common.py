@@ -1,4 +1,4 @@
-"""What the experiments share, beside networks and comparisons of ``hzo.reproduce``: how a result is written."""
+"""What the experiments share, beside networks and comparisons of ``hzo_lab.paper``: how a result is written."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from hzo.reproduce.measure import cosine, expected_error, relative_error, squared_gain
-from hzo.reproduce.networks import ACTIVATIONS, BATCH, WIDTH, data, network
-from hzo.train.environment import commit, environment
+from hzo_lab.paper import ACTIVATIONS, BATCH, WIDTH, cosine, data, expected_error, network, relative_error, squared_gain
+from hzo_lab.records import commit, environment
 
 __all__ = [
     "ACTIVATIONS",

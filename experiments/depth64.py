@@ -18,7 +18,7 @@ from torch import nn
 
 import hzo
 from common import WIDTH, cosine, data, network, options, table, write
-from hzo.trees import longest_path
+from hzo.plans import longest_path
 
 DEPTH, NOISE, STEP, TARGET = 64, 1e-3, 0.1, 0.997
 TREES = (

@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 
 import hzo
 from common import ACTIVATIONS, cosine, data, expected_error, network, options, table, write
-from hzo.accuracy import error_model, expected_errors
-from hzo.plan import Expected
+from hzo.planner import error_model, expected_errors
+from hzo.plans import Expected
 
 BANDS = {"residual": 0.02, "plain": 0.05}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -1,6 +1,6 @@
 """Real parts without a usable derivative: what can be learned in front of them, by which gradient, at which price.
 
-    python experiments/real_parts.py            # writes results/blackbox/real_parts.json and .png
+    PYTHONPATH=examples python experiments/real_parts.py    # writes results/blackbox/real_parts.json and .png
 
 The networks are those of examples/: spiking neurons (snnTorch), 3-bit rounding (PyTorch), analog tiles (aihwkit), a
 frozen ONNX model (onnxruntime), an interferometer in a process of its own. Each is trained on scikit-learn's digits
@@ -22,13 +22,11 @@ read the tiles with the same draws of noise, which no chip can do; the box's que
 
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -38,19 +36,17 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-import analog_chain
-import hzo
-from common import RESULTS, cosine, options, table, write
-from hzo.errors import NonFiniteError
-
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
 import analog
+import analog_chain
 import digits
+import hzo
 import interferometer
 import onnx_middle
 import quantized
 import spiking
 import subprocess_simulator
+from common import RESULTS, cosine, options, table, write
+from hzo.errors import NonFiniteError
 
 RATES = (3e-3, 1e-2, 3e-2)
 SPSA_STEPS = (1e-3, 1e-2, 1e-1)  # in its parameters

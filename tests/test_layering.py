@@ -7,116 +7,137 @@ import pytest
 
 import hzo
 
-ROOT = Path(hzo.__file__).parent
-FILES = sorted(ROOT.rglob("*.py"))
+SOURCE = Path(hzo.__file__).parents[1]
+FILES = sorted(path for name in ("hzo", "hzo_lab") for path in (SOURCE / name).rglob("*.py"))
 
-# Each may import from what stands above it. A folder is one layer. Put a new file where its imports allow.
-ROWS = (
-    ("errors", "checked", "queries", "writing", "patterns", "declaring", "noise"),
-    (
-        "arguments",
-        "graph",
-        "chain",
-        "structure",
-        "decompositions",
-        "side_effects",
-        "calling",
-        "execution",
-        "inspection",
-        "recording",
-        "linking",
-        "tracing",
-    ),
-    ("trees", "coloring", "probes", "differences", "violations", "dot_product", "vjp", "repeats", "budgets", "optimum"),
-    ("parameter_rules", "losses", "adjoints", "locality", "crosstalk"),
-    (
-        "storage",
-        "plan",
-        "calibration",
-        "cost",
-        "accuracy",
-        "choice",
-        "nodes",
-        "edges",
-        "intervals",
-        "balance",
-        "aims",
-        "schedule",
-        "memory",
-        "plan_file",
-        "planner",
-        "preparation",
-    ),
-    ("parameter_gradients", "sweep", "gradient"),
-    (
-        "timing",
-        "hops",
-        "noise_measured",
-        "calibrate",
-        "checking",
-        "coloring_check",
-        "inference",
-        "guarded",
-        "simulator",
-        "bridge",
-        "criterion",
-        "blackbox",
-        "presets",
-        "baselines",
-        "hzo",
-    ),
-    ("train", "reproduce", "cli", "__main__"),
+# Each may import from what stands above it. A file beside the packages of hzo is a package of one file.
+PACKAGES = (
+    "hzo.errors",
+    "hzo._options",
+    "hzo._files",
+    "hzo.noise",
+    "hzo.tracing",
+    "hzo.structure",
+    "hzo.execution",
+    "hzo.tracing.recorder",
+    "hzo.finite_differences",
+    "hzo.losses",
+    "hzo.parameter_rules",
+    "hzo.adjoints",
+    "hzo.locality",
+    "hzo.plans",
+    "hzo.planner",
+    "hzo.gradients",
+    "hzo.measurement",
+    "hzo.verification",
+    "hzo.external",
+    "hzo.baselines",
+    "hzo.presets",
+    "hzo",
+    "hzo_lab.errors",
+    "hzo_lab.networks",
+    "hzo_lab.records",
+    "hzo_lab.data",
+    "hzo_lab.training",
+    "hzo_lab.reports",
+    "hzo_lab.paper",
+    "hzo_lab.cli",
+    "hzo_lab",
 )
-ORDER = [name for row in ROWS for name in row]
+# Their names are for all to import; of the other packages, others import what the face (__init__) gives.
+OPEN = {"hzo.structure", "hzo.parameter_rules", "hzo.adjoints", "hzo.locality"}
+# ``python -m hzo``: the one file of the library that knows the application.
+ENTRY = {"hzo.__main__", "hzo_lab.__main__"}
 
 
-def layer(module: str) -> str:
-    """hzo.adjoints.common -> adjoints; hzo -> hzo."""
-    parts = module.split(".")
-    return parts[1] if len(parts) > 1 else "hzo"
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__")
 
 
-def layer_of(path: Path) -> str:
-    return layer(".".join(("hzo", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"))
+MODULES = {module_of(path): path for path in FILES}
 
 
-def imported(tree: ast.AST) -> set[str]:
-    """The layers that a file imports from, inside functions too."""
-    found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "relative imports hide where they point"
-            inside = [f"hzo.{alias.name}" for alias in node.names] if node.module == "hzo" else []
-            names = [name if layer(name) in ORDER else "hzo" for name in inside] or [node.module or ""]
-        else:
-            continue
-        found |= {layer(name) for name in names if name.split(".")[0] == "hzo"}
-    return found
+def package_of(module: str) -> str:
+    """hzo.plans.trees -> hzo.plans; the longest name of the list that it starts with."""
+    return max((name for name in PACKAGES if f"{module}.".startswith(f"{name}.")), key=len)
 
 
 def parse(path: Path) -> ast.AST:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_point_up(path):
-    own = layer_of(path)
-    assert own in ORDER, f"list {own} in ORDER, below all that it imports from"
-    below = {name for name in imported(parse(path)) - {own} if ORDER.index(name) >= ORDER.index(own)}
+def imported(tree: ast.AST) -> set[str]:
+    """The modules of hzo and hzo_lab that a file imports from, inside functions too."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide where they point"
+            names = {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {full if full in MODULES else node.module or "" for full in names.values()}
+    return found & MODULES.keys()
+
+
+IMPORTS = {module: imported(parse(path)) for module, path in MODULES.items()}
+
+
+@pytest.mark.parametrize("module", sorted(MODULES.keys() - ENTRY))
+def test_imports_point_up(module):
+    own = package_of(module)
+    others = {package_of(name) for name in IMPORTS[module]} - {own}
+    below = {name for name in others if PACKAGES.index(name) > PACKAGES.index(own)}
     assert not below, f"{own} stands above {sorted(below)}"
 
 
-def test_the_order_is_about_files_that_exist():
-    assert len(set(ORDER)) == len(ORDER)
-    assert set(ORDER) == {layer_of(path) for path in FILES}
+def test_every_package_is_listed():
+    inside = {module for module in MODULES if module.count(".") == 1} - ENTRY
+    assert inside <= set(PACKAGES), "put it into PACKAGES, below all that it imports from"
+    assert set(PACKAGES) <= MODULES.keys(), "listed, but not there"
+
+
+def test_no_cycle_inside_a_package():
+    ahead = {module: {n for n in names if n != package_of(module)} for module, names in IMPORTS.items()}
+    while ahead:
+        free = {module for module, names in ahead.items() if not names & ahead.keys()}
+        assert free, f"these import each other in a circle: {sorted(ahead)}"
+        ahead = {module: names for module, names in ahead.items() if module not in free}
+
+
+def test_the_library_knows_nothing_of_the_application():
+    for module in MODULES.keys() - ENTRY:
+        if module.split(".")[0] == "hzo":
+            assert not {name for name in IMPORTS[module] if name.split(".")[0] == "hzo_lab"}, module
+
+
+@pytest.mark.parametrize("module", sorted(MODULES.keys() - ENTRY))
+def test_packages_meet_at_their_faces(module):
+    """From another package a file imports names of its ``__init__``, or a whole module of it."""
+    own = package_of(module)
+    for node in ast.walk(parse(MODULES[module])):
+        if isinstance(node, ast.ImportFrom) and node.module in MODULES:
+            other = package_of(node.module)
+            if other not in {own, "hzo", *OPEN}:
+                assert node.module == other, f"import from {other} what {node.module} is asked for"
+
+
+@pytest.mark.parametrize("package", sorted({module for module, path in MODULES.items() if path.stem == "__init__"}))
+def test_no_function_has_the_name_of_a_module(package):
+    """``import hzo.plans.schedule`` and ``from hzo.plans import schedule`` must not be two things."""
+    names = {
+        alias.asname or alias.name
+        for node in ast.walk(parse(MODULES[package]))
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if f"{node.module}.{alias.name}" not in MODULES
+    }
+    assert not {name for name in names if f"{package}.{name}" in MODULES}
 
 
 # Who may: the yardstick, the bridge that lets a black box sit in an autograd model, and a baseline in forward mode.
-BACKWARD = {"baselines/backprop.py"}
-FUNCTION = {"bridge.py"}
-FORWARD_MODE = {"baselines/forward_gradient.py"}
+BACKWARD = {"hzo/baselines/_backprop.py"}
+FUNCTION = {"hzo/external/autograd.py"}
+FORWARD_MODE = {"hzo/baselines/_forward_gradient.py"}
 
 
 def autograd_used(tree: ast.AST) -> set[str]:
@@ -137,9 +158,9 @@ def autograd_used(tree: ast.AST) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
 def test_autograd_is_called_where_the_design_says(path):
-    used, name = autograd_used(parse(path)), str(path.relative_to(ROOT))
+    used, name = autograd_used(parse(path)), path.relative_to(SOURCE).as_posix()
     if name in BACKWARD:
         assert used == {".backward", "torch.enable_grad"}
     elif name in FUNCTION:
@@ -151,10 +172,10 @@ def test_autograd_is_called_where_the_design_says(path):
 
 
 def test_the_core_needs_torch_alone():
-    """What the package imports at its top is torch, the standard library and itself; the extras are the runs' own."""
+    """What the library imports at its top is torch, the standard library and itself; the extras are the runs' own."""
     extras = {"numpy", "typer", "rich", "matplotlib", "safetensors", "sklearn", "PIL"}
-    for path in FILES:
-        if layer_of(path) in ("train", "reproduce"):
+    for module, path in MODULES.items():
+        if module.split(".")[0] == "hzo_lab":
             continue
         for node in parse(path).body:
             if isinstance(node, ast.Import):

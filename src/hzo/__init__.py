@@ -5,25 +5,17 @@ Data flows one way: model -> chain (``trace``) -> plan (``plan``) -> boundaries 
 """
 
 from hzo import baselines, presets
-from hzo.blackbox import BlackBox, blackbox
-from hzo.calibrate import calibrate
-from hzo.calibration import Calibration
-from hzo.chain import Chain, noisy
-from hzo.checking import StructureReport, check_structure
-from hzo.coloring_check import check_coloring
-from hzo.criterion import smoothed
-from hzo.crosstalk import CrossTalk, report_crosstalk
-from hzo.declaring import Local, declare
-from hzo.gradient import backward, cotangents, grad_and_value
-from hzo.inference import InferredStructure, infer_structure
+from hzo.execution import QueryCount, count_queries
+from hzo.external import BlackBox, blackbox, simulator, smoothed
+from hzo.finite_differences import CrossTalk, estimate_vjp, report_crosstalk
+from hzo.gradients import backward, cotangents, grad_and_value
+from hzo.measurement import calibrate
 from hzo.noise import Noise
-from hzo.plan import Plan
-from hzo.plan_file import load_plan, save_plan
-from hzo.planner import plan
-from hzo.queries import QueryCount, count_queries
-from hzo.simulator import simulator
-from hzo.tracing import trace
-from hzo.vjp import estimate_vjp
+from hzo.planner import Calibration, plan
+from hzo.plans import Plan, load_plan, save_plan
+from hzo.tracing import Chain, Local, declare, noisy
+from hzo.tracing.recorder import trace
+from hzo.verification import InferredStructure, StructureReport, check_coloring, check_structure, infer_structure
 
 __all__ = [
     "BlackBox",

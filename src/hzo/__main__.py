@@ -1,5 +1,5 @@
 """``python -m hzo``."""
 
-from hzo.cli import main
+from hzo_lab.cli.main import main
 
 main()

@@ -47,11 +47,3 @@ class ColoringError(HzoError, AssertionError):
 
 class StepError(HzoError, ArithmeticError):
     """A finite-difference step vanishes in the dtype of what it perturbs."""
-
-
-class DataError(HzoError, ValueError):
-    """A data file is missing, truncated or not what it should be."""
-
-
-class CheckpointError(HzoError, RuntimeError):
-    """A run directory or checkpoint cannot be used."""

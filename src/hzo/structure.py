@@ -13,11 +13,9 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as _module_globals
 
-from hzo.declaring import declared
 from hzo.errors import PlanError
-from hzo.graph import Graph, Operation
+from hzo.tracing import Graph, Operation, declared, untouched
 
 Assume = Literal["nothing", "locality", "structure"]
 ASSUMPTIONS = get_args(Assume)
@@ -51,24 +49,6 @@ def check_assume(assume: str) -> Assume:
     if assume not in ASSUMPTIONS:
         raise PlanError(f"expected assume to be one of {ASSUMPTIONS}, got {assume!r}")
     return assume  # type: ignore[return-value]
-
-
-def untouched(module: nn.Module) -> bool:
-    """Whether a call of ``module`` runs the forward of its class and nothing else.
-
-    False with forward hooks (its own or global), a parametrization or weight norm, an instance attribute
-    in place of a method, or a declaration (``hzo.declare``), which speaks for it instead. The exact type of the
-    module is the caller's to check. Source: ours.
-    """
-    hooks = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        _module_globals._global_forward_hooks,
-        _module_globals._global_forward_pre_hooks,
-    )
-    shadowed = any(callable(getattr(type(module), name, None)) for name in vars(module))
-    spoken_for = declared(module) is not None or nn.utils.parametrize.is_parametrized(module)
-    return not any(hooks) and not shadowed and not spoken_for
 
 
 def is_elementwise(op: Operation) -> bool:

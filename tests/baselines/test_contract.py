@@ -10,9 +10,9 @@ from torch import nn
 
 import hzo.baselines
 from hzo.baselines import backprop, coordinate_wise, forward_gradient, mezo, node_perturbation, spsa
-from hzo.chain import Chain
 from hzo.errors import HzoError, InputError, NonFiniteError, StepError
-from hzo.queries import count_queries
+from hzo.execution.counting import count_queries
+from hzo.tracing.chain import Chain
 
 RANDOM = [spsa, mezo, forward_gradient, node_perturbation]
 ALL = [backprop, coordinate_wise, *RANDOM]

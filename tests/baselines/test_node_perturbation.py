@@ -12,8 +12,8 @@ import hzo.baselines._per_sample as per_sample_losses
 from hzo.baselines import _evaluate as ev
 from hzo.baselines import node_perturbation
 from hzo.errors import CoupledSamplesError, InputError, StepError
-from hzo.queries import count_queries
-from hzo.tracing import trace
+from hzo.execution.counting import count_queries
+from hzo.tracing.recorder.tracer import trace
 
 SIGMAS = 4.5
 

@@ -23,9 +23,8 @@ from collections.abc import Hashable
 
 from hzo.adjoints import affine, arithmetic, attention, convolution, declared, einsum, normalization, pooling
 from hzo.adjoints.common import Adjoint, Call, Shape
-from hzo.declaring import declared as declared_of
-from hzo.graph import Graph, Operation
-from hzo.structure import untouched
+from hzo.tracing import Graph, Operation, untouched
+from hzo.tracing import declared as declared_of
 
 __all__ = ["Adjoint", "Call", "Shape", "find_adjoint"]
 

@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hzo.adjoints.common import Adjoint, Call, Shape, argument, is_first_operand
-from hzo.arguments import Attribute, Ref, leaves
-from hzo.graph import Graph, Operation
+from hzo.tracing import Attribute, Graph, Operation, Ref, leaves
 
 
 def _features(graph: Graph, op: Operation, value: int) -> int:

@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hzo.adjoints.common import Adjoint, Call, argument, given, is_first_operand, only_options, slots_of
-from hzo.arguments import Attribute, Extent, Ref, leaves, map_arguments, tensors_in
-from hzo.graph import Graph, Operation
 from hzo.parameter_rules import find_rule
+from hzo.tracing import Attribute, Extent, Graph, Operation, Ref, leaves, map_arguments, tensors_in
 
 # In place, the left operand is overwritten and the rule of the same function out of place applies to it as well.
 _OUT_OF_PLACE: dict[Any, Any] = {

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hzo.adjoints.common import Adjoint, Call, argument, is_first_operand, slots_of
-from hzo.arguments import Ref
-from hzo.graph import Graph, Operation
+from hzo.tracing import Graph, Operation, Ref
 
 aten: Any = torch.ops.aten
 

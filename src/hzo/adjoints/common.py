@@ -13,8 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hzo.arguments import Ref, leaves, map_arguments
-from hzo.graph import Graph, Operation
+from hzo.tracing import Graph, Operation, Ref, leaves, map_arguments
 
 Shape = tuple[int, ...]
 

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from hzo.adjoints.affine import impulse_size
 from hzo.adjoints.common import Adjoint, Call, Shape, argument, is_first_operand
-from hzo.arguments import Attribute
-from hzo.graph import Graph, Operation
+from hzo.tracing import Attribute, Graph, Operation
 
 
 @dataclass(frozen=True)

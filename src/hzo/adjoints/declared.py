@@ -18,9 +18,7 @@ from hzo.adjoints import convolution
 from hzo.adjoints.affine import impulse_size
 from hzo.adjoints.common import Adjoint, Call, Shape, is_first_operand
 from hzo.adjoints.convolution import Geometry
-from hzo.arguments import Ref, map_arguments
-from hzo.declaring import Local, Promise, declared, local_along
-from hzo.graph import Graph, Operation
+from hzo.tracing import Graph, Local, Operation, Promise, Ref, declared, local_along, map_arguments
 
 _CHUNK = 512  # impulses in one call
 

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hzo.adjoints.common import Adjoint, Call
-from hzo.arguments import Ref
-from hzo.graph import Graph, Operation
+from hzo.tracing import Graph, Operation, Ref
 
 
 def _letters(equation: str) -> tuple[list[str], str] | None:

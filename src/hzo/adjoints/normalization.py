@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hzo.adjoints.common import Adjoint, Call, Shape, argument, is_first_operand
-from hzo.graph import Graph, Operation
+from hzo.tracing import Graph, Operation
 
 aten: Any = torch.ops.aten
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hzo.adjoints.affine import impulse_size
 from hzo.adjoints.common import Adjoint, Call, Shape, argument, is_first_operand
-from hzo.graph import Graph, Operation
+from hzo.tracing import Graph, Operation
 
 _LARGEST_MAP = 4096  # places of a map over space that is measured one by one
 

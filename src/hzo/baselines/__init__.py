@@ -15,11 +15,11 @@ layer outputs in one sample) and a batch of B samples:
 | ``node_perturbation`` | all layer outputs, Gaussian | 2 a draw | n + 2, in each sample's cotangents |
 """
 
-from hzo.baselines.backprop import backprop
-from hzo.baselines.coordinate_wise import coordinate_wise
-from hzo.baselines.forward_gradient import forward_gradient
-from hzo.baselines.mezo import mezo
-from hzo.baselines.node_perturbation import node_perturbation
-from hzo.baselines.spsa import spsa
+from hzo.baselines._backprop import backprop
+from hzo.baselines._coordinate_wise import coordinate_wise
+from hzo.baselines._forward_gradient import forward_gradient
+from hzo.baselines._mezo import mezo
+from hzo.baselines._node_perturbation import node_perturbation
+from hzo.baselines._spsa import spsa
 
 __all__ = ["backprop", "coordinate_wise", "forward_gradient", "mezo", "node_perturbation", "spsa"]

@@ -16,14 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from hzo import queries
-from hzo.arguments import tensors_in
-from hzo.chain import Chain
-from hzo.checked import positive, whole
+from hzo._options import positive, whole
 from hzo.errors import InputError, NonFiniteError, StepError
-from hzo.losses.checks import check_finite, check_loss
-from hzo.side_effects import restore_snapshot, take_snapshot
-from hzo.tracing import batch_size, call_arguments
+from hzo.execution import counting, restore_snapshot, take_snapshot
+from hzo.losses import check_finite, check_loss
+from hzo.tracing import Chain, tensors_in
+from hzo.tracing.recorder import batch_size, call_arguments
 
 Model = nn.Module | Chain
 LossFn = Callable[..., Any]
@@ -144,7 +142,7 @@ def queried(p: Problem) -> Iterator[tuple[Tensor, LossAt]]:
     evaluate = precise(p, p.module)
     with torch.no_grad(), replayed([p.module]) as run:
         loss = run(evaluate)
-        queries.add(base_evaluations=p.batch * p.stages)
+        counting.add(base_evaluations=p.batch * p.stages)
 
         def loss_at() -> float:
             value = float(run(evaluate))
@@ -156,7 +154,7 @@ def queried(p: Problem) -> Iterator[tuple[Tensor, LossAt]]:
 
 def count_pass(p: Problem, equivalents: int = 1) -> None:
     """Count one pass over the batch at a perturbed state."""
-    queries.add(
+    counting.add(
         queries=p.batch,
         stage_evaluations=p.batch * p.stages,
         loss_evaluations=p.batch,

@@ -9,9 +9,7 @@ from torch import Tensor
 
 from hzo.baselines._evaluate import Problem
 from hzo.errors import InputError
-from hzo.losses.checks import check_finite, check_loss
-from hzo.losses.closed_forms import checked, find_closed_form
-from hzo.losses.perturbed import evaluate
+from hzo.losses import check_finite, check_loss, checked, evaluate, find_closed_form
 
 
 def contributions(p: Problem, output: Any) -> Tensor:

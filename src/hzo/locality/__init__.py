@@ -11,12 +11,12 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from hzo.adjoints.common import slots_of
-from hzo.declaring import declared as declared_of
-from hzo.graph import Graph, Operation
+from hzo.finite_differences import Link, Links, Pattern, either, follow, identity, without_full
 from hzo.locality import declared, mixing, pointwise, reindexing, spatial
 from hzo.locality.common import Rule, free
-from hzo.patterns import Link, Links, Pattern, either, follow, identity, without_full
-from hzo.structure import is_elementwise, untouched
+from hzo.structure import is_elementwise
+from hzo.tracing import Graph, Operation, untouched
+from hzo.tracing import declared as declared_of
 
 __all__ = ["Locality", "operation_links", "slice_locality"]
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hzo.graph import Graph, Operation
-from hzo.patterns import Link, Links, identity
+from hzo.finite_differences import Link, Links, identity
+from hzo.tracing import Graph, Operation
 
 Rule = Callable[[Graph, Operation, int, int], "Links | None"]
 """(graph, operation, operand, result) -> a link for each dimension of the operand; None where it does not hold."""

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from hzo.adjoints.common import is_first_operand
-from hzo.declaring import declared, declared_links
-from hzo.graph import Graph, Operation
+from hzo.finite_differences import Links
 from hzo.locality.common import sizes
-from hzo.patterns import Links
+from hzo.tracing import Graph, Operation, declared, declared_links
 
 
 def links(graph: Graph, op: Operation, read: int, write: int) -> Links | None:

@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hzo.adjoints.common import argument, is_first_operand, slots_of
-from hzo.arguments import Attribute, Ref
-from hzo.graph import Graph, Operation
+from hzo.finite_differences import Links, either
 from hzo.locality.common import Rule, along, functions, sizes
-from hzo.patterns import Links, either
+from hzo.tracing import Attribute, Graph, Operation, Ref
 
 
 def _linear(graph: Graph, op: Operation, read: int, write: int) -> Links | None:

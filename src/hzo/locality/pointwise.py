@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from hzo.adjoints.common import argument, is_first_operand
-from hzo.graph import Graph, Operation
+from hzo.finite_differences import Links
 from hzo.locality.common import Rule, along, dims_of, functions, mixed, sizes
-from hzo.patterns import Links
+from hzo.tracing import Graph, Operation
 
 
 def broadcast(graph: Graph, _: Operation, read: int, write: int) -> Links | None:

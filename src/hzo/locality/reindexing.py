@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hzo.arguments import Attribute, Extent, Ref, leaves, map_arguments, tensors_in
-from hzo.graph import Graph, Operation
+from hzo.finite_differences import Links, matrix_of, without_full
 from hzo.locality.common import Rule, functions, sizes
-from hzo.patterns import Links, matrix_of, without_full
+from hzo.tracing import Attribute, Extent, Graph, Operation, Ref, leaves, map_arguments, tensors_in
 
 _LARGEST = 2**22  # elements of an operand whose places are numbered
 _known: WeakKeyDictionary[Graph, dict[tuple[int, int, int], Links | None]] = WeakKeyDictionary()

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from hzo.adjoints.common import argument, is_first_operand
 from hzo.adjoints.convolution import geometry
-from hzo.arguments import Extent, Ref, leaves, map_arguments
-from hzo.graph import Graph, Operation
+from hzo.finite_differences import Link, Links, Matrix, identity, matrix_of, without_full
 from hzo.locality.common import Rule, functions, sizes
 from hzo.locality.pointwise import blocks
-from hzo.patterns import Link, Links, Matrix, identity, matrix_of, without_full
+from hzo.tracing import Extent, Graph, Operation, Ref, leaves, map_arguments
 
 _LARGEST_CANVAS = 2**24  # elements of the impulses that show how one axis is resized
 

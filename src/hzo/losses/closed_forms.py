@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hzo.errors import InputError
 from hzo.losses.checks import check_batch, check_target
-from hzo.structure import untouched
+from hzo.tracing import untouched
 
 
 def _scale(reduction: str, mean_over: Tensor | float, values: int) -> Tensor | float:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from hzo import queries
 from hzo.errors import CoupledSamplesError, InputError
+from hzo.execution import counting
 from hzo.losses.checks import check_finite, check_rows
 
 LossFn = Callable[..., Any]
@@ -66,9 +66,9 @@ def precise(loss_fn: LossFn, output: Any, target: Any, batch: int) -> tuple[Any,
     try:
         wide, wide_target = cast(output, torch.float64), cast(target, torch.float64)
         at = evaluate(loss_fn, cast(wide), cast(wide_target))
-        queries.add(loss_evaluations=batch)
+        counting.add(loss_evaluations=batch)
         near = evaluate(loss_fn, tree_map(nudge, wide), cast(wide_target))
-        queries.add(loss_evaluations=batch)
+        counting.add(loss_evaluations=batch)
         if not torch.equal(at, near):
             return wide, wide_target
     except (RuntimeError, TypeError, ValueError):
@@ -97,7 +97,7 @@ def per_sample(loss_fn: LossFn, output: Any, target: Any, values: Tensor) -> Any
         tiled = [tile(leaf, copies, batch) for leaf in leaves]
         tiled[index] = perturbed.reshape(-1, *leaves[index].shape[1:])
         result = evaluate(loss_fn, tree_unflatten(tiled, structure), tree_map(lambda t: tile(t, copies, batch), target))
-        queries.add(loss_evaluations=copies * batch)
+        counting.add(loss_evaluations=copies * batch)
         check_rows(result, values, copies * batch)
         check_finite(result, "within a finite-difference step of the output")
         return result
@@ -130,7 +130,7 @@ def one_number(loss_fn: LossFn, output: Any, target: Any, batch: int) -> Any:
         inputs = [cast(leaf) for leaf in leaves]
         inputs[index] = perturbed.view(leaves[index].shape)
         result = evaluate(loss_fn, tree_unflatten(inputs, structure), cast(target)).mean()
-        queries.add(loss_evaluations=batch)
+        counting.add(loss_evaluations=batch)
         check_finite(result, "within a finite-difference step of the output")
         return result
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from hzo import queries
-from hzo.checked import positive, whole
+from hzo._options import positive, whole
+from hzo.execution import counting
 from hzo.losses.checks import check_finite, check_rows
 from hzo.losses.perturbed import TILED_ELEMENTS, LossFn, cast, check_uncoupled, evaluate, is_tiled, tile
 
@@ -50,14 +50,14 @@ def smoothed(loss_fn: LossFn, output: Tensor, target: Any, values: Tensor, smoot
 
     def rows(moved: Tensor, copies: int) -> Tensor:
         found = evaluate(loss_fn, moved, tree_map(lambda t: tile(t, copies, batch), target))
-        queries.add(loss_evaluations=copies * batch)
+        counting.add(loss_evaluations=copies * batch)
         check_rows(found, values, copies * batch)
         check_finite(found, _NEAR)
         return found
 
     def number(moved: Tensor) -> Tensor:
         found = evaluate(loss_fn, moved, cast(target)).mean()
-        queries.add(loss_evaluations=batch)
+        counting.add(loss_evaluations=batch)
         check_finite(found, _NEAR)
         return found
 

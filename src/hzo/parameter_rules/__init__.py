@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hzo.errors import InputError
 from hzo.parameter_rules import arithmetic, convolution, linear, normalization
 from hzo.parameter_rules.common import Entry, bind
-from hzo.structure import untouched
+from hzo.tracing import untouched
 
 __all__ = ["Rule", "Slot", "closed_form", "find_rule"]
 

@@ -1,0 +1,140 @@
+"""A simulator in a process of its own, in any language: arrays go in on its standard input, arrays come out."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import PurePath
+from types import SimpleNamespace
+from typing import IO, Any
+
+from hzo._options import positive, whole
+from hzo.errors import InputError, QueryError, QueryTimeoutError
+from hzo.external.guard import within
+
+_LAST_WORDS = 800  # bytes of what a process that ended had written to its standard error
+
+
+def simulator(command: Sequence[str], *, timeout: float = 60.0, outputs: int = 1) -> Simulator:
+    """Make a callable, from NumPy arrays to NumPy arrays, of a program that is started once and asked again and again.
+
+    Args:
+        command: the program and its arguments. For each call it reads as many arrays from its standard input as the
+            callable is given, in NumPy's ``.npy`` format, and writes its results to its standard output alike. In
+            Python::
+
+                from types import SimpleNamespace as Pipe  # NumPy takes a file for one that it can seek in
+                from numpy.lib.format import read_array, write_array
+                source, sink = Pipe(read=sys.stdin.buffer.read), Pipe(write=sys.stdout.buffer.write)
+                while True:
+                    write_array(sink, simulate(read_array(source)))
+                    sys.stdout.buffer.flush()
+
+        timeout: seconds for one call, the start of the program included. What hangs is stopped.
+        outputs: arrays that a call returns; several come as a tuple.
+
+    Use it as ``hzo.blackbox(hzo.simulator([...]), numpy=True)``. A program that has ended or was stopped is started
+    anew by the next call; so is the copy of a simulator. Needs NumPy. Source: ours.
+
+    Raises:
+        InputError: options out of range. QueryError: the program cannot be started, ended (with what it wrote to its
+        standard error), or wrote something else than arrays. QueryTimeoutError: it gave no answer in time.
+    """
+    if isinstance(command, str) or not command:
+        raise InputError(f"expected the program and its arguments as a list, ['python', 'chip.py'], got {command!r}")
+    return Simulator(tuple(command), positive("timeout in seconds", timeout), whole("outputs", outputs))
+
+
+class Simulator:
+    """Made by ``hzo.simulator``; ``close()`` ends the program, as the end of the ``with`` block of it does."""
+
+    def __init__(self, command: tuple[str, ...], timeout: float, outputs: int) -> None:
+        self.command, self.timeout, self.outputs = command, timeout, outputs
+        self.__name__ = PurePath(command[-1]).name
+        self._process: subprocess.Popen[bytes] | None = None
+        self._complaints: IO[bytes] | None = None
+
+    def __call__(self, *arrays: Any) -> Any:
+        process = self._running()
+        try:
+            results = within(self.timeout, lambda: self._exchange(process, arrays), ())
+        except QueryTimeoutError:
+            self.close()
+            raise QueryTimeoutError(
+                f"{self.command[0]} gave no answer within {self.timeout:g} seconds and was stopped; allow more "
+                "(timeout=), or find out what it waits for"
+            ) from None
+        except (OSError, ValueError, EOFError) as error:
+            raise QueryError(self._what_happened(process, error)) from None
+        except BaseException:
+            self.close()  # what is left of an answer must not be taken for the next one
+            raise
+        return results[0] if self.outputs == 1 else tuple(results)
+
+    def close(self) -> None:
+        """End the program, if it runs."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                with contextlib.suppress(OSError):  # what it no longer reads is lost
+                    if pipe is not None:
+                        pipe.close()
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._process is not None and self._process.poll() is not None:
+            self.close()
+        if self._process is None:
+            self._complaints = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as the program runs
+            pipe = subprocess.PIPE
+            try:
+                self._process = subprocess.Popen(self.command, stdin=pipe, stdout=pipe, stderr=self._complaints)
+            except OSError as error:
+                raise QueryError(f"{self.command[0]} cannot be started: {error}; check the command") from error
+        return self._process
+
+    def _exchange(self, process: subprocess.Popen[bytes], arrays: Sequence[Any]) -> list[Any]:
+        from numpy.lib.format import read_array, write_array  # noqa: PLC0415  # the core does not need NumPy
+
+        assert process.stdin is not None
+        assert process.stdout is not None
+        # NumPy takes a file for one that it can seek in; of these it sees the one method.
+        sink, source = SimpleNamespace(write=process.stdin.write), SimpleNamespace(read=process.stdout.read)
+        for array in arrays:
+            write_array(sink, array, allow_pickle=False)
+        process.stdin.flush()
+        return [read_array(source, allow_pickle=False) for _ in range(self.outputs)]
+
+    def _what_happened(self, process: subprocess.Popen[bytes], error: Exception) -> str:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(1)  # a pipe breaks a moment before its process has ended
+        code = process.poll()
+        words = b""
+        if self._complaints is not None:
+            size = self._complaints.seek(0, 2)
+            self._complaints.seek(max(0, size - _LAST_WORDS))
+            words = self._complaints.read()
+        said = words.decode(errors="replace").strip()
+        self.close()
+        if code is None:
+            return (
+                f"{self.command[0]} wrote something else than {self.outputs} array(s) in .npy format to its standard "
+                f"output ({error}) and was stopped; messages belong to its standard error"
+            )
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
+        return f"{self.command[0]} {how} before it answered; its last words: {said or 'none'}"
+
+    def __enter__(self) -> Simulator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_process": None, "_complaints": None}

@@ -1,0 +1,62 @@
+"""One vector-Jacobian product by finite differences: steps, probes, sparsity and coloring."""
+
+from hzo.finite_differences.coloring import Coloring, color, thin
+from hzo.finite_differences.probes import Probe
+from hzo.finite_differences.random_signs import DRAWS, CrossTalk, over_signs, report_crosstalk
+from hzo.finite_differences.sparsity import (
+    Link,
+    Links,
+    Matrix,
+    Pattern,
+    either,
+    follow,
+    identity,
+    matrix_of,
+    without_full,
+)
+from hzo.finite_differences.steps import (
+    Scheme,
+    accumulation_dtype,
+    check_scheme,
+    check_step,
+    default_step,
+    evaluations,
+    narrowest,
+    scale_of,
+    scaled_step,
+    stepped,
+)
+from hzo.finite_differences.vjp import directions_per_chunk, estimate_vjp, vjp_rows
+
+__all__ = [
+    "DRAWS",
+    "Coloring",
+    "CrossTalk",
+    "Link",
+    "Links",
+    "Matrix",
+    "Pattern",
+    "Probe",
+    "Scheme",
+    "accumulation_dtype",
+    "check_scheme",
+    "check_step",
+    "color",
+    "default_step",
+    "directions_per_chunk",
+    "either",
+    "estimate_vjp",
+    "evaluations",
+    "follow",
+    "identity",
+    "matrix_of",
+    "narrowest",
+    "over_signs",
+    "report_crosstalk",
+    "scale_of",
+    "scaled_step",
+    "stepped",
+    "thin",
+    "vjp_rows",
+    "without_full",
+]

@@ -1,0 +1,281 @@
+"""One node: the cotangent of one tensor from those of the outputs, by finite differences.
+
+``vjp_rows`` is the only estimator; ``estimate_vjp`` offers it for any callable, the gradient engine for slices of a
+graph.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hzo.errors import InputError, NonFiniteError
+from hzo.execution import RandomState, contained, counting, devices_of, random_state, set_random_state
+from hzo.finite_differences.probes import Probe, States, decode
+from hzo.finite_differences.steps import (
+    Scheme,
+    accumulation_dtype,
+    check_scheme,
+    check_step,
+    default_step,
+    evaluations,
+    narrowest,
+    stepped,
+)
+from hzo.tracing import tensors_in
+
+Run = Callable[[Tensor, int], list[Tensor]]
+"""Rows (copies × B, n) and the number of copies -> rows (copies × B, m) of every output."""
+
+# Smaller chunks wait for the interpreter, larger ones for memory (see benchmarks/gradient_time.py).
+_LARGEST_ON_CPU = 32 * 2**20
+
+
+def default_memory(device: torch.device) -> int:
+    """Bytes for the perturbed copies of a chunk: a quarter of what is free, on a CPU at most 32 MiB."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+    else:
+        try:
+            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (ValueError, OSError, AttributeError):
+            free = 2**30
+    share = free // 4
+    return min(share, _LARGEST_ON_CPU) if device.type == "cpu" else share
+
+
+def directions_per_chunk(bytes_per_direction: int, memory: int | None, device: torch.device) -> int:
+    """How many directions fit into the budget; at least one.
+
+    Room for one more is left to what a node needs once: the moved rows, their distance, the result.
+    """
+    if memory is not None and memory <= 0:
+        raise InputError(
+            f"expected a positive memory budget in bytes, got {memory}; None takes a share of what is free"
+        )
+    return max(1, (memory or default_memory(device)) // max(bytes_per_direction, 1) - 1)
+
+
+def vjp_rows(
+    run: Run,
+    rows: Tensor,
+    cotangents: Sequence[Tensor],
+    *,
+    probe: Probe,
+    scheme: Scheme,
+    step: float | Tensor | None = None,
+    chunk: int = 1,
+    base: Sequence[Tensor] | None = None,
+    where: str = "the perturbed tensor",
+    precision: torch.dtype | None = None,
+) -> Tensor:
+    """Estimate ``Σ Jᵀ g`` over the outputs, sample by sample.
+
+    Args:
+        run: evaluates perturbed rows.
+        rows: (B, n), the state.
+        cotangents: (B, m) for every output.
+        base: the unperturbed outputs (B, m), for the forward scheme.
+        chunk: directions evaluated at once.
+        precision: narrowest dtype on the way, where that is not the state's; the default step grows with it.
+
+    Returns (B, n) in the accumulation dtype. Cost: probe.directions × B queries, twice that for central differences.
+    Source: paper, the estimate of a node; the true distance between the rounded states as divisor: ours.
+
+    Raises:
+        NonFiniteError: the state, or what a query returned, is NaN or infinite.
+        StepError: the step is lost in rounding.
+    """
+    wide = accumulation_dtype(rows.dtype)
+    cotangents = [g.to(wide) for g in cotangents]
+    distance_to_move = default_step(rows, scheme, where, precision) if step is None else step
+    upper, lower, distance = stepped(rows, distance_to_move, scheme, where)
+    result = torch.zeros(rows.shape, dtype=wide, device=rows.device)
+    states = [States(probe, rows) for _ in range(evaluations(scheme))]  # what is above may be a view of its states
+    start = 0
+    while start < probe.directions:
+        stop = min(start + chunk, probe.directions)
+        asked = f"queries {start + 1} to {stop} of {probe.directions} that move {where}"
+        try:
+            with counting.doing(f"{asked} up"):
+                above = run(states[0].moved(start, stop, upper).flatten(0, 1), stop - start)
+            if scheme == "central":
+                with counting.doing(f"{asked} down"):
+                    below = run(states[1].moved(start, stop, lower).flatten(0, 1), stop - start)
+            else:
+                assert base is not None
+                below = [b.unsqueeze(0) for b in base]
+            products = [
+                (_difference(a, b, wide, stop - start), g) for a, b, g in zip(above, below, cotangents, strict=True)
+            ]
+            decode(probe, start, stop, products, result)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if stop - start == 1 or not _out_of_memory(error):
+                raise
+            chunk = (stop - start) // 2  # the work of this chunk is done again in halves
+            states = [States(probe, rows) for _ in states]
+            continue
+        start = stop
+    result /= distance
+    if not bool(result.isfinite().all()):
+        raise NonFiniteError(f"a query that perturbed {where} returned NaN or infinity; check the model at this input")
+    return result
+
+
+def _difference(above: Tensor, below: Tensor, wide: torch.dtype, copies: int) -> Tensor:
+    """(copies, B, m) from rows above (copies × B, m) and rows below, perturbed alike or one batch (1, B, m)."""
+    outputs = above.shape[-1]
+    above, below = above.to(wide).view(copies, -1, outputs), below.to(wide).view(-1, above.shape[0] // copies, outputs)
+    return above - below  # never in place: a query may hand through memory that is not its own
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+@torch.no_grad()
+def estimate_vjp(
+    f: Callable[..., Any],
+    a: Tensor | tuple[Tensor, ...],
+    cotangent: Tensor | tuple[Tensor, ...],
+    *,
+    scheme: Scheme = "central",
+    step: float | None = None,
+    elementwise: bool = False,
+    batched: bool = True,
+    memory: int | None = None,
+    precision: torch.dtype | None = None,
+) -> Any:
+    """Estimate ``Jᵀ g`` of any callable at ``a`` by finite differences, one sample independent of the other.
+
+    Args:
+        f: from tensor(s) with the batch in dimension 0 to tensor(s) alike. It must not mix samples. One that draws
+            random numbers draws the same for every query, those that it would draw next.
+        a: the input, or a tuple of inputs (``f(*a)``).
+        cotangent: g, shaped like the output (a tuple where f returns one).
+        step: distance h of the perturbation; None takes one from dtype and scale of each input.
+        elementwise: promise that an output element depends on the input element of the same place alone.
+        batched: False where ``f`` cannot take more samples than ``a`` has; directions then run one by one.
+        memory: bytes that the perturbed copies of one call may take; None takes a share of what is free.
+        precision: dtype in which ``f`` computes, where narrower than input and g; the default step grows with it.
+
+    Returns the cotangent of ``a``: shaped like it, float32 for narrower dtypes; None for an integer input of several.
+    Buffers of ``f``, the random state and all arguments are as before.
+
+    Cost: for n floating elements a sample (1 if elementwise) 2 n B queries (central) or n B and one base evaluation
+    (forward). Peak memory: the budget plus what ``f`` itself allocates.
+    Source: paper, the estimate of a node; chunks and the measured distance: ours.
+
+    Raises:
+        InputError: shapes that do not fit, an integer input alone, a changed output shape.
+        NonFiniteError: NaN or infinity in ``a``, g or a query. StepError: the step is lost in rounding.
+    """
+    check_scheme(scheme)
+    step = check_step(step)
+    inputs = a if isinstance(a, tuple) else (a,)
+    cotangents = cotangent if isinstance(cotangent, tuple) else (cotangent,)
+    batch = _check_vjp_arguments(inputs, cotangents, elementwise)
+    evaluate = _Repeatable(f, cotangents, batch, random_state(devices_of(inputs)))
+    rows_of_g = [g.reshape(batch, -1) for g in cotangents]
+    # States above, below and as f is given them; results above and below, as returned and as kept, and differences.
+    size = sum(count * t.numel() * t.element_size() for count, ts in ((3, inputs), (5, cotangents)) for t in ts)
+    chunk = directions_per_chunk(size, memory, inputs[0].device) if batched else 1
+    narrow = [precision] if precision else [g.dtype for g in cotangents]
+    found: list[Tensor | None] = []
+    with contained([f] if isinstance(f, nn.Module) else []):
+        base = evaluate([t.clone() for t in inputs], 1, perturbed=False) if scheme == "forward" else None
+        for k, tensor in enumerate(inputs):
+            if not tensor.is_floating_point():
+                found.append(None)
+                continue
+
+            def run(rows: Tensor, copies: int, k: int = k, shape: torch.Size = tensor.shape[1:]) -> list[Tensor]:
+                state = [t.repeat(copies, *[1] * (t.dim() - 1)) for t in inputs]  # copies, also of one
+                state[k] = rows.clone().reshape(batch * copies, *shape)  # f may keep or change what it is given
+                return evaluate(state, copies, perturbed=True)
+
+            probe = Probe("elementwise" if elementwise else "coordinate", tensor.numel() // batch)
+            rows = vjp_rows(
+                run,
+                tensor.reshape(batch, -1),
+                rows_of_g,
+                probe=probe,
+                scheme=scheme,
+                step=step,
+                chunk=chunk,
+                base=base,
+                where=f"input {k} of {getattr(f, '__name__', type(f).__name__)}",
+                precision=narrowest([tensor.dtype, *narrow]),
+            )
+            found.append(rows.reshape(tensor.shape))
+        set_random_state(evaluate.random_state)
+    return tuple(found) if isinstance(a, tuple) else found[0]
+
+
+@dataclass
+class _Repeatable:
+    """A callable that gives the same for the same: from one random state, into memory of our own."""
+
+    f: Callable[..., Any]
+    cotangents: tuple[Tensor, ...]
+    batch: int
+    random_state: RandomState
+    random: bool = False  # it was seen to draw random numbers
+
+    def __call__(self, state: Sequence[Tensor], copies: int, perturbed: bool) -> list[Tensor]:
+        outputs = None if self.random else self.once(state, self.batch * copies)
+        if outputs is None or self.random:  # the numbers of a larger batch are others: copy by copy, then
+            parts = [
+                self.once([t.narrow(0, k * self.batch, self.batch) for t in state], self.batch) for k in range(copies)
+            ]
+            outputs = [torch.cat(part) for part in zip(*parts, strict=True)]
+        if perturbed:
+            count = self.batch * copies
+            counting.add(queries=count, stage_evaluations=count, forward_equivalents=copies)
+        else:
+            counting.add(base_evaluations=self.batch)
+        return outputs
+
+    def once(self, state: Sequence[Tensor], samples: int) -> list[Tensor]:
+        set_random_state(self.random_state)
+        outputs = tensors_in(self.f(*state))
+        after = random_state(devices_of(state))
+        self.random = any(not torch.equal(after[k], before) for k, before in self.random_state.items())
+        _check_outputs(outputs, self.cotangents, samples)
+        # A copy: a simulator may use its memory again for the next result.
+        return [output.detach().clone().reshape(samples, -1) for output in outputs]
+
+
+def _check_vjp_arguments(inputs: tuple[Tensor, ...], cotangents: tuple[Tensor, ...], elementwise: bool) -> int:
+    if not any(t.is_floating_point() for t in inputs):
+        kinds = ", ".join(str(t.dtype) for t in inputs)
+        raise InputError(f"expected a floating input to perturb, got {kinds}; embed integers first, in their own stage")
+    sizes = {tuple(t.shape[:1]) for t in (*inputs, *cotangents)}
+    if len(sizes) != 1 or sizes <= {(), (0,)}:
+        shapes = [tuple(t.shape) for t in (*inputs, *cotangents)]
+        raise InputError(f"expected inputs and cotangents with one batch size ≥ 1 in dimension 0, got shapes {shapes}")
+    if elementwise and len({tuple(t.shape) for t in (*inputs, *cotangents)}) != 1:
+        shapes = [tuple(t.shape) for t in (*inputs, *cotangents)]
+        raise InputError(f"elementwise=True expects inputs and cotangents of one shape, got {shapes}; leave it out")
+    for name, tensors in (("input", inputs), ("cotangent", cotangents)):
+        for t in tensors:
+            if t.is_floating_point() and not bool(t.isfinite().all()):
+                raise NonFiniteError(
+                    f"an {name} holds NaN or infinity" if name == "input" else "g holds NaN or infinity"
+                )
+    return int(inputs[0].shape[0])
+
+
+def _check_outputs(outputs: list[Tensor], cotangents: tuple[Tensor, ...], batch: int) -> None:
+    expected = [(batch, *g.shape[1:]) for g in cotangents]
+    got = [tuple(output.shape) for output in outputs]
+    if expected != got:
+        raise InputError(
+            f"expected outputs of shape {expected} for {batch} samples (the cotangents' shapes), got {got}; a callable "
+            "that cannot take a larger batch says batched=False"
+        )

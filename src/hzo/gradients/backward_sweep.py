@@ -1,0 +1,222 @@
+"""The sweep: from the cotangents at the output, node by node of the plan, to all other boundaries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from hzo.adjoints import Call, find_adjoint
+from hzo.execution import Activities, counting, read, resolve, run_again, run_alone, run_slice
+from hzo.finite_differences import (
+    accumulation_dtype,
+    directions_per_chunk,
+    narrowest,
+    over_signs,
+    scaled_step,
+    vjp_rows,
+)
+from hzo.gradients.parameters import Gradients, Local, add_gradients
+from hzo.plans import Node, Plan, Schedule, bytes_per_direction
+from hzo.tracing import Graph, Operation
+
+Cotangents = dict[int, dict[int, Tensor]]
+"""By position and value; tensors in the accumulation dtype."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep works with and what it finds.
+
+    Attributes:
+        cotangents: of the values at the positions that are still of use, or at all of them if asked to keep them.
+        local: how parameter gradients are taken. gradients: those found.
+        derived: cotangents of values derived from parameters.
+        seed: of the signs of approximate probes.
+    """
+
+    graph: Graph
+    plan: Plan
+    activities: Activities
+    memory: int | None
+    cotangents: Cotangents
+    local: Local
+    seed: int = 0
+    gradients: Gradients = field(default_factory=dict)
+    derived: dict[int, Tensor] = field(default_factory=dict)
+
+
+def sweep(
+    graph: Graph,
+    plan: Plan,
+    steps: Schedule,
+    activities: Activities,
+    at_the_end: dict[int, Tensor],
+    *,
+    memory: int | None,
+    seed: int = 0,
+    keep: bool = False,
+) -> Sweep:
+    """Carry the cotangents from the end through the nodes of the plan, and turn them into parameter gradients.
+
+    Args:
+        steps: of the plan. activities: of a base pass that let go what the steps say; they say too what is run again
+            before it is read, and what is let go after.
+        at_the_end: cotangents of the output's values, in the accumulation dtype.
+        memory: bytes for the perturbed copies of a chunk; None takes a share of what is free.
+        seed: of the signs of approximate probes.
+        keep: keep all cotangents.
+
+    Cost: the plan's. Source: paper (the recursion); which nodes, and by which probe, is the plan's affair (ours).
+    """
+    end = len(graph.operations)
+    local = Local(graph, activities, plan.perturbed, plan.scheme, plan.step or plan.mu)
+    state = Sweep(graph, plan, activities, memory, {end: at_the_end}, local, seed)
+    found = state.cotangents
+    activities.let_go(graph, steps.after_loss)
+    for position in range(end, -1, -1):
+        for again in steps.again[position]:
+            run_again(graph, activities, again.start, again.stop, again.stages, again.let_go)
+        for node in steps.nodes[position]:
+            _run_node(state, node)
+        if position < end:
+            op = graph.operations[position]
+            add_gradients(local, op, found.get(position + 1, {}), state.derived, state.gradients)
+        activities.let_go(graph, steps.activities[position])
+        for source in steps.cotangents[position] if not keep else ():
+            found.pop(source, None)
+    return state
+
+
+def _run_node(state: Sweep, node: Node) -> None:
+    at_source = state.cotangents.get(node.source, {})
+    estimate = with_carried(node, estimate_node(state, node, at_source) if node.operations else None, at_source)
+    if estimate is not None:
+        state.cotangents.setdefault(node.target, {})[node.value] = estimate
+
+
+def with_carried(node: Node, estimate: Tensor | None, at_source: dict[int, Tensor]) -> Tensor | None:
+    """An estimate and what the value's own cotangent at the source adds, where the value is alive there too."""
+    carried = at_source.get(node.value) if node.carried else None
+    return estimate if carried is None else carried if estimate is None else estimate + carried
+
+
+def estimate_node(state: Sweep, node: Node, at_source: dict[int, Tensor]) -> Tensor | None:
+    """The cotangent of a node's value, the mean of its repeats; None where the source's cotangents are all missing."""
+    graph, values = state.graph, state.graph.values
+    outputs = [v for v in node.outputs if v in at_source]
+    if not outputs:
+        return None
+    base = None
+    if state.plan.scheme == "forward" and node.probe.kind != "adjoint":
+        # Read once, as it is stored once: repeats of a query do not make this reading any better.
+        stage, activities = graph.stage_of[node.source - 1], state.activities
+        base = [values[v].rows(read(graph, activities.values[v], stage), activities.batch) for v in outputs]
+    total = _estimate(state, node, at_source, outputs, base)
+    for draw in range(1, node.repeats):
+        total = total + _estimate(state, node, at_source, outputs, base, draw)
+    return total / node.repeats if node.repeats > 1 else total
+
+
+def _estimate(
+    state: Sweep,
+    node: Node,
+    at_source: dict[int, Tensor],
+    outputs: list[int],
+    base: list[Tensor] | None,
+    draw: int = 0,
+) -> Tensor:
+    graph, activities, batch = state.graph, state.activities, state.activities.batch
+    if node.probe.kind == "adjoint":
+        return _apply_adjoint(state, node, {v: at_source[v] for v in outputs})
+    values = graph.values
+    value = values[node.value]
+    rows = value.rows(activities.values[node.value], batch)
+    if state.plan.mu is not None:
+        rows = _smoothing(state.plan.mu, rows, _seed(state, node, draw))
+    tiles: dict[int, Tensor] = {}
+
+    def run(perturbed: Tensor, copies: int) -> list[Tensor]:
+        moved = {node.value: value.from_rows(perturbed, batch * copies)}
+        results = run_slice(graph, node.operations, activities, moved, outputs, copies, tiles)
+        return [values[v].rows(t, batch * copies) for v, t in zip(outputs, results, strict=True)]
+
+    probe = node.probe
+    if probe.coloring is not None:
+        probe = replace(probe, coloring=probe.coloring.for_outputs([node.outputs.index(v) for v in outputs]), draws=1)
+    cotangents = [values[v].rows(at_source[v], batch) for v in outputs]
+    chunk = directions_per_chunk(bytes_per_direction(graph, node, batch), state.memory, rows.device)
+    where = f"the activity at {graph.describe(node.target)}"
+    precision = narrowest(
+        [value.dtype, *(values[v].dtype for k in node.operations for v in graph.operations[k].writes)]
+    )
+    step: float | Tensor | None = node.distance or state.plan.step or state.plan.mu
+    if node.distance is None and node.step is not None:
+        step = scaled_step(rows, node.step, where, precision)
+
+    def estimate(signs: Tensor | None = None) -> Tensor:
+        """In coordinates flipped by the signs, in which every element moves up."""
+        return vjp_rows(
+            run if signs is None else lambda moved, copies: run(moved * signs.repeat(copies, 1), copies),
+            rows if signs is None else rows * signs,
+            cotangents,
+            probe=probe,
+            scheme=state.plan.scheme,
+            step=step,
+            chunk=chunk,
+            base=base,
+            where=where,
+            precision=precision,
+        )
+
+    if probe.coloring is None or probe.coloring.spacing is None:
+        return value.from_rows(estimate(), batch)
+    found = over_signs(
+        estimate,
+        rows,
+        draws=node.probe.draws,
+        seed=_seed(state, node, draw),
+        where=graph.describe(node.target),
+        coloring=str(probe.coloring),
+    )
+    return value.from_rows(found, batch)
+
+
+def _seed(state: Sweep, node: Node, draw: int) -> int:
+    return hash((state.seed, node.value, node.target, node.source, draw)) % 2**63
+
+
+def _smoothing(mu: float, rows: Tensor, seed: int) -> Tensor:
+    """A random point near the rows, a Gaussian of width mu away in every element."""
+    generator = torch.Generator(rows.device).manual_seed(seed)
+    wide = accumulation_dtype(rows.dtype)
+    drawn = torch.randn(rows.shape, generator=generator, dtype=wide, device=rows.device)
+    return (rows + mu * drawn).to(rows.dtype)
+
+
+def _apply_adjoint(state: Sweep, node: Node, cotangents: dict[int, Tensor]) -> Tensor:
+    """Carry a cotangent back through one operation by its structure."""
+    graph, activities = state.graph, state.activities
+    op = graph.operations[node.operations[0]]
+    rule = find_adjoint(graph, op, node.value)
+    if rule is None:
+        raise AssertionError(f"{op.name}: an adjoint was planned and none is found")
+
+    def measure(value: int, probe: Tensor) -> Tensor:
+        return run_alone(graph, op, activities, value, probe)[0]
+
+    args, kwargs = resolve(op, activities.values.__getitem__, activities.batch)
+    outputs = tuple(activities.values[v] for v in op.writes)
+    counting.add(adjoints=1)
+    call = Call(graph, op, args, kwargs, outputs, cotangents, measure)
+    if rule.with_parameters is None or not _has_closed_parameters(state, op):
+        return rule.apply(call, node.value)
+    estimate, parameters = rule.with_parameters(call, node.value)
+    state.local.along[op.index] = parameters
+    return estimate
+
+
+def _has_closed_parameters(state: Sweep, op: Operation) -> bool:
+    """Whether the operation has trainable parameters, all of them with closed rules."""
+    return bool(op.parameters) and all(probe.operation != op.index for probe in state.plan.perturbed)

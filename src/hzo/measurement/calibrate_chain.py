@@ -1,0 +1,154 @@
+"""``calibrate``: what the error model needs to know of a chain, measured by forward passes.
+
+One base pass; identical queries, whose scatter is the noise; and a sweep from hop to hop, in which every hop is
+estimated at several steps: one shows rounding, a ladder of large ones the curvature. All of it is timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hzo.errors import InputError
+from hzo.execution import Activities, as_checks, base_pass, contained
+from hzo.finite_differences import Scheme, accumulation_dtype, check_scheme, scale_of
+from hzo.gradients import at_the_end, loss_at_the_end, traced_for
+from hzo.measurement import noise_split as scatter
+from hzo.measurement.hops import Hops
+from hzo.measurement.timing import timed
+from hzo.planner import Calibration, points_of, tree_edges, unitary
+from hzo.plans import Allowed, Hop, Plan, Wanted, plan_without_nodes, schedule, wanted_by, with_hops
+from hzo.structure import Assume, check_assume
+from hzo.tracing import Chain, Graph, tensors_in
+from hzo.tracing.recorder import call_arguments
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def calibrate(
+    chain: Chain,
+    x: Any,
+    loss_fn: Callable[..., Any] | None = None,
+    y: Any = None,
+    *,
+    cotangent: Any = None,
+    assume: Assume = "structure",
+    scheme: Scheme = "central",
+    repeats: int = 32,
+    seconds: bool = True,
+) -> Calibration:
+    """Measure gains, scales, curvature, noise, rounding and times of a traced chain on one batch.
+
+    Args:
+        x: a batch of the traced shape; the more samples, the better noise and gains are known.
+        loss_fn, y: as for ``hzo.backward``; the gains are those of this loss's cotangents. None takes random ones.
+        cotangent: of the output, in place of a loss; shaped like it, None for a part that has none.
+        assume, scheme: of the plans to be made. Cost grows with what may not be assumed.
+        repeats: the most estimates of a hop whose mean is taken, where the chain is noisy.
+        seconds: measure times, too.
+
+    Returns a frozen record for ``hzo.plan(calibration=...)``. Parameters, buffers, gradients and the random state are
+    untouched.
+
+    Cost: about 8 gradients of a stagewise plan (7 without times), up to 4 ``repeats`` of them where the chain is noisy;
+    counted as ``check_evaluations``. Source: ours; rounding and curvature from estimates at several steps in the spirit
+    of Moré and Wild, Estimating derivatives of noisy simulations (2012).
+
+    Raises:
+        InputError: not a chain, too few repeats, inputs that do not fit. TraceError: a chain that has not seen an
+        input. CoupledSamplesError: samples influence each other where differences would have to be taken.
+    """
+    if not isinstance(chain, Chain):
+        raise InputError(f"expected a traced chain, got a {type(chain).__name__}: chain = hzo.trace(model, x)")
+    check_assume(assume), check_scheme(scheme)
+    if repeats < 2:
+        raise InputError(f"expected 2 repeats or more, to see how far two estimates lie apart; got {repeats}")
+    graph = chain.traced
+    traced_for(chain, x, strict=True)  # raises where x is not what the chain was traced for
+    modules = [chain.model, *(op.module for op in graph.operations if op.module is not None)]
+    with contained(modules), as_checks():
+        inputs = tensors_in(call_arguments(x))
+        activities = base_pass(graph, inputs)
+        began = perf_counter()
+        at_end = _at_the_end(graph, activities, inputs, loss_fn, y, cotangent)
+        loss = perf_counter() - began
+        total = scatter.of_stages(graph, activities)
+        allowed = Allowed(assume, scheme)
+        reference = _reference(graph, allowed)
+        hops = Hops(graph, activities, at_end, allowed, reference, total, repeats, seconds)
+        for target, source in hops_of(graph, wanted_by(graph, "all"), allowed):
+            hops.measure(target, source)
+        noise = None if total is None else scatter.split(graph, activities, total, hops.cotangents)
+        return Calibration(
+            fingerprint=graph.fingerprint,
+            norms=hops.norms,
+            transport=hops.transport,
+            scales={v.index: scale_of(activities.values[v.index]) for v in graph.values if v.batched and v.floating},
+            bends=hops.bends,
+            noise=noise,
+            rounding=hops.rounding_of_stages() if total is None else unitary(graph, scheme).rounding,
+            parameters=hops.parameters,
+            seconds=hops.seconds(_forward(graph, inputs, reference) + loss) if seconds else None,
+        )
+
+
+def _forward(graph: Graph, inputs: list[Tensor], reference: Plan) -> float:
+    """Seconds of a base pass that lets go of what no later step reads, as that of a gradient does."""
+    steps = schedule(graph, reference)
+    return timed(lambda: base_pass(graph, inputs, steps.base_pass))[0]
+
+
+def _reference(graph: Graph, allowed: Allowed) -> Plan:
+    """The plan whose hops are measured: what parameters need, along the cheapest path."""
+    made = plan_without_nodes(
+        graph,
+        tree="planned",
+        assume=allowed.assume,
+        scheme=allowed.scheme,
+        step=None,
+        noise=None,
+        boundaries="needed",
+        spacing=None,
+    )
+    edges = tree_edges(graph, "planned", wanted_by(graph, "needed"), allowed)
+    return with_hops(graph, made, [Hop(target, source) for target, source in edges])
+
+
+def hops_of(graph: Graph, wanted: Wanted, allowed: Allowed) -> list[tuple[int, int]]:
+    """What is measured from what, from the end to the left: single operations where those have adjoints of their own,
+    else each stage as a whole and what is asked for inside it."""
+    if allowed.assume == "structure":
+        return list(reversed([*pairwise(points_of(graph, wanted, allowed))]))
+    first = min(wanted, default=0)
+    found = []
+    for stage in reversed(graph.stages):
+        inner = [p for p in range(stage.stop - 1, stage.start, -1) if p in wanted]
+        found += [(p, stage.stop) for p in (*inner, stage.start) if p >= first]
+    return found
+
+
+def _at_the_end(
+    graph: Graph,
+    activities: Activities,
+    inputs: list[Tensor],
+    loss_fn: Callable[..., Any] | None,
+    y: Any,
+    cotangent: Any,
+) -> dict[int, Tensor]:
+    """The cotangents given, the loss's, or random ones; scaled so that their squared norm is one."""
+    if cotangent is not None:
+        found = {v: g.to(accumulation_dtype(g.dtype)) for v, g in at_the_end(graph, cotangent).items()}
+    elif loss_fn is not None:
+        found = loss_at_the_end(graph, activities, inputs, loss_fn, y)[1]
+    else:
+        values = {v: activities.values[v] for v in graph.outputs if graph.values[v].floating}
+        found = {v: torch.randn_like(t, dtype=accumulation_dtype(t.dtype)) for v, t in values.items()}
+    size = sum(float(g.double().square().sum()) for g in found.values()) ** 0.5
+    if not size > 0:
+        raise InputError("the loss has no gradient at this batch; calibrate on one that has, or without a loss")
+    return {v: g / size for v, g in found.items()}

@@ -1,0 +1,21 @@
+"""How a plan is chosen: the best tree, steps and repeats for a target or a budget, and the error model behind."""
+
+from hzo.planner.accuracy import error_model, expected_errors, share
+from hzo.planner.calibration import Bend, Calibration, Seconds, unitary
+from hzo.planner.goal import points_of
+from hzo.planner.plan_chain import check_smoothing, plan
+from hzo.planner.tree_search import tree_edges
+
+__all__ = [
+    "Bend",
+    "Calibration",
+    "Seconds",
+    "check_smoothing",
+    "error_model",
+    "expected_errors",
+    "plan",
+    "points_of",
+    "share",
+    "tree_edges",
+    "unitary",
+]

@@ -1,0 +1,111 @@
+"""What is known of a chain beyond its shapes: gains, scales, curvature, noise, rounding and seconds.
+
+Numbers only: ``hzo.calibrate`` (measurement/) measures them by forward passes, planner and error model read them.
+Without a measurement a chain is taken to be *unitary*: cotangents neither grow nor shrink, activities and their third
+derivatives are of size one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import finfo
+
+from hzo.noise import Noise
+from hzo.tracing import Graph
+
+
+@dataclass(frozen=True)
+class Bend:
+    """How the squared relative error of one hop grows with the step h: ``size · h**power`` (4 where smooth).
+
+    ``reach``: the source that it was measured from; a part of that way is taken to be linear.
+    """
+
+    size: float
+    power: float
+    reach: int
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Measured times.
+
+    Attributes:
+        hops: of the estimate of a value at a target from the nearest source, for the batch, by target, source, value.
+        operations: of every operation inside a query, for one sample.
+        decoding: of one element of a result that a query returns: differences, products and sums.
+        rules: of all parameter rules. fixed: of the base pass, the loss and what else does not depend on the plan.
+    """
+
+    hops: dict[tuple[int, int, int], float]
+    operations: tuple[float, ...]
+    decoding: float
+    rules: float
+    fixed: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What planner and error model need to know of a chain, measured on one batch.
+
+    Attributes:
+        fingerprint: of the chain.
+        norms: squared norm of the cotangent, by position and value, relative to that at the output.
+        transport: by position, how much more the error of an estimate has grown on its way from the output than the
+            cotangent itself (squared).
+        scales: root mean square of the activity, by value.
+        bends: by position and value, of the hop to there from the next position that was measured.
+        noise: measured, for each stage. None: every query repeats.
+        rounding: standard deviation of what rounding adds to the results of each stage.
+        parameters: by name, how much larger the squared relative error of the parameter's gradient is than that of the
+            cotangent which it is made of (samples whose errors are independent average out, or their signals do).
+        seconds: None where no time was taken.
+    """
+
+    fingerprint: str
+    norms: dict[tuple[int, int], float]
+    transport: dict[int, float]
+    scales: dict[int, float]
+    bends: dict[tuple[int, int], Bend]
+    noise: Noise | None
+    rounding: tuple[float, ...]
+    parameters: dict[str, float] = field(default_factory=dict)
+    seconds: Seconds | None = None
+
+
+def unitary(graph: Graph, scheme: str) -> Calibration:
+    """The calibration of a chain about which nothing is known; see the top of the file. Source: paper (its unitary
+    limit) for gains of one, ours for the rest."""
+    norms = {}
+    for position in range(len(graph.operations) + 1):
+        alive = [v for v in graph.live[position] if graph.values[v].floating]
+        norms.update({(position, v): 1 / len(alive) for v in alive})
+    # A Taylor series with unit derivatives: h²/6 is lost by central differences, h/2 by forward ones.
+    size, power = (1 / 36, 4.0) if scheme == "central" else (1 / 4, 2.0)
+    return Calibration(
+        fingerprint=graph.fingerprint,
+        norms=norms,
+        transport={},
+        scales={value.index: 1.0 for value in graph.values},
+        bends={
+            (position, v): Bend(size, power, stage.stop)
+            for stage in graph.stages
+            for position in range(stage.start, stage.stop)
+            for v in graph.live[position]
+            if graph.values[v].floating
+        },
+        noise=None,
+        rounding=tuple(_rounding(graph, k) for k in range(len(graph.stages))),
+    )
+
+
+def _rounding(graph: Graph, stage: int) -> float:
+    """Of results of size one: uniform over a unit in the last place."""
+    found = [
+        graph.values[v].dtype
+        for op in graph.operations[graph.stages[stage].start : graph.stages[stage].stop]
+        for v in op.writes
+        if graph.values[v].floating
+    ]
+    return max((finfo(dtype).eps for dtype in found), default=0.0) / 12**0.5

@@ -1,0 +1,193 @@
+"""``plan``: which boundaries are estimated from which, by which probe, with what step, and how often.
+
+The boundaries that parameters need; a tree over them, fixed or the cheapest one; where a noise or a target is given,
+steps and repeats by the error model; and for every hop of the tree the tensors whose cotangents it must give.
+"""
+
+from __future__ import annotations
+
+from hzo._options import positive, whole
+from hzo.errors import InputError, NondeterministicError, PlanError
+from hzo.finite_differences import Scheme, check_scheme, check_step
+from hzo.noise import Noise, as_noise
+from hzo.planner.accuracy import error_model
+from hzo.planner.calibration import Calibration, unitary
+from hzo.planner.goal import Aim, check_aim, choices, decide, expecting
+from hzo.planner.joint_search import Repeats, check_repeats
+from hzo.planner.tree_search import tree_edges
+from hzo.plans import (
+    Allowed,
+    Boundaries,
+    Hop,
+    Plan,
+    Tree,
+    check_boundaries,
+    check_spacing,
+    check_tree,
+    plan_without_nodes,
+    wanted_by,
+    with_hops,
+    with_storage,
+)
+from hzo.structure import Assume, check_assume
+from hzo.tracing import Chain, Graph, declared_step
+
+
+def plan(
+    chain: Chain,
+    tree: Tree = "planned",
+    assume: Assume = "structure",
+    scheme: Scheme = "central",
+    step: float | None = None,
+    noise: float | Noise | None = None,
+    repeats: Repeats = "optimal",
+    boundaries: Boundaries = "needed",
+    spacing: int | None = None,
+    *,
+    mu: float | None = None,
+    draws: int = 1,
+    calibration: Calibration | None = None,
+    target_cosine: float | None = None,
+    budget: float | None = None,
+    seconds: float | None = None,
+    memory: int | None = None,
+) -> Plan:
+    """Plan the gradient of a traced chain.
+
+    Args:
+        chain: traced, ``hzo.trace(model, x)``.
+        tree: ``"planned"`` (the cheapest: without a target every boundary from the next, boundaries that no parameter
+            needs only where they save queries; with one the tree that keeps it at the lowest cost), ``"flat"``,
+            ``"bisect"`` (HZO), ``"stagewise"`` or a whole number b ≥ 2 of parts.
+        assume: ``"nothing"``: coordinate differences throughout. ``"locality"``: elements whose outputs cannot meet
+            share a query (coloring; all of them where a segment is elementwise). ``"structure"``: single operations by
+            their adjoints as well.
+        scheme: ``"central"`` or ``"forward"`` differences.
+        step: distance h for all nodes; None derives it from dtype and scale of each tensor, or where a noise,
+            calibration, target or budget is given, from what the error model says of each node.
+        mu: standard deviation of Gaussian smoothing: every difference is taken at ``draws`` random points a + mu·u, u
+            from N(0, 1) for every element of the perturbed tensor, and their mean is the estimate. It is unbiased for
+            the gradient of the segment smoothed over this Gaussian (and over ±step along each direction, as any
+            central difference is), and varies with 1/draws. For segments that are piecewise constant, whose
+            derivative is zero almost everywhere. The step is ``mu`` where none is given. Each gradient draws one
+            number from the random state.
+        draws: points for the smoothing.
+        noise: of what queries return, ``hzo.Noise(readout=, process=)``; a number is readout noise. Stages that do not
+            repeat are accepted where it is given. It takes the place of the noise that a calibration measured.
+        repeats: with a target or budget, each node's own number of measurements (``"optimal"``) or one for all
+            (``"uniform"``).
+        boundaries: ``"needed"`` by a parameter's gradient, or ``"all"`` stage boundaries, the input's included.
+        spacing: None: exact. A number k allows elements of one color to share outputs if they are k apart along every
+            axis on which the segment sees windows; random signs keep such a node unbiased, and the plan takes it where
+            it costs less than the exact coloring. ``hzo.report_crosstalk()`` tells its error. Each gradient then draws
+            one number more from the random state than a forward pass does.
+        calibration: from ``hzo.calibrate``. None takes the chain to be unitary: cotangents of one size everywhere,
+            activities and third derivatives of size one.
+        target_cosine: expected between each estimated cotangent and the true one; the cheapest plan that keeps it.
+        budget: forward equivalents, seconds: of one gradient; the plan with the best cosines for it. At most one of
+            the three may be given.
+        memory: bytes that stored activities and pending cotangents of one gradient of the batch traced may take (the
+            perturbed copies of a chunk have a budget of their own: ``hzo.backward(memory=)``). None stores all that is
+            read again. A number does so too where that fits, else stores a path of about log₂ L boundaries and runs
+            stages again, about (L/2) log₂ L of them; the gradients stay the same to the bit.
+
+    The plan predicts exactly what ``hzo.count_queries`` will count. Source: trees: paper and ours; the rest: ours.
+
+    Raises:
+        InputError: not a chain, or a number out of range. TraceError: a chain that has not seen an input.
+        PlanError: an unknown option, a target that cannot be reached or a budget that pays for no plan, more memory
+            needed than allowed, or a chain without anything to train.
+        CoupledSamplesError: a query would run a stage in which samples influence each other (BatchNorm in train mode).
+        NondeterministicError: a stage that does not repeat, and no noise declared or measured.
+    """
+    if not isinstance(chain, Chain):
+        raise InputError(
+            f"expected a traced chain, got a {type(chain).__name__}: chain = hzo.trace(model, x), then hzo.plan(chain)"
+        )
+    graph = chain.traced
+    check_tree(tree), check_assume(assume), check_scheme(scheme), check_step(step), check_repeats(repeats)
+    check_boundaries(boundaries)
+    declared = as_noise(noise)
+    if declared is not None:
+        declared.for_stages(len(graph.stages))
+    aim = check_aim(Aim(target_cosine, budget, seconds), calibration, spacing)
+    modelled = declared is not None or calibration is not None or bool(aim.given)
+    check_smoothing(mu, draws, scheme, modelled)
+    if calibration is not None and calibration.fingerprint != graph.fingerprint:
+        raise PlanError("this calibration was made for another chain, input shape or dtype; calibrate this one")
+    _check_repeats(graph, declared or (None if calibration is None else calibration.noise))
+    trainable = any(use.name for op in graph.operations for use in op.parameters) or graph.differentiated
+    if boundaries == "needed" and not trainable:
+        raise PlanError("no parameter of this chain requires a gradient; set requires_grad=True on those to train")
+    _check_codes(graph)
+    wanted, allowed = wanted_by(graph, boundaries), Allowed(assume, scheme, check_spacing(spacing, assume))
+    made = plan_without_nodes(
+        graph,
+        tree=tree,
+        assume=assume,
+        scheme=scheme,
+        step=step,
+        noise=declared,
+        boundaries=boundaries,
+        spacing=spacing,
+        mu=mu,
+        draws=draws,
+    )
+
+    def planned(hops: list[Hop]) -> Plan:
+        return with_hops(graph, made, hops)
+
+    edges = tree_edges(graph, tree, wanted, allowed) if tree != "planned" or not aim.given else None
+    found = planned([Hop(target, source) for target, source in edges or ()])  # raises where samples are coupled
+    if modelled:
+        _check_no_declared_steps(graph)
+        model = error_model(graph, calibration or unitary(graph, scheme), declared, scheme)
+        choice = choices(graph, model, step, edges, wanted, allowed, repeats)
+        found = expecting(graph, planned(decide(graph, model, choice, aim, planned)), model)
+    return with_storage(graph, found, memory)
+
+
+def check_smoothing(mu: float | None, draws: int, scheme: Scheme, modelled: bool = False) -> None:
+    """Raises InputError where a number is out of range, PlanError where smoothing cannot be had as asked."""
+    whole("draws", draws)
+    if mu is None:
+        if draws != 1:
+            raise PlanError(f"draws={draws} are points of a smoothing: give its width, too, mu=")
+        return
+    positive("width mu", mu, "None takes no smoothing")
+    if scheme != "central":
+        raise PlanError(
+            "smoothing moves the point at which differences are taken, where no result is stored for "
+            "forward ones: leave out mu, or take scheme='central'"
+        )
+    if modelled:
+        raise PlanError("the error model knows nothing of smoothing: leave out mu, or noise, calibration and target")
+
+
+def _check_no_declared_steps(graph: Graph) -> None:
+    for op in graph.operations:
+        if declared_step(op.module) is not None:
+            raise PlanError(
+                f"a step was declared for {op.name}, which the error model does not know: declare none, or leave out "
+                "noise, calibration and target"
+            )
+
+
+def _check_codes(graph: Graph) -> None:
+    """Integers that a black box hands on end every difference: what lies before would get nothing, without a word."""
+    for op in graph.operations:
+        handed = [v for v in op.writes if not graph.values[v].floating and graph.last_read[v] > op.index]
+        if handed and graph.boxes_in([op.index]) and any(graph.requires[v] for v in op.reads):
+            raise PlanError(
+                f"{op.name} hands {graph.values[handed[0]].dtype} on to the next part, through which no difference "
+                "passes; return its codes as floating-point numbers, or put both parts into one callable"
+            )
+
+
+def _check_repeats(graph: Graph, noise: Noise | None) -> None:
+    for op in graph.operations:
+        if not op.deterministic and noise is None:
+            raise NondeterministicError(
+                f"{op.name} gave two results for the same input, with the same random state; differences of its "
+                "results would be noise. Make it repeat, or say how large its noise is: hzo.plan(chain, noise=...)"
+            )

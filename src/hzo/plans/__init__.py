@@ -1,0 +1,56 @@
+"""What a plan is: a tree of nodes, their probes and price, and which activations are stored; plans as files."""
+
+from hzo.plans.activation_schedule import Schedule, schedule
+from hzo.plans.choice import Allowed, check_spacing
+from hzo.plans.cost import bytes_per_direction
+from hzo.plans.memory import with_storage
+from hzo.plans.nodes import (
+    Wanted,
+    check_coupling,
+    has_rule,
+    make_node,
+    plan_without_nodes,
+    possible,
+    wanted_by,
+    with_hops,
+)
+from hzo.plans.plan import Boundaries, Cost, Expected, Hop, Node, ParameterProbe, Plan, check_boundaries, expectation
+from hzo.plans.serialize import load_plan, save_plan
+from hzo.plans.trees import Edge, Tree, b_ary, check_tree, fixed_tree, flat, longest_path, stagewise, total_length
+
+__all__ = [
+    "Allowed",
+    "Boundaries",
+    "Cost",
+    "Edge",
+    "Expected",
+    "Hop",
+    "Node",
+    "ParameterProbe",
+    "Plan",
+    "Schedule",
+    "Tree",
+    "Wanted",
+    "b_ary",
+    "bytes_per_direction",
+    "check_boundaries",
+    "check_coupling",
+    "check_spacing",
+    "check_tree",
+    "expectation",
+    "fixed_tree",
+    "flat",
+    "has_rule",
+    "load_plan",
+    "longest_path",
+    "make_node",
+    "plan_without_nodes",
+    "possible",
+    "save_plan",
+    "schedule",
+    "stagewise",
+    "total_length",
+    "wanted_by",
+    "with_hops",
+    "with_storage",
+]

@@ -1,0 +1,68 @@
+"""Which probe a node gets: the cheapest that is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hzo._options import whole
+from hzo.adjoints import find_adjoint
+from hzo.errors import PlanError
+from hzo.finite_differences import DRAWS, Probe, Scheme, color, thin
+from hzo.locality import slice_locality
+from hzo.plans.cost import adjoint_cost, node_cost
+from hzo.plans.plan import Cost
+from hzo.structure import Assume, elementwise_slice
+from hzo.tracing import Graph
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """What probes may assume, and how they take differences; ``spacing`` as in ``hzo.plan``."""
+
+    assume: Assume
+    scheme: Scheme
+    spacing: int | None = None
+
+
+def check_spacing(spacing: int | None, assume: Assume) -> int | None:
+    """A spacing that may be used: a whole number from 1 on, where locality is assumed; or None for exact colorings."""
+    if spacing is None:
+        return None
+    whole("spacing", spacing, "None takes exact colorings")
+    if assume == "nothing":
+        raise PlanError("spacing thins colorings, which assume='nothing' has none of; assume 'locality' or 'structure'")
+    return spacing
+
+
+def choose_probe(
+    graph: Graph, value: int, operations: tuple[int, ...], outputs: Sequence[int], allowed: Allowed
+) -> tuple[Probe, Cost]:
+    """The cheapest probe that what is assumed allows, and its cost."""
+    elements = graph.values[value].per_sample
+    if allowed.assume == "structure" and len(operations) == 1:
+        rule = find_adjoint(graph, graph.operations[operations[0]], value)
+        if rule is not None:
+            shapes = rule.probes(graph, graph.operations[operations[0]], value)
+            return Probe("adjoint", elements, rule.promise), adjoint_cost(graph, operations[0], value, shapes)
+    probe = Probe("coordinate", elements)
+    if operations and allowed.assume != "nothing":
+        if elementwise_slice(graph, value, operations, outputs):
+            probe = Probe("elementwise", elements)
+        else:
+            probe = _colored(graph, value, operations, outputs, allowed.spacing) or probe
+    return probe, node_cost(graph, probe, operations, allowed.scheme)
+
+
+def _colored(
+    graph: Graph, value: int, operations: Sequence[int], outputs: Sequence[int], spacing: int | None
+) -> Probe | None:
+    """An exact coloring, or an approximate one of fewer directions; None where every element needs its own."""
+    elements = graph.values[value].per_sample
+    found = slice_locality(graph, value, operations, outputs)
+    probe = Probe("colored", elements, coloring=color(found.patterns))
+    if spacing is not None and probe.coloring is not None:
+        thinned = thin(probe.coloring, spacing, found.local)
+        if thinned.spacing is not None and thinned.directions * DRAWS < probe.directions:
+            probe = Probe("colored", elements, coloring=thinned, draws=DRAWS)
+    return probe if probe.directions < elements else None

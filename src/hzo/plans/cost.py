@@ -1,0 +1,93 @@
+"""What a node costs: the one formula that planner, meter and documentation share.
+
+Per sample, a probe with D directions costs D queries (2 D for central differences) of the operations between its
+boundary and its source. execution/passes.py counts the same numbers while they run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from math import prod
+
+import torch
+
+from hzo.finite_differences import Probe, Scheme, accumulation_dtype, evaluations
+from hzo.plans.plan import Cost, Node
+from hzo.tracing import Graph
+
+
+def node_cost(graph: Graph, probe: Probe, operations: Sequence[int], scheme: Scheme) -> Cost:
+    """The queries of one node, for one sample."""
+    if not operations:
+        return Cost()
+    queries = probe.directions * evaluations(scheme)
+    return Cost(
+        queries,
+        queries * graph.stages_in(operations),
+        Fraction(queries * graph.cost_of(operations), graph.cost),
+    )
+
+
+def adjoint_cost(graph: Graph, operation: int, value: int, probes: Sequence[tuple[int, ...]]) -> Cost:
+    """One application of an operation's adjoint, and the probes that measure what it needs."""
+    return Cost(
+        measurements=sum(shape[0] for shape in probes),
+        measured=sum((graph.cost_alone(operation, value, prod(shape)) for shape in probes), start=Fraction(0)),
+        adjoints=1,
+    )
+
+
+def parameter_cost(graph: Graph, operation: int, elements: int, scheme: Scheme) -> Cost:
+    """Perturbing every element of one operation's parameter, for one sample."""
+    queries = elements * evaluations(scheme)
+    return Cost(queries, queries, Fraction(queries * graph.operations[operation].cost, graph.cost))
+
+
+def bytes_per_direction(graph: Graph, node: Node, batch: int) -> int:
+    """Memory that one direction of a node takes while its queries run: perturbed states above and below, tiled base
+    values, results above, and then the largest set of values alive at once or the differences of the results.
+
+    What an operation allocates inside is not known; it is taken to be twice what it reads and writes (some convolutions
+    that reorder their operands need that, most operations less, attention as one module with long sequences more).
+    """
+    values = graph.values
+
+    def size(value: int) -> int:
+        return values[value].per_sample * values[value].dtype.itemsize if values[value].batched else 0
+
+    written = {v for k in node.operations for v in graph.operations[k].writes}
+    read = {v for k in node.operations for v in graph.operations[k].reads}
+    tiled = sum(size(v) for v in read - written - {node.value})
+    last_use = {v: k for k in node.operations for v in graph.operations[k].reads}
+    alive: set[int] = set()
+    running = 0
+    for k in node.operations:
+        op = graph.operations[k]
+        alive.update(op.writes)
+        inside = 2 * sum(size(v) for v in {*op.reads, *op.writes})
+        running = max(running, sum(size(v) for v in alive) + inside)
+        alive -= {v for v in op.reads if last_use[v] == k and v not in node.outputs}
+    results = sum(size(v) for v in node.outputs)
+    comparing = results + sum(values[v].per_sample * _bytes_to_compare(values[v].dtype) for v in node.outputs)
+    decoding = _decoding(node, batch)
+    return batch * (2 * size(node.value) + tiled + results + max(running, comparing)) + decoding
+
+
+def _bytes_to_compare(dtype: torch.dtype) -> int:
+    """A difference, and where it is wider than the results a wider copy of both."""
+    wide = accumulation_dtype(dtype)
+    return wide.itemsize * (1 if wide == dtype else 3)
+
+
+def _decoding(node: Node, batch: int) -> int:
+    """What one direction of a coloring takes to decode: sums over places, twice, and the owners of the places; or the
+    sums for every element, twice.
+    """
+    coloring = node.probe.coloring
+    if coloring is None:
+        return 0
+    places = sum(prod(pattern.output[axis] for axis in pattern.keyed) for pattern in coloring.patterns)
+    if coloring.spacing is None:
+        return 8 * places * (2 * batch + 3)
+    return 8 * batch * (places + 2 * node.probe.elements)

@@ -1,0 +1,193 @@
+"""From the edges of a tree to nodes: which tensors a segment must give, by which probe, at what cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from hzo.errors import CoupledSamplesError
+from hzo.finite_differences import Scheme
+from hzo.noise import Noise
+from hzo.parameter_rules import find_rule
+from hzo.plans.choice import Allowed, choose_probe
+from hzo.plans.cost import parameter_cost
+from hzo.plans.plan import Boundaries, Hop, Node, ParameterProbe, Plan
+from hzo.plans.trees import Tree
+from hzo.structure import Assume
+from hzo.tracing import Attribute, Graph, Operation, ParameterUse, declared_step
+
+Wanted = dict[int, set[int]]
+"""Values whose cotangents are asked for, by position."""
+
+
+def wanted_by_gradients(graph: Graph) -> Wanted:
+    """The outputs of every operation with a trainable parameter, at the boundary right behind it, and the inputs that
+    require a gradient."""
+    alive = set(graph.differentiated) & set(graph.live[0])
+    wanted: Wanted = {0: alive} if alive else {}
+    for op in graph.operations:
+        values = {v for v in op.writes if v in graph.live[op.index + 1] and graph.values[v].floating}
+        if op.batched and op.parameters and values:
+            wanted[op.index + 1] = values
+    return wanted
+
+
+def wanted_everywhere(graph: Graph, wanted: Wanted) -> Wanted:
+    """All floating tensors at all stage boundaries, beside what parameters need."""
+    result = {position: set(values) for position, values in wanted.items()}
+    for position in graph.boundaries:
+        result.setdefault(position, set()).update(v for v in graph.live[position] if graph.values[v].floating)
+    return result
+
+
+def plan_without_nodes(
+    graph: Graph,
+    *,
+    tree: Tree,
+    assume: Assume,
+    scheme: Scheme,
+    step: float | None,
+    noise: Noise | None,
+    boundaries: Boundaries,
+    spacing: int | None,
+    mu: float | None = None,
+    draws: int = 1,
+) -> Plan:
+    """All of a plan that does not depend on its hops."""
+    return Plan(
+        fingerprint=graph.fingerprint,
+        tree=tree,
+        assume=assume,
+        scheme=scheme,
+        step=step,
+        noise=noise,
+        nodes=(),
+        perturbed=tuple(perturbed_parameters(graph, scheme)),
+        trainable=tuple(dict.fromkeys(use.name for op in graph.operations for use in op.parameters if use.name)),
+        batch=graph.nominal_batch,
+        labels=tuple(graph.describe(position) for position in range(len(graph.operations) + 1)),
+        boundaries=boundaries,
+        spacing=spacing,
+        mu=mu,
+        draws=draws,
+    )
+
+
+def with_hops(graph: Graph, plan: Plan, hops: Sequence[Hop]) -> Plan:
+    """The plan with these hops and the nodes that follow from them.
+
+    Raises:
+        CoupledSamplesError: a query would run a stage in which samples influence each other.
+    """
+    allowed = Allowed(plan.assume, plan.scheme, plan.spacing)
+    smoothed = [replace(hop, repeats=plan.draws) for hop in hops] if plan.mu is not None else hops
+    nodes = nodes_of(graph, smoothed, wanted_by(graph, plan.boundaries), allowed, everything=plan.boundaries == "all")
+    return replace(plan, hops=tuple(hops), nodes=nodes)
+
+
+def wanted_by(graph: Graph, boundaries: Boundaries) -> Wanted:
+    """What a plan must estimate."""
+    wanted = wanted_by_gradients(graph)
+    return wanted_everywhere(graph, wanted) if boundaries == "all" else wanted
+
+
+def make_node(
+    graph: Graph, value: int, target: int, source: int, allowed: Allowed, everything: bool = False
+) -> Node | None:
+    """The estimate of one value at ``target`` from ``source``; None where it has no influence there."""
+    alive = [v for v in graph.live[source] if graph.values[v].floating and (everything or graph.requires[v])]
+    operations = graph.slice(value, target, source, [v for v in alive if v != value])
+    outputs = graph.reached(value, operations, alive)
+    carried = value in alive
+    if not operations and not carried:
+        return None
+    probe, cost = choose_probe(graph, value, operations, outputs, allowed)
+    return Node(value, target, source, operations, outputs, carried, probe, cost)
+
+
+def nodes_of(graph: Graph, hops: Sequence[Hop], wanted: Wanted, allowed: Allowed, everything: bool) -> tuple[Node, ...]:
+    """For every hop the values to estimate: what is asked for at its target, and what hops from there need."""
+    need: Wanted = {position: set(values) for position, values in wanted.items()}
+    nodes: list[Node] = []
+    for hop in reversed(hops):  # leftmost first: by then all that a target must give is known
+        for value in sorted(need.get(hop.target, ())):
+            node = make_node(graph, value, hop.target, hop.source, allowed, everything)
+            if node is None:
+                continue
+            check_coupling(graph, node)
+            need.setdefault(hop.source, set()).update(node.outputs, {value} if node.carried else ())
+            nodes.append(_decided(graph, node, hop))
+    return tuple(reversed(nodes))
+
+
+def _decided(graph: Graph, node: Node, hop: Hop) -> Node:
+    """A node as its hop was decided; an adjoint takes no step, and what asks no query is not asked twice."""
+    if not node.operations:
+        return node
+    differences = node.probe.kind != "adjoint"
+    repeats = hop.repeats if differences or node.cost.measurements else 1
+    return replace(
+        node,
+        repeats=repeats,
+        step=hop.step if differences else None,
+        distance=_declared_distance(graph, node) if differences else None,
+        cost=node.cost * repeats,
+    )
+
+
+def _declared_distance(graph: Graph, node: Node) -> float | None:
+    """The widest step declared for what goes into an operation that reads the perturbed value."""
+    readers = (graph.operations[k] for k in node.operations if node.value in graph.operations[k].reads)
+    found = [step for op in readers if (step := declared_step(op.module)) is not None]
+    return max(found, default=None)
+
+
+def possible(graph: Graph, node: Node) -> bool:
+    """Whether a node's queries mean anything: samples kept apart, and nothing infinite to take a difference of."""
+    if node.probe.kind == "adjoint" or not node.operations:
+        return True
+    finite = all(graph.values[v].finite for v in (node.value, *node.outputs))
+    return finite and not any(graph.operations[k].coupled for k in node.operations)
+
+
+def check_coupling(graph: Graph, node: Node) -> None:
+    for k in node.operations if node.probe.kind != "adjoint" else ():
+        op = graph.operations[k]
+        if op.coupled:
+            raise CoupledSamplesError(
+                f"{op.name} lets the samples of a batch influence each other (as BatchNorm does in train mode), and "
+                f"lies between {graph.describe(node.target)} and {graph.describe(node.source)}, where all samples are "
+                "perturbed at once. Plan with tree='planned', assume='structure', which knows the norms of torch; or "
+                "put it into eval mode (module.eval()), use a norm that keeps samples apart (GroupNorm, LayerNorm), "
+                "or freeze all parameters before it"
+            )
+
+
+def perturbed_parameters(graph: Graph, scheme: Scheme) -> list[ParameterProbe]:
+    """Parameters and derived values that no closed rule covers."""
+    found = []
+    for op in graph.operations:
+        for k, use in enumerate(op.parameters):
+            if not has_rule(graph, op, use):
+                elements = operand(graph, use).numel()
+                cost = parameter_cost(graph, op.index, elements, scheme)
+                found.append(ParameterProbe(op.index, k, elements, cost))
+    return found
+
+
+def operand(graph: Graph, use: ParameterUse) -> torch.Tensor:
+    """The tensor that a use refers to; for a derived value one of its shape, without memory."""
+    if isinstance(use.where, Attribute):
+        return use.where.get()
+    return graph.values[use.where.value].without_memory()
+
+
+def has_rule(graph: Graph, op: Operation, use: ParameterUse) -> bool:
+    """Whether the gradient of this operand has a closed form; decided from shapes alone."""
+    written = [v for v in op.writes if graph.values[v].floating]
+    if use.slot is None or len(written) != 1:
+        return False
+    args, kwargs = graph.arguments_without_memory(op)
+    return find_rule(op.target, args, kwargs, frozenset({use.slot})) is not None

@@ -1,0 +1,301 @@
+"""Plans: what will be estimated from what, how, and at what cost. Decisions only; planner/ makes them.
+
+Nothing here knows the values of a network: a plan can be printed, compared and kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass, field
+from fractions import Fraction
+from typing import Literal, get_args
+
+from hzo.errors import PlanError
+from hzo.finite_differences import Probe, Scheme, evaluations
+from hzo.noise import Noise
+from hzo.plans.storage import Storage
+from hzo.plans.trees import Tree
+from hzo.structure import Assume
+
+Boundaries = Literal["needed", "all"]
+
+
+def check_boundaries(boundaries: str) -> Boundaries:
+    """Which boundaries are estimated, or an error that lists the ways."""
+    if boundaries not in get_args(Boundaries):
+        raise PlanError(f"expected boundaries 'needed' or 'all', got {boundaries!r}")
+    return boundaries  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Hop:
+    """An edge of a tree with what was decided about it: ``target`` takes its cotangents from ``source``.
+
+    ``step`` in units of the activity's root mean square; None for that of the plan.
+    """
+
+    target: int
+    source: int
+    repeats: int = 1
+    step: float | None = None
+
+
+@dataclass(frozen=True)
+class Node:
+    """One estimate: the cotangent of ``value`` at position ``target`` from those at position ``source``.
+
+    ``operations`` are what a query runs, ``outputs`` the values at ``source`` that they change; ``carried`` says that
+    the value itself is alive at ``source`` too, so that its cotangent there is carried over. A node without
+    operations costs nothing. The estimate is the mean of ``repeats`` measurements, whose price ``cost``
+    includes; ``step`` is the distance h of its differences in units of the activity's root mean square, None for that
+    of the plan; ``distance`` the one that was declared of what it perturbs, which goes before both.
+    """
+
+    value: int
+    target: int
+    source: int
+    operations: tuple[int, ...]
+    outputs: tuple[int, ...]
+    carried: bool
+    probe: Probe
+    cost: Cost
+    repeats: int = 1
+    step: float | None = None
+    distance: float | None = None
+
+
+@dataclass(frozen=True)
+class ParameterProbe:
+    """A parameter that no closed rule covers: operation and position among its parameters, perturbed by itself."""
+
+    operation: int
+    use: int
+    elements: int
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What queries cost: those that every sample needs, and those that measure an operation once for the batch.
+
+    Attributes:
+        queries, stage_evaluations: of one sample.
+        forward_equivalents: of the batch by those queries, the same for any batch size.
+        measurements: queries (and stage evaluations) that measure an operation, whatever the batch size.
+        measured: what they cost, in forward passes of one sample.
+        adjoints: applications of an adjoint to the batch.
+    """
+
+    queries: int = 0
+    stage_evaluations: int = 0
+    forward_equivalents: Fraction = Fraction(0)
+    measurements: int = 0
+    measured: Fraction = Fraction(0)
+    adjoints: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def __mul__(self, times: int) -> Cost:
+        return Cost(*(times * a for a in astuple(self)))
+
+    def forward_equivalents_of(self, batch: int) -> Fraction:
+        """Operations of all queries over those of one forward pass of a batch."""
+        return self.forward_equivalents + self.measured / batch
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the error model expects of a plan.
+
+    Attributes:
+        errors: squared relative error of every estimated cotangent, by position and value.
+        parameters: of every parameter's gradient, by name.
+        seconds: of one gradient; None where no time was measured.
+    """
+
+    errors: dict[tuple[int, int], float] = field(hash=False)
+    parameters: dict[str, float] = field(hash=False)
+    seconds: float | None = None
+
+    @property
+    def cosine(self) -> float:
+        """The lowest cosine of an estimated cotangent."""
+        return self.cosine_of(*self.errors) if self.errors else 1.0
+
+    def cosine_of(self, *estimates: tuple[int, int]) -> float:
+        """The lowest cosine of these estimates, each given by its position and value."""
+        return float((1 + max(self.errors[estimate] for estimate in estimates)) ** -0.5)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one gradient is estimated. Made by ``hzo.plan``; valid for any batch size of the traced chain.
+
+    Attributes:
+        fingerprint: of the chain that it was made for.
+        hops: the tree's edges, from the output to the input, with what was decided about each.
+        nodes: what follows from the hops, in the order in which they run.
+        perturbed: parameters without a closed rule.
+        trainable: names of the parameters that get a gradient.
+        batch: batch size that the totals below refer to, that of the trace.
+        storage: of activities: those of the whole base pass, or of a path, from which stages are run again.
+        activity_bytes: the most that activities and pending cotangents take at once, in one gradient of the batch
+            traced. recomputed: stages run again in it, on one sample each; counted with the base evaluations.
+        expected: errors and time, where a noise, a calibration or a target was given.
+        boundaries, spacing, mu, draws: as ``hzo.plan`` took them.
+    """
+
+    fingerprint: str
+    tree: Tree
+    assume: Assume
+    scheme: Scheme
+    step: float | None
+    noise: Noise | None
+    nodes: tuple[Node, ...]
+    perturbed: tuple[ParameterProbe, ...]
+    trainable: tuple[str, ...]
+    batch: int
+    labels: tuple[str, ...]  # of the positions, for printing
+    storage: Storage = "all"
+    activity_bytes: int = 0
+    recomputed: int = 0
+    expected: Expected | None = None
+    hops: tuple[Hop, ...] = ()
+    boundaries: Boundaries = "needed"
+    spacing: int | None = None
+    mu: float | None = None
+    draws: int = 1
+
+    @property
+    def cost(self) -> Cost:
+        """The cost of one gradient for one sample."""
+        nodes = sum((node.cost for node in self.nodes), start=Cost())
+        return sum((probe.cost for probe in self.perturbed), start=nodes)
+
+    @property
+    def random(self) -> bool:
+        """Whether a gradient draws random numbers of its own: for smoothing, or for approximate colorings."""
+        return self.mu is not None or any(
+            node.probe.coloring is not None and node.probe.coloring.spacing is not None for node in self.nodes
+        )
+
+    @property
+    def queries(self) -> int:
+        """Queries of one gradient of the batch traced."""
+        return self.cost.queries * self.batch + self.cost.measurements
+
+    @property
+    def stage_evaluations(self) -> int:
+        """Stage evaluations of one gradient of the batch traced."""
+        return self.cost.stage_evaluations * self.batch + self.cost.measurements
+
+    @property
+    def forward_equivalents(self) -> float:
+        """Operations of all queries of one gradient over those of one forward pass."""
+        return float(self.cost.forward_equivalents_of(self.batch))
+
+    @property
+    def adjoints(self) -> int:
+        """Adjoints of single operations that one gradient applies to the batch."""
+        return self.cost.adjoints
+
+    def __str__(self) -> str:
+        return describe(self)
+
+
+def describe(plan: Plan, rows: int = 40, width: int = 120) -> str:
+    """The plan as text: totals, what is expected, what each kind of probe costs, then the nodes that perturb something,
+    the first ``rows`` of them. Labels are cut so that lines keep to ``width`` columns."""
+    step = "from dtype and scale" if plan.step is None else f"{plan.step:g}"
+    if plan.mu is not None:
+        step = f"{plan.step or plan.mu:g}, smoothed over {plan.mu:g} by {plan.draws} draws"
+    if plan.step is None and plan.expected is not None:
+        step = "of each node, in units of its activity"
+    whole = plan.cost.forward_equivalents_of(plan.batch) or Fraction(1)
+
+    def price(cost: Cost, unit: str = "") -> str:
+        fe = cost.forward_equivalents_of(plan.batch)
+        return f"{float(fe):,.2f}{unit} ({float(fe / whole):.1%})"
+
+    lines = [
+        f"tree {plan.tree}, assume {plan.assume}, {plan.scheme} differences, step {step}",
+        f"one gradient of {plan.batch} samples: {plan.queries:,} queries, {plan.stage_evaluations:,} stage "
+        f"evaluations, {plan.adjoints:,} adjoints, {plan.forward_equivalents:,.2f} forward equivalents",
+        f"activities: {plan.storage} stored, at most {plan.activity_bytes:,} bytes at once, {plan.recomputed:,} stages "
+        "run again",
+    ]
+    if plan.expected is not None:
+        lines.append(expectation(plan))
+    by_probe: dict[str, Cost] = {}
+    for node in plan.nodes:
+        if node.operations:
+            name = f"{node.probe.kind} ({node.probe.promise})" if node.probe.promise else node.probe.kind
+            by_probe[name] = by_probe.get(name, Cost()) + node.cost
+    lines += [f"  {name} probes: {price(cost, ' forward equivalents')}" for name, cost in by_probe.items()]
+    costly = costly_nodes(plan)
+    if costly or plan.perturbed:
+        lines.append("what is perturbed, with forward equivalents and their share:")
+    for node in costly[:rows]:
+        parts = []
+        if plan.expected is not None:
+            parts.append(f"{node.repeats:,} repeat" + ("s" if node.repeats != 1 else ""))
+            parts += [] if node.step is None else [f"step {node.step:.3g}"]
+            parts.append(f"cosine {plan.expected.cosine_of((node.target, node.value)):.4f}")
+        rest = ", ".join((f" × {evaluations(plan.scheme)}", *parts, price(node.cost)))
+        lines.append(_row(plan, node, rest, width))
+    if len(costly) > rows:
+        others = sum((node.cost for node in costly[rows:]), start=Cost())
+        lines.append(f"  … and {len(costly) - rows} more nodes, {price(others)}")
+    for probe in plan.perturbed:
+        lines.append(
+            f"  parameters of {plan.labels[probe.operation]}: {probe.elements} elements × "
+            f"{evaluations(plan.scheme)}, {price(probe.cost)}"
+        )
+    return "\n".join(lines)
+
+
+def _row(plan: Plan, node: Node, rest: str, width: int) -> str:
+    """A node's line; where it would be too long, first without its coloring, then with labels cut."""
+    target, source = plan.labels[node.target], plan.labels[node.source]
+    text = f"{node.probe.kind} probe, {directions(node)}{rest}"
+    if len(f"  {target} from {source}: {text}") > width and plan.expected is not None:
+        text = f"{node.probe.kind} probe, {node.probe.directions} directions{rest}"
+    room = width - len(f"   from : {text}")
+    target = _cut(target, max(room - len(source), room // 2))
+    return f"  {target} from {_cut(source, room - len(target))}: {text}"
+
+
+def _cut(label: str, width: int) -> str:
+    width = max(width, 10)  # less says nothing; such a line is longer
+    return label if len(label) <= width else label[: width - 1] + "…"
+
+
+def costly_nodes(plan: Plan) -> list[Node]:
+    """The nodes that perturb something."""
+    return [node for node in plan.nodes if node.probe.kind != "adjoint" and node.operations]
+
+
+def directions(node: Node) -> str:
+    """How many directions a node perturbs, and from what coloring, in words."""
+    probe = node.probe
+    if probe.coloring is None:
+        return f"{probe.directions} directions"
+    draws = f", {probe.draws} draws" if probe.draws > 1 else ""
+    return f"{probe.directions} directions (colors {probe.coloring}{draws})"
+
+
+def expectation(plan: Plan) -> str:
+    """What is expected of a plan, in a line."""
+    if plan.expected is None:
+        return "expected: nothing is known of errors; plan with a noise, a calibration or a target"
+    repeats = [node.repeats for node in plan.nodes if node.operations]
+    fewest, most = min(repeats, default=1), max(repeats, default=1)
+    text = f"expected: lowest cosine {plan.expected.cosine:.4f}"
+    if plan.expected.errors:
+        (position, _), _ = max(plan.expected.errors.items(), key=lambda item: item[1])
+        text += f" at {plan.labels[position]}"
+    if plan.expected.seconds is not None:
+        text += f", {plan.expected.seconds:.3g} seconds"
+    if most == 1:
+        return text + "; every node is asked once"
+    return text + f"; {fewest:,}" + (f" to {most:,}" if most > fewest else "") + " repeats of each node"

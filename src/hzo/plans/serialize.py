@@ -1,0 +1,308 @@
+"""Plans as files: decisions as JSON that people can read, from which a plan is made again for its chain.
+
+A file holds what was decided (the tree's hops with their repeats and steps, and what may be assumed) and what is
+expected of it. Nodes, probes and costs follow from those and the chain. Ours.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from math import isfinite
+from os import PathLike
+from pathlib import Path
+from typing import Any, get_args
+
+from hzo._files import replace_file
+from hzo._options import positive
+from hzo.errors import HzoError, InputError, PlanError
+from hzo.finite_differences import check_scheme
+from hzo.noise import Level, Noise
+from hzo.plans.choice import check_spacing
+from hzo.plans.memory import stored
+from hzo.plans.nodes import plan_without_nodes, wanted_by, with_hops
+from hzo.plans.plan import Expected, Hop, Plan, check_boundaries
+from hzo.plans.storage import Storage
+from hzo.plans.trees import check_tree
+from hzo.structure import check_assume
+from hzo.tracing import Chain, Graph
+
+FORMAT = "hzo plan"
+VERSION = 2
+_AGAIN = "restore the file, or make the plan again with hzo.plan and save it with hzo.save_plan"
+
+
+def save_plan(plan: Plan, path: str | PathLike[str]) -> None:
+    """Write a plan to a JSON file; a file that is there is replaced whole or not at all.
+
+    Raises:
+        InputError: not a plan, or a path that cannot be written.
+    """
+    if not isinstance(plan, Plan):
+        raise InputError(f"expected a plan made by hzo.plan, got a {type(plan).__name__}")
+    try:
+        replace_file(Path(path), _text(plan).encode())
+    except OSError as error:
+        raise InputError(
+            f"the plan cannot be written to {path}: {error.strerror or error}; make it writable, or choose another path"
+        ) from error
+
+
+def load_plan(chain: Chain, path: str | PathLike[str]) -> Plan:
+    """The plan that ``hzo.save_plan`` wrote, for the chain that it was made for.
+
+    Equal to the plan that was saved. A chain traced for another batch size gets the same decisions, with the totals of
+    its own batch. Cost: no forward pass; probes are chosen as for a new plan.
+
+    Raises:
+        InputError: not a chain, or a file that cannot be read. TraceError: a chain that has not seen an input.
+        PlanError: not a plan's file, one of another version or chain, or decisions that fit no plan.
+        CoupledSamplesError: as ``hzo.plan``.
+    """
+    if not isinstance(chain, Chain):
+        raise InputError(
+            f"expected a traced chain, got a {type(chain).__name__}: chain = hzo.trace(model, x), then "
+            "hzo.load_plan(chain, path)"
+        )
+    graph = chain.traced
+    values = _Fields(_read(Path(path)), str(path))
+    _check_format(values)
+    if (found := values.take("fingerprint")) != graph.fingerprint:
+        raise PlanError(
+            f"{path} holds a plan for another chain, input shape, dtype or set of trainable parameters (fingerprint "
+            f"{found!r}, this chain's is {graph.fingerprint!r}); load it for its own, or make one for this: "
+            "plan = hzo.plan(chain)"
+        )
+    assume = values.take("assume", check_assume)
+    made = plan_without_nodes(
+        graph,
+        tree=values.take("tree", check_tree),
+        assume=assume,
+        scheme=values.take("scheme", check_scheme),
+        step=values.take("step", _positive),
+        noise=values.take("noise", lambda noise: _noise(graph, noise)),
+        boundaries=values.take("boundaries", check_boundaries),
+        spacing=values.take("spacing", lambda spacing: check_spacing(spacing, assume)),
+        mu=(mu := values.take("mu", _positive)),
+        draws=(draws := values.take("draws", _whole(1))),
+    )
+    if mu is None and draws != 1:
+        raise PlanError(f"{path}: {draws} draws of no smoothing; {_AGAIN}")
+    storage: Storage = values.take("storage", _storage)
+    rows = values.rows("hops")
+    hops = [_hop(row) for row in rows]
+    _check_tree(graph, made, hops, str(path))
+    planned = stored(graph, with_hops(graph, made, hops), storage)
+    expected = values.take("expected")
+    if expected is not None:
+        planned = replace(planned, expected=_expected(_Fields(expected, f"{path}, expected"), rows, planned, str(path)))
+    values.take("summary")
+    for fields in (values, *rows):
+        fields.finish()
+    return planned
+
+
+def _text(plan: Plan) -> str:
+    """JSON with one line for every field, and one for every hop."""
+    errors: dict[int, dict[str, float]] = {}
+    for (position, value), error in ({} if plan.expected is None else plan.expected.errors).items():
+        errors.setdefault(position, {})[str(value)] = error
+    hops = []
+    for hop in plan.hops:
+        row = {"where": plan.labels[hop.target], **asdict(hop)}
+        hops.append("    " + _json(row if plan.expected is None else {**row, "errors": errors.get(hop.target, {})}))
+    expected = None
+    if plan.expected is not None:
+        expected = {"seconds": plan.expected.seconds, "parameters": plan.expected.parameters}
+    fields = {
+        "format": FORMAT,
+        "version": VERSION,
+        "fingerprint": plan.fingerprint,
+        **{
+            name: getattr(plan, name)
+            for name in ("tree", "assume", "scheme", "step", "boundaries", "spacing", "mu", "draws")
+        },
+        "noise": None if plan.noise is None else asdict(plan.noise),
+        "storage": plan.storage,
+        "expected": expected,
+        "summary": _summary(plan),
+    }
+    lines = [f"  {_json(name)}: {_json(value)}" for name, value in fields.items()]
+    lines.append('  "hops": [' + ("\n" + ",\n".join(hops) + "\n  ]" if hops else "]"))
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _summary(plan: Plan) -> dict[str, Any]:
+    """Totals for the reader; loading makes them again."""
+    return {
+        "batch": plan.batch,
+        "queries": plan.queries,
+        "stage_evaluations": plan.stage_evaluations,
+        "forward_equivalents": plan.forward_equivalents,
+        "adjoints": plan.adjoints,
+        "activity_bytes": plan.activity_bytes,
+        "lowest_cosine": None if plan.expected is None else plan.expected.cosine,
+    }
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"expected a plan in {path}, which does not exist; save one there: hzo.save_plan") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}; make it readable") from error
+    except (ValueError, RecursionError) as error:  # not UTF-8, or not JSON
+        raise PlanError(f"expected {path} to be JSON, as hzo.save_plan writes it: {error}; {_AGAIN}") from error
+
+
+class _Fields:
+    """A JSON object whose fields are taken one by one: none missing, none left over, each checked."""
+
+    def __init__(self, values: Any, source: str) -> None:
+        if not isinstance(values, dict):
+            raise PlanError(f"expected {source} to be a JSON object, got {_short(values)}; {_AGAIN}")
+        self.source = source
+        self._left: dict[str, Any] = dict(values)
+
+    def take(self, name: str, check: Callable[[Any], Any] = lambda value: value) -> Any:
+        """What ``check`` makes of a field; its errors say where it stands."""
+        if name not in self._left:
+            raise PlanError(f"{self.source}: the field {name!r} is missing; {_AGAIN}")
+        value = self._left.pop(name)
+        try:
+            return check(value)
+        except HzoError as error:
+            raise PlanError(f"{self.source}, {name}: {error}; {_AGAIN}") from None
+
+    def rows(self, name: str) -> list[_Fields]:
+        """A field that is a list of objects."""
+        found = self.take(name)
+        if not isinstance(found, list):
+            raise PlanError(f"expected {self.source}, {name}, to be a list, got {_short(found)}; {_AGAIN}")
+        return [_Fields(row, f"{self.source}, {name}[{k}]") for k, row in enumerate(found)]
+
+    def finish(self) -> None:
+        if self._left:
+            raise PlanError(f"{self.source}: unknown field {', '.join(map(repr, self._left))}; correct or remove it")
+
+
+def _check_format(values: _Fields) -> None:
+    if values.take("format") != FORMAT:
+        raise PlanError(f"{values.source} is not a plan's file (its format is not {FORMAT!r}); {_AGAIN}")
+    if (version := values.take("version")) != VERSION:
+        raise PlanError(
+            f"{values.source} is of version {_short(version)}, this hzo reads version {VERSION}; use the hzo that "
+            "wrote it, or make the plan again"
+        )
+
+
+def _whole(low: int) -> Callable[[Any], int]:
+    def check(value: Any) -> int:
+        if type(value) is not int or value < low:
+            raise PlanError(f"expected a whole number from {low} on, got {_short(value)}")
+        return value
+
+    return check
+
+
+def _at_least_zero(value: Any) -> float:
+    if type(value) not in (int, float) or not value >= 0:
+        raise PlanError(f"expected a number from 0 on, got {_short(value)}")
+    return float(value)
+
+
+def _positive(value: Any) -> float | None:
+    if value is not None and type(value) not in (int, float):
+        raise PlanError(f"expected a positive finite number or null, got {_short(value)}")
+    return None if value is None else positive("number", value)
+
+
+def _seconds(value: Any) -> float | None:
+    if value is not None and not isfinite(_at_least_zero(value)):
+        raise PlanError("expected seconds to be finite, or null")
+    return None if value is None else float(value)
+
+
+def _storage(value: Any) -> Storage:
+    if value not in get_args(Storage):
+        raise PlanError(f"expected storage to be one of {get_args(Storage)}, got {_short(value)}")
+    return value  # type: ignore[no-any-return]
+
+
+def _noise(graph: Graph, value: Any) -> Noise | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict) or set(value) != {"readout", "process"}:
+        raise PlanError(f"expected an object of readout and process, or null, got {_short(value)}")
+    levels: Mapping[str, Level] = {k: tuple(level) if isinstance(level, list) else level for k, level in value.items()}
+    if any(isinstance(level, str) for level in levels.values()):
+        raise PlanError(f"expected noise as numbers, got {_short(value)}")
+    return Noise(**levels).for_stages(len(graph.stages))
+
+
+def _hop(row: _Fields) -> Hop:
+    row.take("where")
+    hop = Hop(row.take("target", _whole(0)), row.take("source", _whole(1)), row.take("repeats", _whole(1)))
+    return replace(hop, step=row.take("step", _positive))
+
+
+def _check_tree(graph: Graph, made: Plan, hops: list[Hop], source: str) -> None:
+    """Whether every hop starts from what is known by then, and all that the plan must estimate is a target.
+
+    Raises:
+        PlanError: says which hop is at fault, or what is missing.
+    """
+    end = len(graph.operations)
+    known = {end}
+    for k, hop in enumerate(hops):
+        where = f"{source}, hops[{k}] (target {hop.target}, source {hop.source})"
+        if hop.target >= hop.source or hop.source > end:
+            raise PlanError(f"{where}: expected target < source ≤ {end}, the chain's end; {_AGAIN}")
+        if hop.source not in known:
+            raise PlanError(f"{where}: no hop before it has its source as target; {_AGAIN}")
+        if hop.target in known:
+            raise PlanError(f"{where}: another hop has the same target; {_AGAIN}")
+        known.add(hop.target)
+    missing = [p for p, values in wanted_by(graph, made.boundaries).items() if values and p not in known]
+    if missing:
+        names = ", ".join(graph.describe(p) for p in missing[:3]) + (", …" if len(missing) > 3 else "")
+        raise PlanError(f"{source}: no hop estimates {names}; {_AGAIN}")
+
+
+def _expected(values: _Fields, rows: list[_Fields], plan: Plan, source: str) -> Expected:
+    """The errors of every node, from the hops; of every parameter, and the time."""
+    asked = {(node.target, node.value) for node in plan.nodes}
+    found: dict[tuple[int, int], float] = {}
+    for row, hop in zip(rows, plan.hops, strict=True):
+        errors = row.take("errors", _errors)
+        found.update({(hop.target, int(value)): error for value, error in errors.items() if value.isdecimal()})
+    if set(found) != asked:
+        position, value = min(asked ^ set(found))
+        raise PlanError(
+            f"{source}: the errors are not those of this plan's estimates, first at target {position}, value {value}; "
+            f"{_AGAIN}"
+        )
+    parameters = values.take("parameters", _errors)
+    if not set(parameters) <= set(plan.trainable):
+        unknown = min(set(parameters) - set(plan.trainable))
+        raise PlanError(f"{source}: errors for {unknown!r}, which is no trainable parameter of this chain; {_AGAIN}")
+    seconds = values.take("seconds", _seconds)
+    values.finish()
+    return Expected(found, parameters, seconds)
+
+
+def _errors(values: Any) -> dict[str, float]:
+    if not isinstance(values, dict):
+        raise PlanError(f"expected an object of errors, got {_short(values)}")
+    return {name: _at_least_zero(error) for name, error in values.items()}
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"

@@ -1,0 +1,42 @@
+"""What a traced model is: a chain of stages over a graph of operations, and what is promised of its modules."""
+
+from hzo.tracing.arguments import Attribute, Extent, Ref, leaves, map_arguments, tensors_in
+from hzo.tracing.chain import Chain, Stages, noisy
+from hzo.tracing.graph import Graph, Operation, ParameterUse, Stage, Value
+from hzo.tracing.promises import (
+    PROMISES,
+    Local,
+    Promise,
+    declare,
+    declared,
+    declared_links,
+    declared_step,
+    local_along,
+    untouched,
+)
+
+__all__ = [
+    "PROMISES",
+    "Attribute",
+    "Chain",
+    "Extent",
+    "Graph",
+    "Local",
+    "Operation",
+    "ParameterUse",
+    "Promise",
+    "Ref",
+    "Stage",
+    "Stages",
+    "Value",
+    "declare",
+    "declared",
+    "declared_links",
+    "declared_step",
+    "leaves",
+    "local_along",
+    "map_arguments",
+    "noisy",
+    "tensors_in",
+    "untouched",
+]

@@ -1,1 +1,0 @@
-"""Training runs: data, models, the loop, checkpoints, plots. What the command line does, as functions."""

@@ -1,0 +1,230 @@
+"""Numerical tests of promises, each on a function between matrices with one row per sample.
+
+Slow and obviously right: every test runs the function at moved inputs and looks at what follows. A test returns the
+worst that it saw, and the tolerance that the dtype and the test's own steps leave for a promise that holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hzo.finite_differences import Pattern, accumulation_dtype
+
+Run = Callable[[Tensor], list[Tensor]]
+"""(B, n) -> results (B, m), each; runs with fewer or more rows are not asked for."""
+
+_PLACES = 64  # places along one axis that are moved one by one
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The worst of a test.
+
+    Attributes:
+        error: the largest violation seen. tolerance: what rounding and the steps explain.
+        tests: runs that were compared. where: positions of the worst, in words.
+        expected, got: there, what the promise leads to expect and what came.
+    """
+
+    error: float
+    tolerance: float
+    tests: int
+    where: str = ""
+    expected: float = 0.0
+    got: float = 0.0
+
+    @property
+    def holds(self) -> bool:
+        return self.error <= self.tolerance  # False for NaN
+
+
+def resolution(*tensors: Tensor) -> float:
+    """The relative rounding of the coarsest tensor; matrix products on CUDA may round to TF32."""
+    units = [float(torch.finfo(t.dtype).eps) for t in tensors if t.is_floating_point()]
+    if any(t.is_cuda and t.dtype == torch.float32 for t in tensors) and (
+        torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
+    ):
+        units.append(2.0**-10)
+    return max(units, default=0.0)
+
+
+def scale_of(tensor: Tensor) -> float:
+    """Root mean square about the mean, 1 where nothing varies."""
+    wide = tensor.to(accumulation_dtype(tensor.dtype))
+    return float(wide.std(correction=0)) or 1.0
+
+
+def moved(rows: Tensor, generator: torch.Generator) -> Tensor:
+    """Every element moved by half to one and a half times the scale, up or down."""
+    up = torch.rand(rows.shape, generator=generator, dtype=torch.float64)
+    sign = torch.randint(0, 2, rows.shape, generator=generator) * 2 - 1
+    return rows + (scale_of(rows) * (0.5 + up) * sign).to(rows)
+
+
+def separating(count: int) -> Iterator[Tensor]:
+    """Masks such that of any two places each is, in some mask, in while the other is out: by the bits of numbers."""
+    numbers = torch.arange(count)
+    for bit in range(max(count - 1, 0).bit_length()):
+        mask = (numbers >> bit) % 2 == 1
+        yield mask
+        yield ~mask
+
+
+def gap(a: Tensor, b: Tensor) -> Tensor:
+    """|a − b|, zero where both are the same infinity or NaN."""
+    wide = accumulation_dtype(a.dtype) if a.is_floating_point() else torch.float64
+    difference = (a.to(wide) - b.to(wide)).abs()
+    return torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, difference).nan_to_num(nan=float("inf"))
+
+
+def slack(base: Sequence[Tensor], rows: Tensor) -> float:
+    """What a value may change when another kernel or order of sums computes it."""
+    finite = [t[t.isfinite()].abs().max() for t in base if bool(t.isfinite().any())]
+    return 16 * resolution(rows, *base) * max((float(m) for m in finite), default=1.0)
+
+
+def place(index: int, shape: Sequence[int]) -> str:
+    """A place among the elements of one sample, in words."""
+    found = [int(k) for k in torch.unravel_index(torch.tensor(index), tuple(shape))] if shape else []
+    found = found[1:] if len(found) > 1 and shape[0] == 1 else found
+    return f"({', '.join(map(str, found))})"
+
+
+def repeats(run: Run, rows: Tensor) -> Finding:
+    """The same input gives the same result."""
+    base = run(rows)
+    worst = max((float(gap(a, b).max()) for a, b in zip(base, run(rows), strict=True) if a.numel()), default=0.0)
+    return Finding(worst, slack(base, rows), 1, "the same input, twice", 0.0, worst)
+
+
+def samples_apart(run: Run, rows: Tensor, generator: torch.Generator) -> Finding:
+    """A sample's result does not change when others are moved."""
+    if len(rows) == 1:
+        return Finding(0.0, 0.0, 0, "one sample alone")
+    base, other = run(rows), moved(rows, generator)
+    tolerance, worst, tests = slack(base, rows), Finding(0.0, 0.0, 0), 0
+    for mask in separating(rows.shape[0]):
+        here = mask.to(rows.device)
+        results = run(torch.where(here[:, None], other, rows))
+        tests += 1
+        for a, b in zip(base, results, strict=True):
+            change = gap(a, b)[~here].amax(1) if a.shape[1] else torch.zeros(1)
+            if float(change.max()) > worst.error:
+                sample = int((~here).nonzero()[int(change.argmax())])
+                where = f"moving samples {here.nonzero().flatten().tolist()[:8]} changes sample {sample}"
+                worst = Finding(float(change.max()), 0.0, 0, where, 0.0, float(change.max()))
+    return Finding(worst.error, tolerance, tests, worst.where, 0.0, worst.got)
+
+
+def elementwise(run: Run, rows: Tensor, shape: Sequence[int], generator: torch.Generator) -> Finding:
+    """Elements that are not moved keep their results. About 2·log₂(n) runs separate all pairs of places."""
+    (base,), other = run(rows), moved(rows, generator)
+    tolerance, tests = slack([base], rows), 0
+    if base.shape != rows.shape:
+        return Finding(float("inf"), tolerance, 0, f"{rows.shape[1]} elements go in and {base.shape[1]} come out")
+    worst = 0.0
+    for mask in separating(rows.shape[1]):
+        here = mask.to(rows.device)
+        change = gap(base, run(torch.where(here, other, rows))[0]) * ~here
+        tests += 1
+        worst = max(worst, float(change.max()))
+        if worst > tolerance:
+            sample, element = divmod(int(change.argmax()), rows.shape[1])
+            cause = _culprit(run, rows, other, here, lambda t, s=sample, e=element: gap(base, t)[s, e])  # type: ignore[misc]
+            where = f"moving element {place(cause, shape)} of sample {sample} changes {place(element, shape)}"
+            return Finding(worst, tolerance, tests, where, 0.0, worst)
+    return Finding(worst, tolerance, tests, "" if tests else "one element alone")
+
+
+def _culprit(run: Run, rows: Tensor, other: Tensor, here: Tensor, change: Callable[[Tensor], Tensor]) -> int:
+    """Halve a set of moved elements until one is left that makes a change."""
+    candidates = here.nonzero().flatten()
+    while len(candidates) > 1:
+        half = candidates[: len(candidates) // 2]
+        mask = torch.zeros_like(here)
+        mask[half] = True
+        hit = float(change(run(torch.where(mask, other, rows))[0])) > 0
+        candidates = half if hit else candidates[len(candidates) // 2 :]
+    return int(candidates[0])
+
+
+def within(run: Run, rows: Tensor, pattern: Pattern, output: int, generator: torch.Generator) -> Finding:
+    """What a dependence pattern excludes does not change: the places along every axis moved one after the other."""
+    base, other = run(rows), moved(rows, generator)
+    target = base[output]
+    worst, tests = Finding(0.0, 0.0, 0), 0
+    for axis, link in enumerate(pattern.links):
+        size = pattern.value[axis]
+        chosen = range(size) if size <= _PLACES else torch.randperm(size, generator=generator)[:_PLACES].tolist()
+        for i in chosen if link else ():
+            here = _slab(pattern.value, axis, i).to(rows.device)
+            reached = _reached(pattern, axis, i).to(rows.device)
+            change = gap(target, run(torch.where(here, other, rows))[output]) * ~reached
+            tests += 1
+            if change.numel() and float(change.max()) > worst.error:
+                sample, element = divmod(int(change.argmax()), target.shape[1])
+                along = f"all that has index {i} along axis {_named(axis, pattern.value)}"
+                where = f"moving {along} of sample {sample} changes output {place(element, pattern.output)}"
+                worst = Finding(float(change.max()), 0.0, 0, where, 0.0, float(change.max()))
+    return Finding(worst.error, slack([target], rows), tests, worst.where, 0.0, worst.got)
+
+
+def _named(axis: int, shape: Sequence[int]) -> int:
+    """Axes of a sample are counted with the batch as axis 0, whose place in the rows has size 1."""
+    return axis if shape[0] == 1 else axis + 1
+
+
+def _slab(shape: Sequence[int], axis: int, index: int) -> Tensor:
+    """Elements of a sample that have this index along an axis, as a mask (n,)."""
+    mask = torch.zeros(tuple(shape), dtype=torch.bool)
+    mask.select(axis, index).fill_(True)
+    return mask.flatten()
+
+
+def _reached(pattern: Pattern, axis: int, index: int) -> Tensor:
+    """Outputs that may depend on what has this index along an axis, as a mask (m,)."""
+    mask = torch.ones(pattern.output, dtype=torch.bool)
+    for b, matrix in pattern.links[axis].items():
+        allowed = torch.tensor([bool(row >> index & 1) for row in matrix])
+        mask &= allowed.view(*(-1 if k == b else 1 for k in range(len(pattern.output))))
+    return mask.flatten()
+
+
+def affine(run: Run, rows: Tensor, generator: torch.Generator) -> Finding:
+    """f(p + q) − f(p) − f(q) + f(0) = 0, and every row is treated alike."""
+    error, tolerance, tests, where = 0.0, 0.0, 0, ""
+    zero = run(torch.zeros_like(rows))
+    for size in (1.0, 4.0):
+        p, q = (torch.randn(rows.shape, generator=generator).to(rows) * scale_of(rows) * size for _ in range(2))
+        parts = [run(p + q), run(p), run(q), zero, run(p[:1].expand_as(p).contiguous())]
+        tests += 4
+        for together, first, second, offset, same in zip(*parts, strict=True):
+            wide = accumulation_dtype(first.dtype)
+            defect = gap(together.to(wide) + offset.to(wide), first.to(wide) + second.to(wide))
+            alike = gap(same, first[:1].expand_as(first))
+            tolerance = max(tolerance, slack([together, first, second, offset], rows))
+            for found, words in (
+                (defect, "f(p + q) − f(p) − f(q) + f(0)"),
+                (alike, "equal samples give unequal results"),
+            ):
+                if found.numel() and float(found.max()) > error:
+                    error = float(found.max())
+                    sample, element = divmod(int(found.argmax()), found.shape[1])
+                    where = f"{words} at element {element} of the output of sample {sample}"
+    return Finding(error, tolerance, tests, where, 0.0, error)
+
+
+def alike(run: Run, rows: Tensor, vectors: int, generator: torch.Generator) -> Finding:
+    """The last dimension's vectors, ``vectors`` in a sample, change places: so do their results, and nothing else."""
+    (base,) = run(rows)
+    order = torch.randperm(vectors, generator=generator).to(rows.device)
+    shuffled = rows.view(len(rows), vectors, -1)[:, order].reshape(rows.shape)
+    change = gap(base.reshape(len(base), vectors, -1)[:, order], run(shuffled)[0].reshape(len(base), vectors, -1))
+    error = float(change.max()) if change.numel() else 0.0
+    sample, vector = divmod(int(change.amax(2).argmax()), vectors) if change.numel() else (0, 0)
+    where = f"vector {int(order[vector])} of sample {sample} gives another result at place {vector}"
+    return Finding(error, slack([base], rows), 1, where, 0.0, error)

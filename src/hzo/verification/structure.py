@@ -1,0 +1,272 @@
+"""``check_structure``: every promise that the library would use for a chain, tested numerically on the given input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hzo.adjoints import Adjoint, Call, find_adjoint
+from hzo.errors import StructureError
+from hzo.execution import Activities, base_pass, contained, counting, query, resolve, run_alone, run_with_parameter
+from hzo.finite_differences import accumulation_dtype
+from hzo.gradients import traced_for
+from hzo.locality import slice_locality
+from hzo.parameter_rules import find_rule
+from hzo.plans import has_rule
+from hzo.structure import is_elementwise
+from hzo.tracing import Attribute, Chain, Graph, Operation, ParameterUse, declared, tensors_in
+from hzo.tracing.recorder import call_arguments
+from hzo.verification import properties
+from hzo.verification.adjoint import dot_product_test
+from hzo.verification.properties import Finding
+
+_NAMED = 8  # violations that an error spells out
+
+
+@dataclass(frozen=True)
+class Check:
+    """One promise of one operation about one operand, and what its test found."""
+
+    stage: str
+    operation: str
+    promise: str
+    operand: str
+    finding: Finding
+
+    def __str__(self) -> str:
+        f = self.finding
+        text = f"{self.stage}, {self.operation}: {self.promise} in {self.operand}: error {f.error:.2g}"
+        return f"{text}, tolerance {f.tolerance:.2g}, {f.tests} tests"
+
+
+@dataclass(frozen=True)
+class StructureReport:
+    """What ``check_structure`` tested; every promise in it holds, but for those without tests."""
+
+    checks: tuple[Check, ...]
+
+    def __str__(self) -> str:
+        promises: dict[str, list[Check]] = {}
+        for check in self.checks:
+            promises.setdefault(check.promise, []).append(check)
+        untested = [check for check in self.checks if not check.finding.tests]
+        lines = [f"{len(self.checks) - len(untested)} promises hold"]
+        lines += [f"  not tested: {c.promise}, {c.operation} in {c.stage}: {c.finding.where}" for c in untested]
+        for promise, checks in promises.items():
+            worst = max(checks, key=lambda c: c.finding.error / max(c.finding.tolerance, 1e-300))
+            lines.append(
+                f"  {promise}: {len(checks)}, worst error {worst.finding.error:.2g} of a tolerance of "
+                f"{worst.finding.tolerance:.2g} ({worst.operation} in {worst.stage})"
+            )
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Task:
+    graph: Graph
+    activities: Activities
+    generator: torch.Generator
+    coordinates: int
+
+
+@torch.no_grad()
+def check_structure(model: Chain | nn.Module, x: Any, *, coordinates: int = 16, seed: int = 0) -> StructureReport:
+    """Test every promise that plans may use for this chain, at the activities that ``x`` gives it.
+
+    Tested of every operation: that it repeats, keeps samples apart (where it is not known to couple them), is
+    elementwise, affine or local where that is promised, that its adjoint rule is the adjoint of what it computes, and
+    that the closed parameter rules are those of what it computes.
+
+    Args:
+        model: a chain, traced or not, or a module.
+        x: input with the batch first, as for ``hzo.trace``; two samples at least, or samples cannot be told apart.
+        coordinates: single elements of each sample along which an adjoint is tested, beside random directions.
+        seed: of directions and moves, drawn apart from the global random state.
+
+    Cost: some hundred runs of every operation, counted as ``check_evaluations``. Buffers, random state and training
+    flags are as before. Source: ours; the dot-product test: textbook.
+
+    Raises:
+        StructureError: names stage, operation, promise, positions and size of every violation.
+        See ``hzo.trace`` for what it raises.
+    """
+    chain = traced_for(model, x, strict=False)
+    graph = chain.traced
+    modules = [chain.model, *(op.module for op in graph.operations if op.module is not None)]
+    with contained(modules), counting.as_checks():
+        activities = base_pass(graph, tensors_in(call_arguments(x)))
+        task = _Task(graph, activities, torch.Generator().manual_seed(seed), coordinates)
+        checks = [
+            Check(_stage(graph, op), op.name, promise, operand, finding)
+            for op in graph.operations
+            if op.deterministic  # of what does not repeat nothing is assumed
+            for promise, operand, finding in (*_operand_checks(task, op), *_parameter_checks(task, op))
+        ]
+    broken = [check for check in checks if not check.finding.holds]
+    if broken:
+        raise StructureError(_message(broken))
+    return StructureReport(tuple(checks))
+
+
+def _stage(graph: Graph, op: Operation) -> str:
+    k = graph.stage_of[op.index]
+    return f"stage {k} ({graph.stages[k].name})"
+
+
+def _message(broken: list[Check]) -> str:
+    lines = [f"{len(broken)} of the promises that plans rely on do not hold for this input:"]
+    for check in broken[:_NAMED]:
+        f = check.finding
+        lines.append(
+            f"  {check.stage}, operation {check.operation}: promise {check.promise!r} about {check.operand}: "
+            f"{f.where}; expected {f.expected:.6g}, got {f.got:.6g}: off by {f.error:.3g}, tolerance {f.tolerance:.3g}"
+        )
+    if len(broken) > _NAMED:
+        lines.append(f"  … and {len(broken) - _NAMED} more")
+    lines.append(
+        "Declare what does hold: hzo.declare(module, *hzo.infer_structure(module, x)), or nothing: "
+        "hzo.declare(module); or assume nothing: hzo.plan(chain, assume='nothing')"
+    )
+    return "\n".join(lines)
+
+
+Found = Iterator[tuple[str, str, Finding]]
+"""Promise, operand in words, finding."""
+
+
+def _operand_checks(task: _Task, op: Operation) -> Found:
+    graph, activities, generator = task.graph, task.activities, task.generator
+    outputs = [v for v in op.writes if graph.values[v].floating and graph.values[v].batched]
+    if not op.batched or not outputs:
+        return
+    for value in op.reads:
+        found = graph.values[value]
+        if not (found.batched and found.floating and bool(activities.values[value].isfinite().all())):
+            continue
+        rows = found.rows(activities.values[value], activities.batch)
+        shape = _row_shape(graph, value)
+        operand = f"its operand of shape {'×'.join(map(str, found.sample_shape))}"
+
+        def run(moved: Tensor, value: int = value) -> list[Tensor]:
+            state = {**activities.values, value: graph.values[value].from_rows(moved, activities.batch)}
+            results = query(graph, op, activities, state.__getitem__, activities.batch, copies=1)
+            counting.add(check_evaluations=activities.batch)
+            written = dict(zip(op.writes, results, strict=True))
+            return [graph.values[v].rows(written[v], activities.batch) for v in outputs]
+
+        yield "repeats", operand, properties.repeats(run, rows)
+        rule = find_adjoint(graph, op, value)
+        if not op.coupled or declared(op.module):  # whatever is declared, is declared of each sample
+            yield "samples apart", operand, properties.samples_apart(run, rows, generator)
+        yield from ((p, operand, f) for p, f in _declared_checks(task, op, run, rows, shape))
+        if not op.coupled:
+            same = all(graph.values[v].sample_shape == found.sample_shape for v in outputs)
+            if is_elementwise(op) and same:
+                yield "elementwise", operand, properties.elementwise(run, rows, shape, generator)
+            else:
+                patterns = slice_locality(graph, value, [op.index], outputs).patterns
+                for k, pattern in enumerate(patterns):
+                    if any(pattern.links):
+                        yield "local", operand, properties.within(run, rows, pattern, k, generator)
+            if rule is not None and rule.promise in ("affine", "stationary") and declared(op.module) is None:
+                yield "affine", operand, properties.affine(run, rows, generator)
+        if rule is not None:
+            finding = _adjoint_check(task, op, value, rule, run, rows)
+            yield f"adjoint rule ({rule.promise})", operand, finding
+
+
+def _row_shape(graph: Graph, value: int) -> tuple[int, ...]:
+    """The shape of a sample in the order of its rows: what is left of the batch dimension comes first."""
+    found = graph.values[value]
+    shape, batch = found.sample_shape, found.batch_dim or 0
+    return (shape[batch], *shape[:batch], *shape[batch + 1 :])
+
+
+def _declared_checks(
+    task: _Task, op: Operation, run: properties.Run, rows: Tensor, shape: tuple[int, ...]
+) -> Iterator[tuple[str, Finding]]:
+    """Promises that no rule of the library spells out for this call, and which must hold all the same."""
+    promises = declared(op.module) or ()
+    value = task.graph.values[op.writes[0]]
+    came = f"{shape[1:]} goes in and {value.sample_shape[1:]} comes out"
+    if "elementwise" in promises and shape != value.sample_shape:
+        yield "elementwise", Finding(float("inf"), 0.0, 0, came)
+    if "affine" in promises:
+        yield "affine", properties.affine(run, rows, task.generator)
+    if "tokens" in promises:
+        if task.graph.values[op.reads[0]].shape[:-1] != value.shape[:-1]:
+            yield "tokens", Finding(float("inf"), 0.0, 0, came)
+        else:
+            yield "tokens", properties.alike(run, rows, rows.shape[1] // shape[-1], task.generator)
+
+
+def _adjoint_check(task: _Task, op: Operation, value: int, rule: Adjoint, run: properties.Run, rows: Tensor) -> Finding:
+    graph, activities = task.graph, task.activities
+    outputs = [v for v in op.writes if graph.values[v].floating and graph.values[v].batched]
+
+    def carry(cotangents: list[Tensor]) -> Tensor:
+        given = {v: graph.values[v].from_rows(g, activities.batch) for v, g in zip(outputs, cotangents, strict=True)}
+        return graph.values[value].rows(_carried(task, op, value, rule, given)[0], activities.batch)
+
+    apart = not op.coupled
+    shape = _row_shape(graph, value)
+    try:
+        return dot_product_test(run, carry, rows, shape, task.generator, apart=apart, coordinates=task.coordinates)
+    except Exception as error:  # a rule for another operation than this one may fail in any way
+        words = f"the rule fails: {type(error).__name__}: {error}"
+        return Finding(float("inf"), 0.0, 0, words)
+
+
+def _carried(
+    task: _Task, op: Operation, value: int, rule: Adjoint, cotangents: dict[int, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What the engine would get of this rule: the operand's cotangent, and parameter gradients that came along."""
+    graph, activities = task.graph, task.activities
+    args, kwargs = resolve(op, activities.values.__getitem__, activities.batch)
+    written = tuple(activities.values[v] for v in op.writes)
+
+    def measure(v: int, probe: Tensor) -> Tensor:
+        return run_alone(graph, op, activities, v, probe)[0]
+
+    call = Call(graph, op, args, kwargs, written, cotangents, measure)
+    if rule.with_parameters is not None and op.parameters and all(has_rule(graph, op, use) for use in op.parameters):
+        return rule.with_parameters(call, value)
+    return rule.apply(call, value), {}
+
+
+def _parameter_checks(task: _Task, op: Operation) -> Found:
+    for use in op.parameters:
+        if has_rule(task.graph, op, use):
+            yield "parameter rule", use.name or "a derived operand", _parameter_check(task, op, use)
+
+
+def _parameter_check(task: _Task, op: Operation, use: ParameterUse) -> Finding:
+    """The closed rule assumes that a layer computes what its type says."""
+    graph, activities = task.graph, task.activities
+    (output,) = [v for v in op.writes if graph.values[v].floating]
+    assert use.slot is not None
+    slot = use.slot
+    parameter = use.where.get() if isinstance(use.where, Attribute) else activities.values[use.where.value]
+    args, kwargs = resolve(op, activities.values.__getitem__, activities.batch)
+
+    def run(moved: Tensor) -> list[Tensor]:
+        results = run_with_parameter(graph, op, activities, use, moved.reshape(parameter.shape))
+        return [dict(zip(op.writes, results, strict=True))[output].reshape(1, -1)]
+
+    def carry(cotangents: list[Tensor]) -> Tensor:
+        g = cotangents[0].view(activities.values[output].shape).to(accumulation_dtype(parameter.dtype))
+        for value in op.reads:
+            rule = find_adjoint(graph, op, value)
+            along = _carried(task, op, value, rule, {output: g})[1] if rule is not None and op.batched else {}
+            if str(slot) in along:
+                return along[str(slot)].reshape(1, -1)
+        rule_of_parameters = find_rule(op.target, args, kwargs, frozenset({slot}))
+        assert rule_of_parameters is not None
+        return rule_of_parameters(op.target, args, kwargs, g, frozenset({slot}))[slot].reshape(1, -1)
+
+    rows = parameter.detach().reshape(1, -1)
+    return dot_product_test(run, carry, rows, tuple(parameter.shape), task.generator, coordinates=task.coordinates)

@@ -1,0 +1,5 @@
+"""``python -m hzo_lab``."""
+
+from hzo_lab.cli.main import main
+
+main()

@@ -1,0 +1,1 @@
+"""The commands ``hzo train``, ``hzo compare``, ``hzo plan`` and ``hzo reproduce``."""

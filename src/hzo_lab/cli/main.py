@@ -1,0 +1,26 @@
+"""The command ``hzo``: runs, or says what to install where the parts that it needs are missing."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+# Import names of what the extra "train" brings.
+_EXTRA = {"typer", "rich", "numpy", "matplotlib", "safetensors", "sklearn", "PIL"}
+
+
+def main() -> None:
+    """Run the command line; the console script and ``python -m hzo`` enter here."""
+    try:
+        commands = importlib.import_module("hzo_lab.cli.commands")
+        importlib.import_module("hzo_lab.cli.reproduce_command")  # adds itself
+    except ModuleNotFoundError as missing:
+        package = (missing.name or "").partition(".")[0]
+        if package not in _EXTRA:
+            raise
+        print(
+            f'The command line needs {package}, which is not installed. Run: pip install "hzo[train]"',
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    commands.run()

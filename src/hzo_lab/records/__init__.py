@@ -1,0 +1,42 @@
+"""What a run leaves on disk, and what makes it repeatable: files, seeds, and where a number comes from."""
+
+from hzo_lab.records.files import (
+    CONFIG,
+    CURVES,
+    METRICS,
+    SUMMARY,
+    MetricsLog,
+    disk_errors,
+    new_run_directory,
+    read_metrics,
+    refuse_used_directory,
+)
+from hzo_lab.records.provenance import commit, environment
+from hzo_lab.records.seeds import (
+    derive,
+    generator,
+    generator_states,
+    restore_generators,
+    seed_everything,
+    separate_random_numbers,
+)
+
+__all__ = [
+    "CONFIG",
+    "CURVES",
+    "METRICS",
+    "SUMMARY",
+    "MetricsLog",
+    "commit",
+    "derive",
+    "disk_errors",
+    "environment",
+    "generator",
+    "generator_states",
+    "new_run_directory",
+    "read_metrics",
+    "refuse_used_directory",
+    "restore_generators",
+    "seed_everything",
+    "separate_random_numbers",
+]

@@ -1,0 +1,55 @@
+"""Training runs: models, methods, the loop, checkpoints, plots."""
+
+from hzo_lab.training.config import TrainConfig, from_dict, read_config, replace
+from hzo_lab.training.cosine import without_trace
+from hzo_lab.training.loop import Progress, Result, on_threads, train
+from hzo_lab.training.methods import CHUNK_BYTES, make_plan
+from hzo_lab.training.models import mlp, resnet
+from hzo_lab.training.plots import (
+    COLORS,
+    STYLE,
+    Record,
+    accuracy_axis,
+    comparison,
+    cosine_panel,
+    running,
+    save,
+    series,
+    spread,
+)
+from hzo_lab.training.recipes import recipe
+from hzo_lab.training.run import Run, device_called, device_of, load_data, loss_fn, resume, start
+
+__all__ = [
+    "CHUNK_BYTES",
+    "COLORS",
+    "STYLE",
+    "Progress",
+    "Record",
+    "Result",
+    "Run",
+    "TrainConfig",
+    "accuracy_axis",
+    "comparison",
+    "cosine_panel",
+    "device_called",
+    "device_of",
+    "from_dict",
+    "load_data",
+    "loss_fn",
+    "make_plan",
+    "mlp",
+    "on_threads",
+    "read_config",
+    "recipe",
+    "replace",
+    "resnet",
+    "resume",
+    "running",
+    "save",
+    "series",
+    "spread",
+    "start",
+    "train",
+    "without_trace",
+]

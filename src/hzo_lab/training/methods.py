@@ -1,0 +1,90 @@
+"""The one place that knows which function makes the gradient for a method's name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+import hzo
+from hzo import baselines
+from hzo.errors import InputError
+from hzo_lab.training.config import TrainConfig
+
+
+class Gradient(Protocol):
+    """Adds a batch's gradient to ``.grad`` and returns the loss; draws what is random from ``generator``."""
+
+    def __call__(self, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to make gradients, bound to a model.
+
+    Attributes:
+        passes: forward passes that a gradient is worth beyond its queries; see ``REVERSE_SWEEP``.
+        plan: what HZO does, printable; None for the others.
+    """
+
+    name: str
+    gradient: Gradient
+    passes: int = 0
+    plan: hzo.Plan | None = None
+
+
+# A sweep by adjoints asks few queries or none, and is not free: by custom it is taken as two forward passes, backprop's
+# as well as HZO's where a plan applies adjoints. Only a budget counts it; forward equivalents do not.
+REVERSE_SWEEP = 2
+
+# Bytes for the perturbed copies of a chunk. Fixed, not a share of what happens to be free: chunks of another
+# size round otherwise, and a run that is resumed is to give the same bits.
+CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 2 * 2**30}
+
+# Those that draw random directions, and average over ``directions`` of them.
+_RANDOM: dict[str, Callable[..., Tensor]] = {
+    "spsa": baselines.spsa,
+    "mezo": baselines.mezo,
+    "forward-gradient": baselines.forward_gradient,
+    "node-perturbation": baselines.node_perturbation,
+}
+
+
+def make_plan(config: TrainConfig, chain: hzo.Chain) -> hzo.Plan:
+    """The plan that a configuration asks for; its values are checked by both."""
+    options: dict[str, Any] = {"tree": config.tree, "assume": config.assume, "scheme": config.scheme}
+    return hzo.plan(chain, **options)
+
+
+def prepare(config: TrainConfig, model: nn.Module, loss_fn: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Method:
+    """Bind ``config.method`` to a model; ``x`` is a batch of the size that it will be trained with."""
+    if config.method == "hzo":
+        chain = hzo.trace(model, x)
+        plan = make_plan(config, chain)
+        memory = CHUNK_BYTES.get(x.device.type, CHUNK_BYTES["cpu"])
+
+        def by_hzo(x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:  # noqa: ARG001
+            return hzo.backward(chain, loss_fn, x, y, plan=plan, memory=memory)
+
+        return Method("hzo", by_hzo, passes=REVERSE_SWEEP if plan.adjoints else 0, plan=plan)
+
+    if config.method in ("backprop", "coordinate"):
+        exact = baselines.backprop if config.method == "backprop" else baselines.coordinate_wise
+
+        def deterministic(x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:  # noqa: ARG001
+            return exact(model, loss_fn, x, y)
+
+        return Method(config.method, deterministic, passes=REVERSE_SWEEP if config.method == "backprop" else 0)
+
+    if config.method in _RANDOM:
+        estimate = _RANDOM[config.method]
+
+        def by_directions(x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+            return estimate(model, loss_fn, x, y, samples=config.directions, generator=generator)
+
+        return Method(config.method, by_directions)
+
+    raise InputError(f"no gradient is known for the method {config.method!r}.")
