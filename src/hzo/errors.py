@@ -9,6 +9,10 @@ class TraceError(HzoError):
     """The model could not be recorded as a chain of operations."""
 
 
+class TapeError(HzoError, RuntimeError):
+    """What a step did could not be recorded, or leads through something that hzo cannot see."""
+
+
 class PlanError(HzoError, ValueError):
     """A plan cannot be made as asked, or was made for something else than it is used for."""
 

@@ -1,0 +1,106 @@
+"""The sweep: operations in reverse order, each by its rule, from the cotangent of the loss to those of the leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hzo import queries
+from hzo.errors import TapeError
+from hzo.rules.base import Call
+from hzo.rules.registry import find_rule
+from hzo.tape import Operation, Tape
+from hzo.tape.operations import Ref
+
+
+def sweep(tape: Tape, seeds: dict[int, Tensor], hooks: dict[int, Callable[[Tensor], Tensor]]) -> dict[int, Tensor]:
+    """Carry cotangents from some values back through all operations.
+
+    Args:
+        seeds: the cotangents to begin with, by value.
+        hooks: for some values, what replaces their cotangent once it is complete.
+
+    Returns what reached the leaves, by value. Cost: one rule an operation on the path; where a rule measures a weight,
+    the queries that it needs.
+
+    Raises:
+        TapeError: the path leads through a function that was not recorded.
+    """
+    walk = _Walk(tape, dict(seeds), hooks)
+    for op in reversed(tape.operations):
+        walk.through(op)
+    return walk.leaves()
+
+
+class _Walk:
+    def __init__(self, tape: Tape, cotangents: dict[int, Tensor], hooks: dict[int, Callable[[Tensor], Tensor]]) -> None:
+        self.tape = tape
+        self.cotangents = cotangents
+        self.owned: set[int] = set()  # sums that were made here and may be added to in place
+        self.hooks = hooks
+
+    def through(self, op: Operation) -> None:
+        cotangents = self.cotangents
+        grads: list[Tensor | None] = [None if v is None else cotangents.pop(v, None) for v in op.writes]
+        if all(g is None for g in grads):
+            return
+        if self.hooks:
+            grads = [self._hooked(v, g) for v, g in zip(op.writes, grads, strict=True)]
+        queries.add(adjoints=1)
+        rule = find_rule(op.target)
+        found = rule.vjp(Call(self.tape, op, grads, _measured))
+        for key, grad in found.items():
+            template = op.kwargs[key] if isinstance(key, str) else op.args[key]
+            if type(template) is Ref:
+                self.add(template.value, grad)
+            elif grad is not None:
+                for leaf, g in zip(template, grad, strict=True):
+                    if type(leaf) is Ref and g is not None:
+                        self.add(leaf.value, g)
+
+    def _hooked(self, value: int | None, grad: Tensor | None) -> Tensor | None:
+        hook = self.hooks.get(value) if value is not None else None
+        return grad if hook is None or grad is None else hook(grad)
+
+    def add(self, value: int, grad: Tensor | None) -> None:
+        """Another contribution to the cotangent of a value."""
+        about = self.tape.values[value]
+        if grad is None or not about.requires:
+            return
+        if grad.dtype != about.dtype:
+            grad = grad.real if grad.is_complex() and not about.dtype.is_complex else grad
+            grad = grad.to(about.dtype)
+        before = self.cotangents.get(value)
+        if before is None:
+            self.cotangents[value] = grad
+        elif value in self.owned:
+            before += grad
+        else:
+            self.cotangents[value] = before + grad
+            self.owned.add(value)
+
+    def leaves(self) -> dict[int, Tensor]:
+        for value in self.cotangents:
+            foreign = self.tape.values[value].foreign
+            if foreign is not None:
+                raise TapeError(
+                    f"the gradient leads into {foreign}, which ran before the recording began, in another thread, or "
+                    "in code that PyTorch does not show; begin the recording earlier (hzo.record around all that has a "
+                    "part in the loss), or detach the tensor where its history does not matter"
+                )
+        return {v: g for v, g in self.cotangents.items() if v in self.tape.leaves}
+
+
+def _measured(op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any], size: Tensor) -> Any:
+    """Run an operator on a probe; counted as so many queries as the probe has rows."""
+    samples = size.shape[0] if size.dim() else 1
+    queries.add(queries=samples, stage_evaluations=samples)
+    return op.target(*args, **kwargs)
+
+
+def ones_like_all(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Cotangents of one for several results."""
+    return [torch.ones_like(t) for t in tensors]

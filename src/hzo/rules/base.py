@@ -1,0 +1,148 @@
+"""What a rule is: the vector-Jacobian product (VJP) of one ATen operator, for each of its operands.
+
+A rule is a function from a ``Call`` to the cotangents of the operands. It reads what the step left on the tape: operands
+and results, no more of them than PyTorch's own derivative saves. **No weight is read to carry a cotangent to an
+activation**: where one operand of a product is a weight (``call.weight(k)``), the rule runs the operator again on small
+inputs of its own (``call.measure``) and takes the Jacobian from what came back; those runs are queries and counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from hzo.tape import Operation, Tape
+from hzo.tape.operations import Ref, refs_in
+
+Key = int | str
+"""The place of an operand: a position among the arguments, or a keyword."""
+
+Cotangents = Mapping[Key, Any]
+"""By place: a tensor of the operand's shape, or a list of them (None for those not asked for) where it is a list."""
+
+
+class Call:
+    """One operation as it ran, and the cotangents of its results.
+
+    Attributes:
+        args, kwargs: its arguments; tensors hold what they held when it ran.
+        out: its results in order (lists flattened). grads: their cotangents; None for those without.
+    """
+
+    __slots__ = ("_measure", "args", "grads", "kwargs", "op", "out", "tape")
+
+    def __init__(
+        self,
+        tape: Tape,
+        op: Operation,
+        grads: list[Tensor | None],
+        measure: Callable[[Operation, tuple[Any, ...], dict[str, Any], Tensor], Any],
+    ) -> None:
+        self.tape = tape
+        self.op = op
+        self.args = tape.resolve(op.args)
+        self.kwargs = {k: tape.resolve(v) for k, v in op.kwargs.items()} if op.kwargs else op.kwargs
+        self.grads = grads
+        self.out = [None if v is None else tape.tensors[v] for v in op.writes]
+        self._measure = measure
+
+    @property
+    def grad(self) -> Tensor:
+        """The cotangent of the first result.
+
+        Results are never without one here: a rule of an operator with several results asks ``grads``.
+        """
+        grad = self.grads[0]
+        assert grad is not None
+        return grad
+
+    @property
+    def result(self) -> Tensor:
+        """The first result."""
+        out = self.out[0]
+        assert out is not None
+        return out
+
+    def arg(self, position: int, name: str, default: Any = None) -> Any:
+        """An argument, wherever it stands; its default where the call left it out."""
+        if len(self.args) > position:
+            return self.args[position]
+        return self.kwargs.get(name, default)
+
+    def _template(self, key: Key) -> Any:
+        if isinstance(key, str):
+            return self.op.kwargs.get(key)
+        return self.op.args[key] if key < len(self.op.args) else None
+
+    def needs(self, key: Key) -> bool:
+        """Whether a cotangent of this operand is asked for; of a list, whether one of any of its tensors is."""
+        template = self._template(key)
+        values = self.tape.values
+        if type(template) is Ref:
+            return values[template.value].requires
+        return type(template) is tuple and any(values[v].requires for v in refs_in(template))
+
+    def each(self, key: Key) -> list[bool]:
+        """For a list of tensors: of which of them a cotangent is asked for."""
+        values = self.tape.values
+        return [type(leaf) is Ref and values[leaf.value].requires for leaf in self._template(key)]
+
+    def weight(self, key: Key) -> bool:
+        """Whether this operand was computed from parameters alone, so that a rule may not read it for an activation."""
+        template = self._template(key)
+        return type(template) is Ref and self.tape.values[template.value].weight
+
+    def measure(self, replaced: Mapping[Key, Any], size: Tensor) -> Any:
+        """Run the operator again with some arguments replaced; its results.
+
+        Args:
+            size: the replaced operand that tells the price: queries are counted in proportion to its elements.
+        """
+        args = list(self.args)
+        kwargs = dict(self.kwargs)
+        for key, argument in replaced.items():
+            if isinstance(key, str):
+                kwargs[key] = argument
+            else:
+                args[key] = argument
+        return self._measure(self.op, tuple(args), kwargs, size)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The VJP of one operator.
+
+    Attributes:
+        vjp: from a call to the cotangents of its operands.
+        measures: whether it runs the operator again where an operand is a weight.
+        zero: the derivative is zero wherever it exists (rounding, comparisons): nothing is carried.
+    """
+
+    vjp: Callable[[Call], Cotangents]
+    measures: bool = False
+    zero: bool = False
+
+
+rules: dict[Any, Rule] = {}
+"""The table: by operator with its overload."""
+
+
+def vjp(*targets: Any, measures: bool = False, zero: bool = False) -> Callable[[Callable[[Call], Cotangents]], Any]:
+    """Register a rule for operators; used as a decorator."""
+
+    def register(function: Callable[[Call], Cotangents]) -> Callable[[Call], Cotangents]:
+        for target in targets:
+            if target in rules:
+                raise AssertionError(f"{target} has a rule already")
+            rules[target] = Rule(function, measures, zero)
+        return function
+
+    return register
+
+
+def unbroadcast(grad: Tensor, like: Tensor) -> Tensor:
+    """The cotangent of an operand that was broadcast: summed over what was repeated."""
+    return grad if grad.shape == like.shape else grad.sum_to_size(like.shape)

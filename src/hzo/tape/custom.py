@@ -1,0 +1,98 @@
+"""Custom autograd Functions on the tape: one operation each, with the user's own backward as its rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hzo.tape.operations import ref
+
+if TYPE_CHECKING:
+    from hzo.tape.record import Recorder
+
+
+class NodeHooks:
+    """Collects the hooks that a module hangs on an autograd node; they run when the tape's sweep comes by."""
+
+    def __init__(self) -> None:
+        self.before: list[Callable[..., Any]] = []
+        self.after: list[Callable[..., Any]] = []
+
+    @classmethod
+    def of(cls, node: Any) -> NodeHooks:
+        """The hooks of a node, kept on the node."""
+        hooks: NodeHooks | None = node.metadata.get("hzo_hooks")
+        if hooks is None:
+            hooks = node.metadata["hzo_hooks"] = cls()
+        return hooks
+
+    def register_prehook(self, hook: Callable[..., Any]) -> None:
+        self.before.append(hook)
+
+    def register_hook(self, hook: Callable[..., Any]) -> None:
+        self.after.append(hook)
+
+
+class CustomFunction:
+    """A call of a custom Function: the node that autograd made for it, which holds what its backward needs."""
+
+    def __init__(self, node: Any, inputs: int) -> None:
+        self.node = node
+        self.function = node._forward_cls
+        self.inputs = inputs
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CustomFunction) and other.function is self.function
+
+    def __hash__(self) -> int:
+        return hash(self.function)
+
+    def __repr__(self) -> str:
+        return f"{self.function.__module__}.{self.function.__qualname__}"
+
+    def __call__(self, *args: Any) -> Any:
+        """The function's forward, without a history."""
+        with torch.no_grad():
+            return self.function.apply(*args)
+
+    def backward(self, cotangents: list[Tensor]) -> tuple[Any, ...]:
+        """The user's backward, with the hooks that hang on it; no engine runs."""
+        hooks: NodeHooks | None = self.node.metadata.get("hzo_hooks")
+        given: Any = tuple(cotangents)
+        for hook in hooks.before if hooks is not None else ():
+            changed = hook(given)
+            given = given if changed is None else changed if isinstance(changed, tuple) else (changed,)
+        result = self.node.apply(*given)
+        result = result if isinstance(result, tuple) else (result,)
+        for hook in hooks.after if hooks is not None else ():
+            changed = hook(result, given)
+            result = result if changed is None else changed if isinstance(changed, tuple) else (changed,)
+        return result
+
+    @staticmethod
+    def record(recorder: Recorder, args: tuple[Any, ...], before: dict[int, int], result: Any) -> None:
+        """Append the call whose results these are; ``before``: the values of the arguments when it was made."""
+        outputs = [t for t in (result if isinstance(result, (tuple, list)) else (result,)) if isinstance(t, Tensor)]
+        nodes = [t.grad_fn for t in outputs if t.grad_fn is not None and hasattr(t.grad_fn, "_forward_cls")]
+        if not nodes:
+            return
+        node = nodes[0]
+        refs = tuple(
+            ref(before[id(a)]) if id(a) in before else ref(recorder.read(a)) if isinstance(a, Tensor) else _plain(a)
+            for a in args
+        )
+        op = recorder.operation(CustomFunction(node, len(args)), refs, {})
+        writes: list[int | None] = []
+        for tensor in outputs:
+            made = tensor.grad_fn is node
+            recorder.settle(tensor)
+            writes.append(recorder.new_value(tensor, made, op.index if made else -1, False))
+        op.writes = tuple(writes)
+
+
+def _plain(argument: Any) -> Any:
+    """An argument that is no tensor, as a fingerprint can hold it."""
+    return argument if isinstance(argument, (bool, int, float, str, type(None))) else type(argument).__name__

@@ -1,0 +1,59 @@
+"""The form without side effects of an operator that writes to its arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_cache: dict[Any, Callable[..., Any]] = {}
+
+
+class OutOfPlace:
+    """Runs an operator on copies of what it would change; returns its other results, then the changed copies.
+
+    There is one object for each operator, so that fingerprints compare.
+    """
+
+    def __init__(self, func: Any, writes: tuple[int | str, ...]) -> None:
+        self.func = func
+        self.writes = writes
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        given: list[Any] = list(args)
+        named = dict(kwargs)
+        copies: list[Tensor] = []
+
+        def copied(argument: Any) -> Any:
+            if isinstance(argument, Tensor):
+                copies.append(argument.clone())
+                return copies[-1]
+            return [copied(a) for a in argument] if isinstance(argument, (list, tuple)) else argument
+
+        for slot in self.writes:
+            if isinstance(slot, int) and slot < len(given):
+                given[slot] = copied(given[slot])
+            elif slot in named:
+                named[str(slot)] = copied(named[str(slot)])
+        result = self.func(*given, **named)
+        results = () if result is None else result if isinstance(result, (tuple, list)) else (result,)
+        if results and not any(r is c for r in results for c in copies):  # statistics, which are constants
+            return result
+        return (*(r for r in results if all(r is not c for c in copies)), *copies)
+
+    def __repr__(self) -> str:
+        return f"{self.func} out of place"
+
+
+def out_of_place(func: Any, writes: tuple[int | str, ...]) -> Callable[..., Any]:
+    """The operator that computes the same without writing, ``aten.add`` for ``aten.add_``; else a wrapper of copies."""
+    if func not in _cache:
+        namespace, _, name = func._schema.name.partition("::")
+        found: Any = None
+        if name.endswith("_") and not name.endswith("__"):
+            packet = getattr(getattr(torch.ops, namespace), name[:-1], None)
+            found = getattr(packet, func._overloadname, None) if packet is not None else None
+        _cache[func] = found or OutOfPlace(func, writes)
+    return _cache[func]

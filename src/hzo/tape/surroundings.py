@@ -1,0 +1,141 @@
+"""What surrounds a recording: autograd and the libraries above it, told to let the tape see what they do.
+
+Each context below changes one thing that would hide calls from the tape, and puts it back. Those that replace a function
+of PyTorch's for all threads act only in threads that record.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+import torch.utils.hooks
+from torch import Tensor
+
+from hzo.tape.custom import CustomFunction, NodeHooks
+from hzo.tape.record import Recorder, current_recorder
+
+_lock = threading.RLock()
+_recording = 0  # threads that record at the moment
+_originals: dict[str, Any] = {}
+
+
+@contextlib.contextmanager
+def recording(recorder: Recorder) -> Iterator[None]:
+    """Inside, what autograd would differentiate is recorded: grad mode on, autograd keeping numbers of values only."""
+    saved = torch.autograd.graph.saved_tensors_hooks(recorder.pack, recorder.unpack)
+    with _patched(), torch.inference_mode(False), torch.enable_grad(), _eager(), saved, recorder:
+        yield
+
+
+@contextlib.contextmanager
+def _patched() -> Iterator[None]:
+    """The replacements, as long as any thread records."""
+    global _recording
+    with _lock:
+        if _recording == 0:
+            _replace()
+        _recording += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _recording -= 1
+            if _recording == 0:
+                _put_back()
+
+
+def _replace() -> None:
+    function = torch.autograd.Function
+    _originals["apply"] = function.__dict__["apply"]
+    _originals["hooks"] = torch.autograd.graph.disable_saved_tensors_hooks
+    _originals["backward_hook"] = torch.utils.hooks.BackwardHook
+    _originals["lstm"] = torch._VF.lstm
+    _originals["optimized"] = torch._C._get_graph_executor_optimize()
+    function.apply = classmethod(_apply)  # type: ignore[assignment, method-assign]
+    torch.autograd.graph.disable_saved_tensors_hooks = _without_hooks  # type: ignore[assignment]
+    torch.utils.hooks.BackwardHook = _recorded_hook(_originals["backward_hook"])  # type: ignore[misc]
+    torch._VF.lstm = _lstm  # type: ignore[attr-defined]
+    # TorchScript's executor would differentiate by itself what it has seen often enough.
+    torch._C._set_graph_executor_optimize(False)
+
+
+def _put_back() -> None:
+    torch.autograd.Function.apply = _originals["apply"]  # type: ignore[method-assign]
+    torch.autograd.graph.disable_saved_tensors_hooks = _originals["hooks"]
+    torch.utils.hooks.BackwardHook = _originals["backward_hook"]  # type: ignore[misc]
+    torch._VF.lstm = _originals["lstm"]  # type: ignore[attr-defined]
+    torch._C._set_graph_executor_optimize(_originals["optimized"])
+
+
+@contextlib.contextmanager
+def _eager() -> Iterator[None]:
+    """Models that were compiled run as eager; nothing is imported for those that were not."""
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    """``Function.apply``: a custom Function is one operation, and its backward is its rule."""
+    original = _originals["apply"].__func__
+    recorder = current_recorder()
+    if recorder is None:
+        return original(cls, *args, **kwargs)
+    if cls is torch.utils.checkpoint.CheckpointFunction:
+        return args[0](*args[2:])  # the tape needs no second run: run it as it is
+    if not torch.is_grad_enabled():
+        return original(cls, *args, **kwargs)
+    before = {id(a): recorder.read(a) for a in args if isinstance(a, Tensor) and a.requires_grad}
+    result = original(cls, *args, **kwargs)
+    if before:
+        CustomFunction.record(recorder, args, before, result)
+    return result
+
+
+@contextlib.contextmanager
+def _without_hooks(message: str) -> Iterator[None]:
+    """Transforms of torch.func do not support hooks on saved tensors: they run without the tape's."""
+    recorder = current_recorder()
+    if recorder is None:
+        with _originals["hooks"](message):
+            yield
+        return
+    torch._C._autograd._pop_saved_tensors_default_hooks()
+    try:
+        with _originals["hooks"](message):
+            yield
+    finally:
+        torch._C._autograd._push_saved_tensors_default_hooks(recorder.pack, recorder.unpack)
+
+
+def _lstm(*args: Any, **kwargs: Any) -> Any:
+    """The LSTM out of the operators it is made of, where oneDNN would compute it as a whole."""
+    if current_recorder() is None:
+        return _originals["lstm"](*args, **kwargs)
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        return _originals["lstm"](*args, **kwargs)
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
+
+
+def _recorded_hook(original: type[Any]) -> type[Any]:
+    """Backward hooks of modules hang on a Function of PyTorch's; the tape keeps them with its operation."""
+
+    class RecordedBackwardHook(original):  # type: ignore[misc, valid-type]
+        def _apply_on_tensors(self, fn: Callable[[Any], None], args: Any) -> Any:
+            recorder = current_recorder()
+            if recorder is None:
+                return super()._apply_on_tensors(fn, args)
+            return super()._apply_on_tensors(lambda node: fn(NodeHooks.of(node)), args)
+
+    return RecordedBackwardHook

@@ -1,0 +1,75 @@
+"""The tape: a finished recording, in single-assignment form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hzo.errors import TapeError
+from hzo.tape.operations import Operation, Ref, Value
+
+
+class Tape:
+    """A recorded step: operations in the order in which they ran, the values between them, and what these held.
+
+    Attributes:
+        operations: calls in order. values: what they read and made; a leaf was there before the recording.
+        tensors: what each value held. None for content that nobody reads (see ``Recorder``), which a rule must not.
+        leaves: the tensors that a gradient is for, by value.
+    """
+
+    def __init__(self) -> None:
+        self.operations: list[Operation] = []
+        self.values: list[Value] = []
+        self.tensors: list[Tensor | None] = []
+        self.leaves: dict[int, Tensor] = {}
+        self._index: dict[int, int] = {}  # id of a tensor alive -> its newest value
+
+    def tensor(self, value: int) -> Tensor:
+        """What a value held.
+
+        Raises:
+            TapeError: its memory was overwritten in place, and nothing had asked to keep it.
+        """
+        tensor = self.tensors[value]
+        if tensor is None:
+            raise TapeError(
+                f"value %{value} {self.values[value]!r} was overwritten in place before it was needed; please report "
+                "this, with the model: the tape should have kept it"
+            )
+        return tensor
+
+    def resolve(self, arguments: Any) -> Any:
+        """Arguments with tensors in place of references; one without content where code wrote over it.
+
+        PyTorch's own derivatives would not read those, and neither do rules; their shape and dtype are right.
+        """
+        if type(arguments) is Ref:
+            tensor = self.tensors[arguments.value]
+            return self.without_content(arguments.value) if tensor is None else tensor
+        if type(arguments) is tuple:
+            return tuple([self.resolve(a) for a in arguments])
+        return arguments
+
+    def without_content(self, value: int) -> Tensor:
+        """A tensor of a value's shape and dtype that takes no memory; computing with it is an error."""
+        about = self.values[value]
+        return torch.empty(about.shape, dtype=about.dtype, device="meta")
+
+    def value_of(self, tensor: Tensor) -> int | None:
+        """The value that a tensor of the recorded code holds; None for one that the recording never saw."""
+        return self._index.get(id(tensor))
+
+    @property
+    def fingerprint(self) -> tuple[Any, ...]:
+        """Equal for two recordings that a plan cannot tell apart: calls, arguments, shapes, dtypes, requirements."""
+        calls = tuple((op.target, op.args, tuple(op.kwargs.items())) for op in self.operations)
+        about = tuple((v.shape, v.dtype, v.requires, v.weight) for v in self.values)
+        return calls, about
+
+    def __str__(self) -> str:
+        lines = [f"%{k} = leaf {self.values[k]!r}" for k, v in enumerate(self.values) if v.producer < 0]
+        return "\n".join(lines + [repr(op) for op in self.operations])
+

@@ -1,0 +1,65 @@
+"""Compares the gradients of a recorded step with autograd's, in float64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hzo.reverse import record
+from hzo.rules.base import rules
+
+
+def leaves_of(*shapes, dtype=torch.float64, positive=False):
+    """Random leaves that require a gradient."""
+    made = [torch.randn(*shape, dtype=dtype) for shape in shapes]
+    return [(t.abs() + 0.3 if positive else t).requires_grad_() for t in made]
+
+
+def check(function, leaves, *, tolerance=1e-9, weights=(), calls=None, seed=3):
+    """``function(*leaves)`` must have autograd's gradient in every leaf, by the rule of each call.
+
+    Args:
+        function: from leaves to a tensor or a tuple of tensors; a random linear functional of the results is the loss.
+        leaves: tensors that require a gradient.
+        weights: positions of leaves that stand for weights (``nn.Parameter``): what is carried past them is measured.
+        calls: names of operators (``"aten.mm.default"``) that the recording must contain, so that the case tests them.
+    """
+    leaves = [
+        torch.nn.Parameter(t.detach().clone()) if k in weights else t.detach().clone().requires_grad_()
+        for k, t in enumerate(leaves)
+    ]
+
+    def loss_of(results):
+        generator = torch.Generator().manual_seed(seed)
+        total = 0
+        for r in results if isinstance(results, (tuple, list)) else (results,):
+            if not isinstance(r, Tensor) or not r.requires_grad:
+                continue
+            r = torch.view_as_real(r.resolve_conj()) if r.is_complex() else r
+            total = total + (r * torch.randn(r.shape, generator=generator, dtype=torch.float64).to(r.dtype)).sum()
+        return total
+
+    torch.manual_seed(seed)
+    with record() as step:
+        loss = loss_of(function(*leaves))
+    torch.manual_seed(seed)
+    expected_loss = loss_of(function(*leaves))
+    assert torch.equal(loss.detach(), expected_loss.detach()) or torch.allclose(loss, expected_loss)
+    expected = torch.autograd.grad(expected_loss, leaves, allow_unused=True)
+    names = {op.name for op in step.tape.operations}
+    for name in calls or ():
+        assert name in names, f"{name} was not called; recorded: {sorted(names)}"
+    missing = [op.name for op in step.tape.operations if op.target not in rules]
+    assert not missing, f"without a rule of their own: {missing}"
+    found = {id(leaf): g for leaf, g in step.gradients(loss)}
+    for k, (leaf, g) in enumerate(zip(leaves, expected, strict=True)):
+        got = found.get(id(leaf))
+        if g is None:
+            assert got is None or not got.any(), f"leaf {k} has a gradient, and none by autograd"
+            continue
+        assert got is not None or not g.any(), f"leaf {k} has no gradient"
+        if got is None:
+            continue
+        assert got.shape == g.shape and got.dtype == g.dtype
+        error = float((got - g).abs().max()) / max(float(g.abs().max()), 1e-6) if g.numel() else 0.0
+        assert error <= tolerance, f"leaf {k} is off by {error:.1e}"
