@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hzo import queries
 from hzo.errors import TapeError
+from hzo.execution import counting
 from hzo.rules.base import Call
 from hzo.rules.registry import find_rule
 from hzo.tape import Operation, Tape
@@ -49,7 +49,7 @@ class _Walk:
             return
         if self.hooks:
             grads = [self._hooked(v, g) for v, g in zip(op.writes, grads, strict=True)]
-        queries.add(adjoints=1)
+        counting.add(adjoints=1)
         rule = find_rule(op.target)
         found = rule.vjp(Call(self.tape, op, grads, _measured))
         for key, grad in found.items():
@@ -97,7 +97,7 @@ class _Walk:
 def _measured(op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any], size: Tensor) -> Any:
     """Run an operator on a probe; counted as so many queries as the probe has rows."""
     samples = size.shape[0] if size.dim() else 1
-    queries.add(queries=samples, stage_evaluations=samples)
+    counting.add(queries=samples, stage_evaluations=samples)
     return op.target(*args, **kwargs)
 
 
