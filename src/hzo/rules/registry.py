@@ -6,10 +6,34 @@ from typing import Any
 
 from hzo.rules import pointwise, products, reindexing
 from hzo.rules.base import Rule, rules
+from hzo.rules.custom import CUSTOM
+from hzo.rules.fallback import fallback
+from hzo.tape.custom import CustomFunction
 
 FAMILIES = (pointwise, products, reindexing)
 
 
+_fallbacks: dict[Any, tuple[Rule, str]] = {}
+
+
 def find_rule(target: Any) -> Rule:
-    """The rule of an operator."""
-    return rules[target]
+    """The rule of an operator: its own, that of a custom Function, or the best there is without one (fallback.py)."""
+    rule = rules.get(target)
+    if rule is not None:
+        return rule
+    if type(target) is CustomFunction:
+        return CUSTOM
+    return _fallback(target)[0]
+
+
+def kind_of(target: Any) -> str:
+    """How an operator is carried back: "rule", "custom Function", "slope", "decomposition" or "queries"."""
+    if target in rules:
+        return "rule"
+    return "custom Function" if type(target) is CustomFunction else _fallback(target)[1]
+
+
+def _fallback(target: Any) -> tuple[Rule, str]:
+    if target not in _fallbacks:
+        _fallbacks[target] = fallback(target)
+    return _fallbacks[target]

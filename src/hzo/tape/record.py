@@ -21,6 +21,7 @@ from hzo.tape.aliases import Geometry, constant_content, geometry_of, pass_throu
 from hzo.tape.functions import out_of_place
 from hzo.tape.operations import Operation, Value, ref
 from hzo.tape.tape import Tape
+from hzo.tape.undo import Undo
 
 aten = torch.ops.aten
 
@@ -31,6 +32,13 @@ _HIDDEN_WRITES: dict[Any, tuple[int, ...]] = {
     aten.miopen_batch_norm.default: (3, 4),
 }
 
+_SHAPES_ALONE = frozenset(
+    (
+        "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like", "new_empty",
+        "new_zeros", "new_ones", "new_full", "new_empty_strided",
+    )
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class _Operator:
@@ -40,6 +48,7 @@ class _Operator:
     in_place: bool  # returns what it changed, or nothing
     view: bool
     detach: bool
+    constant: bool  # reads shapes alone: its result carries no gradient
     functional: Callable[..., Any]
 
 
@@ -64,6 +73,7 @@ def _operator(func: Any) -> _Operator:
         in_place,
         view and not writes,
         func is aten.detach.default,
+        func._schema.name.partition("::")[2] in _SHAPES_ALONE,
         out_of_place(func, tuple(writes)) if writes else func,
     )
     _OPERATORS[func] = about
@@ -93,6 +103,8 @@ class Recorder(TorchDispatchMode):
         self._contents: dict[int, int] = {}  # storage -> value of its content, once windows of it were written to
         self._stale: set[int] = set()  # ids whose value must be read from that content
         self._passed: set[int] = set()  # ids whose content changed under no_grad
+        self._fresh: set[int] = set()  # storages of constants that were made meanwhile
+        self.undo = Undo()
 
     # -- values -------------------------------------------------------------------------------------------------------
 
@@ -116,6 +128,10 @@ class Recorder(TorchDispatchMode):
             if value.requires is tensor.requires_grad:
                 return index
         return self._read_anew(tensor, index)
+
+    def seen(self) -> list[Tensor]:
+        """The tensors that have had a value."""
+        return self._alive
 
     def settle(self, tensor: Tensor) -> None:
         """A new value of this tensor is about to be written: what was said of its old content holds no more."""
@@ -188,15 +204,23 @@ class Recorder(TorchDispatchMode):
         about = _OPERATORS.get(func) or _operator(func)
         if about.detach:
             return self._detach(func, args, kwargs)
-        differentiable = torch.is_grad_enabled() and (
+        differentiable = not about.constant and torch.is_grad_enabled() and (
             _requires(args) or (bool(kwargs) and _requires(tuple(kwargs.values())))
         )
         if about.writes:
+            generator = kwargs.get("generator")
+            if generator is not None:
+                self.undo.remember_generator(generator)
             return self._write(func, about, args, kwargs, differentiable)
         if not differentiable:
             result = func(*args, **kwargs)
-            if about.view and isinstance(args[0], Tensor):
-                self._constant_view(args[0], result)
+            if about.view:
+                if isinstance(args[0], Tensor):
+                    self._constant_view(args[0], result)
+            elif isinstance(result, Tensor):
+                self._fresh.add(_storage(result))
+            elif result is not None:
+                self._fresh.update(_storage(t) for t in _tensors(result))
             return result
         refs = self._refs(args)
         named = {name: self._refs_of(value) for name, value in kwargs.items()} if kwargs else {}
@@ -319,7 +343,11 @@ class Recorder(TorchDispatchMode):
         """Keep what must survive of the content that is about to change."""
         tensors, index = self.tape.tensors, self.tape._index
         for tensor in written:
-            for key in self._aliases(tensor):
+            storage = _storage(tensor)
+            keys = self._aliases(tensor)
+            if storage not in self._fresh and all(self.tape.values[index[key]].producer < 0 for key in keys):
+                self.undo.remember(tensor)
+            for key in keys:
                 value = index[key]
                 held = tensors[value]
                 if held is not None and held is self._objects[key]:
@@ -344,7 +372,7 @@ class Recorder(TorchDispatchMode):
                 self._forget(key)
 
     def _forget(self, key: int) -> None:
-        if self.tape.values[self.tape._index[key]].requires:
+        if self.tape.values[self.tape._index[key]].requires and self._objects[key].requires_grad:
             self._passed.add(key)
         else:
             del self.tape._index[key]

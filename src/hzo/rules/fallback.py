@@ -1,0 +1,154 @@
+"""What happens to a call without a rule of its own: a measured slope, PyTorch's decomposition, or queries.
+
+In this order. An operator that PyTorch tags ``pointwise`` has one slope per element, which two runs measure. Another one
+that PyTorch knows a decomposition of is recorded again, as the calls it consists of. What is left is perturbed element
+by element, and ``print(plan)`` says what that costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hzo.errors import TapeError
+from hzo.rules.base import Call, Cotangents, Key, Rule, unbroadcast
+from hzo.tape.operations import Ref
+
+_VMAP_ELEMENTS = 2**22  # of the results of one chunk of queries
+
+
+def fallback(target: Any) -> tuple[Rule, str]:
+    """The rule of an operator that the table does not hold, and how it works: "slope", "decomposition" or "queries"."""
+    if isinstance(target, torch._ops.OpOverload):
+        if torch.Tag.pointwise in target.tags:
+            return Rule(_by_slope, measures=True), "slope"
+        decomposition = _decomposition(target)
+        if decomposition is not None:
+            return Rule(_by_decomposition(decomposition)), "decomposition"
+    return Rule(_by_queries, measures=True), "queries"
+
+
+def element_steps(x: Tensor, power: float = 1 / 3) -> Tensor:
+    """A finite-difference step for each element: in proportion to its own size, and where it is small to its surroundings.
+
+    The surroundings are the median size of the elements that are not zero, which outliers and masks do not move.
+    """
+    size = x.abs()
+    present = size[(size > 0) & size.isfinite()]
+    scale = present.median() if present.numel() else size.new_ones(())
+    return torch.finfo(x.dtype).eps ** power * torch.maximum(size.nan_to_num(posinf=0), scale)
+
+
+def _operands(call: Call) -> Iterator[tuple[Key, int | None, Tensor]]:
+    """The operands that need a cotangent: key, position within a list, tensor."""
+    keys: list[Key] = [*range(len(call.op.args)), *call.op.kwargs]
+    for key in keys:
+        if not call.needs(key):
+            continue
+        given = call.kwargs[key] if isinstance(key, str) else call.args[key]
+        if isinstance(given, Tensor):
+            yield key, None, given
+        else:
+            for k, asked in enumerate(call.each(key)):
+                if asked:
+                    yield key, k, given[k]
+
+
+def _with(call: Call, key: Key, k: int | None, tensor: Tensor) -> dict[Key, Any]:
+    if k is None:
+        return {key: tensor}
+    given = call.kwargs[key] if isinstance(key, str) else call.args[key]
+    return {key: tuple(tensor if j == k else t for j, t in enumerate(given))}
+
+
+def _collect(call: Call, found: dict[Key, Any], key: Key, k: int | None, grad: Tensor) -> None:
+    if k is None:
+        found[key] = grad
+    else:
+        given = call.kwargs[key] if isinstance(key, str) else call.args[key]
+        found.setdefault(key, [None] * len(given))[k] = grad
+
+
+def _by_slope(call: Call) -> Cotangents:
+    """``g`` times the slope of every element, measured by a central difference, one-sided at the edge of a domain."""
+    found: dict[Key, Any] = {}
+    for key, k, x in _operands(call):
+        wide = x.expand(call.result.shape) if x.shape != call.result.shape else x
+        steps = element_steps(wide)
+        above, below = wide + steps, wide - steps
+        upper = call.measure(_with(call, key, k, above), above)
+        lower = call.measure(_with(call, key, k, below), below)
+        slope = (upper - lower) / (above - below)
+        if not bool(slope.isfinite().all()):
+            here = call.result
+            right, left = (upper - here) / (above - wide), (here - lower) / (wide - below)
+            slope = torch.where(slope.isfinite(), slope, torch.where(right.isfinite(), right, left))
+        _collect(call, found, key, k, unbroadcast(call.grad * slope, x))
+    return found
+
+
+def _decomposition(target: Any) -> Callable[..., Any] | None:
+    from torch._decomp import decomposition_table  # imports much, and few calls come here
+
+    table: dict[Any, Callable[..., Any]] = decomposition_table
+    found = table.get(target)
+    if found is not None and getattr(found, "__module__", "").startswith("torch._decomp"):  # not of PyTorch's prims
+        return found
+    if torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd"):
+        decompose: Callable[..., Any] = target.decompose
+        return decompose
+    return None
+
+
+def _by_decomposition(decomposition: Callable[..., Any]) -> Callable[[Call], Cotangents]:
+    def rule(call: Call) -> Cotangents:
+        from hzo.reverse.again import cotangents_of
+
+        return cotangents_of(call, decomposition)
+
+    return rule
+
+
+def _by_queries(call: Call) -> Cotangents:
+    """Central differences, one element at a time: twice as many runs as the operands have elements."""
+    found: dict[Key, Any] = {}
+    if any(r is None and g is not None for r, g in zip(call.out, call.grads, strict=True)):
+        raise TapeError(f"{call.op.name}: a result was overwritten in place before it was needed")
+    for key, k, x in _operands(call):
+        if x.device.type == "meta":
+            raise TapeError(
+                f"{call.op.name} has no rule, and what it read was overwritten in place; replace the in-place call "
+                "behind it (x = x + y instead of x += y), or record with keep=True"
+            )
+        steps = element_steps(x).flatten()
+        result = torch.zeros(x.numel(), dtype=x.dtype, device=x.device)
+        base = x.flatten()
+        for j in range(x.numel()):
+            moved = [base.clone(), base.clone()]
+            moved[0][j] += steps[j]
+            moved[1][j] -= steps[j]
+            outs = [flat_results(call.measure(_with(call, key, k, m.view(x.shape)), m[:1])) for m in moved]
+            distance = moved[0][j] - moved[1][j]
+            total = sum(
+                ((up - down) * g).sum()
+                for up, down, g in zip(outs[0], outs[1], call.grads, strict=True)
+                if g is not None
+            )
+            result[j] = total / distance
+        _collect(call, found, key, k, result.view(x.shape))
+    return found
+
+
+def flat_results(result: Any) -> list[Any]:
+    """The results of a call in order, lists flattened."""
+    if isinstance(result, (list, tuple)):
+        return [leaf for item in result for leaf in flat_results(item)]
+    return [result]
+
+
+def is_operand(template: Any) -> bool:
+    """Whether a template is a tensor's place."""
+    return type(template) is Ref

@@ -1,0 +1,66 @@
+"""What a failed step must put back: tensors that were there before and were written to, random states, mode flags."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Undo:
+    """Remembers, from its making on, how things were; ``restore`` puts them back.
+
+    Tensors are copied when the recording sees the first write to them, and only those that existed before it: buffers,
+    and whatever else the user's code keeps.
+    """
+
+    def __init__(self) -> None:
+        self._tensors: dict[int, tuple[Tensor, Tensor]] = {}
+        self._generators: dict[int, tuple[torch.Generator, Tensor]] = {}
+        self._modules: list[tuple[nn.Module, bool, dict[str, Any], dict[str, Any]]] = []
+        self._torch = torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+        self._python = random.getstate()
+        numpy = sys.modules.get("numpy")
+        self._numpy = None if numpy is None else numpy.random.get_state()
+
+    def remember(self, tensor: Tensor) -> None:
+        """Copy a tensor that is about to be written to, the first time."""
+        if id(tensor) not in self._tensors:
+            self._tensors[id(tensor)] = (tensor, tensor.detach().clone())
+
+    def remember_generator(self, generator: torch.Generator) -> None:
+        """Note the state of a generator of the model's own before it is drawn from."""
+        if id(generator) not in self._generators:
+            self._generators[id(generator)] = (generator, generator.get_state())
+
+    def remember_modules(self, modules: Iterable[nn.Module]) -> None:
+        """Note mode flags, and which tensors modules hold under which name."""
+        self._modules += [(m, m.training, dict(m._parameters), dict(m._buffers)) for m in modules]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put everything back."""
+        for module, training, parameters, buffers in self._modules:
+            module.training = training
+            for held, before in ((module._parameters, parameters), (module._buffers, buffers)):
+                if held != before or any(held[k] is not v for k, v in before.items()):
+                    held.clear()
+                    held.update(before)
+        for tensor, copy in self._tensors.values():
+            if tensor.shape == copy.shape:
+                tensor.copy_(copy)
+            else:
+                tensor.set_(copy)  # type: ignore[call-overload]
+        for generator, state in self._generators.values():
+            generator.set_state(state)
+        torch.set_rng_state(self._torch)
+        if self._cuda:
+            torch.cuda.set_rng_state_all(self._cuda)
+        random.setstate(self._python)
+        if self._numpy is not None:
+            sys.modules["numpy"].random.set_state(self._numpy)
