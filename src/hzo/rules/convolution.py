@@ -1,0 +1,162 @@
+"""Convolutions: the kernel is measured with impulses on canvases of one pixel, and goes into PyTorch's own adjoint.
+
+With full padding and a stride of one, a pixel in one channel of every group answers with every tap that this channel
+has, once. So a kernel costs as many tiny samples as a group has channels, and one of zeros; the bias is left out, and
+what the operator adds for zeros is the hardware's offset and is taken off. Where the picture is a learned one and the
+kernel an activation, a kernel of one pixel that hands the channels on shows the picture.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hzo.rules.base import Call, Cotangents, Key, vjp
+from hzo.rules.products import may_read
+from hzo.rules.schema import has, key_of, named
+
+aten = torch.ops.aten
+
+_PLAIN = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0}
+
+
+def _plainly(call: Call, axes: int, replaced: dict[str, Any]) -> dict[Key, Any]:
+    """Replacements for a probe: options of the plainest convolution, no bias, and what the probe replaces."""
+    found: dict[str, Any] = {name: (value,) * axes for name, value in _PLAIN.items()}
+    found.update(bias=None, **replaced)
+    return {key_of(call, name): value for name, value in found.items() if has(call, name)}
+
+
+def _input(call: Call) -> str:
+    return "input" if has(call, "input") else "self"
+
+
+def _is_transposed(call: Call) -> bool:
+    return bool(named(call, "transposed")) if has(call, "transposed") else "transpose" in call.op.name
+
+
+def _groups(call: Call) -> int:
+    if has(call, "groups"):
+        return int(named(call, "groups"))
+    x, kernel = named(call, _input(call)), named(call, "weight")
+    return 1 if _is_transposed(call) else x.shape[1] // kernel.shape[1]
+
+
+def impulses(channels: int, groups: int, axes: int, like: Tensor, device: torch.device) -> Tensor:
+    """A pixel of one in each channel of a group, in all groups at once, and pixels of zero."""
+    each = channels // groups
+    probe = torch.zeros(each + 1, groups, each, dtype=like.dtype, device=device)
+    probe[:each].diagonal(dim1=0, dim2=2).fill_(1)
+    return probe.view(each + 1, channels, *[1] * axes)
+
+
+def _measured_kernel(call: Call, kernel: Tensor) -> Tensor:
+    x: Tensor = named(call, _input(call))
+    axes, transposed, groups = kernel.dim() - 2, _is_transposed(call), _groups(call)
+    probe = impulses(x.shape[1], groups, axes, x, call.grad.device)
+    replaced: dict[str, Any] = {_input(call): probe}
+    if not transposed:
+        replaced["padding"] = tuple(k - 1 for k in kernel.shape[2:])
+    seen: Tensor = call.measure(_plainly(call, axes, replaced), probe)
+    seen = seen[:-1] - seen[-1:]
+    if not transposed:
+        return seen.flip(tuple(range(2, kernel.dim()))).transpose(0, 1).contiguous()
+    by_group = seen.view(seen.shape[0], groups, kernel.shape[1], *seen.shape[2:])
+    return by_group.transpose(0, 1).reshape(kernel.shape)
+
+
+def _measured_picture(call: Call, x: Tensor, kernel: Tensor) -> Tensor:
+    """A learned input: what a kernel that hands on the channels of every group makes of it."""
+    axes, groups = kernel.dim() - 2, _groups(call)
+    each = x.shape[1] // groups
+    probe = torch.zeros(each + 1, each, dtype=kernel.dtype, device=call.grad.device).fill_diagonal_(1)
+    probe = probe.t().repeat(groups, 1) if _is_transposed(call) else probe.repeat(groups, 1)
+    probe = probe.view(*probe.shape, *[1] * axes)
+    replaced: dict[str, Any] = {"weight": probe}
+    if has(call, "kernel_size"):
+        replaced["kernel_size"] = (1,) * axes
+    seen: Tensor = call.measure(_plainly(call, axes, replaced), probe)
+    seen = seen.view(x.shape[0], groups, each + 1, *x.shape[2:])
+    return (seen[:, :, :-1] - seen[:, :, -1:]).reshape(x.shape)
+
+
+@vjp(
+    aten.convolution.default,
+    aten._convolution.default,
+    aten.convolution_overrideable.default,
+    aten.mkldnn_convolution.default,
+    aten.cudnn_convolution.default,
+    aten.cudnn_convolution_transpose.default,
+    aten.miopen_convolution.default,
+    aten.miopen_convolution_transpose.default,
+    aten.miopen_depthwise_convolution.default,
+    aten.slow_conv_transpose2d.default,
+    aten.slow_conv_transpose3d.default,
+    aten._slow_conv2d_forward.default,
+    aten.slow_conv3d_forward.default,
+    aten.slow_conv_dilated2d.default,
+    aten.slow_conv_dilated3d.default,
+    aten._conv_depthwise2d.default,
+    aten.conv_depthwise3d.default,
+    measures=True,
+)
+def convolution(call: Call) -> Cotangents:
+    """A convolution or a transposed one, of any number of dimensions, with any options."""
+    names = (_input(call), "weight", "bias")
+    keys = [key_of(call, name) if has(call, name) else None for name in names]
+    mask = [key is not None and call.needs(key) for key in keys]
+    x, kernel = named(call, names[0]), named(call, "weight")
+    axes = kernel.dim() - 2
+    found = convolution_backward(call, x, kernel, (keys[0], keys[1]), mask, axes)
+    return {key: g for key, g, asked in zip(keys, found, mask, strict=True) if asked and key is not None}
+
+
+def convolution_backward(
+    call: Call, x: Tensor, kernel: Tensor, keys: tuple[Any, Any], mask: list[bool], axes: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The three cotangents by one call of PyTorch's adjoint."""
+    if mask[0] and not may_read(call, keys[1], keys[0]):
+        kernel = _measured_kernel(call, kernel)
+    if mask[1] and not may_read(call, keys[0], keys[1]):
+        x = _measured_picture(call, x, kernel)
+    options = {name: tuple(named(call, name)) if has(call, name) else (value,) * axes for name, value in _PLAIN.items()}
+    transposed = _is_transposed(call)
+    found: tuple[Tensor, Tensor, Tensor] = aten.convolution_backward(
+        call.grad,
+        x,
+        kernel,
+        [call.grad.shape[1]] if mask[2] else None,
+        options["stride"],
+        options["padding"],
+        options["dilation"],
+        transposed,
+        options["output_padding"],
+        _groups(call),
+        mask,
+    )
+    return found
+
+
+@vjp(aten.conv_tbc.default, measures=True)
+def conv_tbc(call: Call) -> Cotangents:
+    """A convolution over time of tensors laid out as (time, batch, channel)."""
+    x, kernel, bias = call.args[:3]
+    pad = call.arg(3, "pad", 0)
+    if call.needs(0) and not may_read(call, 1, 0):
+        n = x.shape[2]
+        probe = torch.zeros(1, n + 1, n, dtype=x.dtype, device=call.grad.device)
+        probe[0].fill_diagonal_(1)
+        none = torch.zeros(bias.shape, dtype=bias.dtype, device=call.grad.device)
+        seen = call.measure({0: probe, 2: none, 3: kernel.shape[0] - 1}, probe[0])
+        kernel = (seen[:, :-1] - seen[:, -1:]).flip(0)
+    if call.needs(1) and not may_read(call, 0, 1):
+        n = x.shape[2]
+        probe = torch.zeros(1, n, n + 1, dtype=kernel.dtype, device=call.grad.device)
+        probe[0].fill_diagonal_(1)
+        none = torch.zeros(n + 1, dtype=bias.dtype, device=call.grad.device)
+        seen = call.measure({1: probe, 2: none, 3: 0}, probe[0])
+        x = seen[..., :-1] - seen[..., -1:]
+    found = aten.conv_tbc_backward(call.grad, x, kernel, torch.zeros_like(kernel[0, 0]), pad)
+    return {k: found[k] for k in (0, 1, 2) if call.needs(k)}

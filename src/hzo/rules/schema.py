@@ -1,0 +1,32 @@
+"""Arguments by the names in an operator's schema, for operators of one kind that order them differently."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from hzo.rules.base import Call, Key
+
+
+@cache
+def _arguments(target: Any) -> dict[str, tuple[int, Any]]:
+    """By name: the position, and the default. Calls out of place keep the operator that they run in ``func``."""
+    schema = getattr(target, "func", target)._schema
+    return {argument.name: (k, argument.default_value) for k, argument in enumerate(schema.arguments)}
+
+
+def has(call: Call, name: str) -> bool:
+    """Whether the operator has an argument of this name."""
+    return name in _arguments(call.op.target)
+
+
+def key_of(call: Call, name: str) -> Key:
+    """The place of an argument in this call: its position, or its name where it came as a keyword."""
+    position, _ = _arguments(call.op.target)[name]
+    return position if position < len(call.args) else name
+
+
+def named(call: Call, name: str) -> Any:
+    """An argument; its default where the call left it out."""
+    position, default = _arguments(call.op.target)[name]
+    return call.arg(position, name, default)
