@@ -1,0 +1,255 @@
+"""Normalizing layers: ``Jᵀg = (I − 11ᵀ/N − x̂x̂ᵀ/N)(γ ⊙ g)/√(v+ε)`` over each statistics group (textbook).
+
+Mean and deviation are those that the call returned: nothing is computed twice. γ is measured where it is a weight, with
+a tiny probe whose x̂ is known and far from zero, so that γ = 0, constant channels and small inputs are exact as well; no
+probe moves running statistics. Without the 11ᵀ term for RMS norms.
+"""
+
+from __future__ import annotations
+
+from math import prod, sqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hzo.rules.base import Call, Cotangents, Key, vjp
+from hzo.rules.products import may_read
+from hzo.rules.schema import has, key_of, named
+from hzo.tape.functions import out_of_place
+
+aten = torch.ops.aten
+
+
+def _signs(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Two rows of signs that alternate in the order of memory, the second one the negative of the first."""
+    row = 1 - 2 * (torch.arange(prod(shape), device=device) % 2)
+    return torch.stack([row, -row]).to(dtype).view(2, *shape)
+
+
+def _half_difference(seen: Tensor) -> Tensor:
+    """Of the two rows that answer to signs, in float32 at least."""
+    wide = seen.to(torch.promote_types(seen.dtype, torch.float32))
+    return (wide[0] - wide[1]) / 2
+
+
+def _measured_standard(call: Call, gamma: Tensor, also: dict[Key, Any]) -> Tensor:
+    """x̂ of a learned tensor that is scaled by an activation: what comes out for a γ of ones, less that for zeros."""
+    ones = torch.ones(gamma.shape, dtype=gamma.dtype, device=call.grad.device)
+    replaced: dict[Key, Any] = {key_of(call, "bias"): None, **also} if has(call, "bias") else also
+    above = call.measure({**replaced, key_of(call, "weight"): ones}, call.grad)[0]
+    below = call.measure({**replaced, key_of(call, "weight"): torch.zeros_like(ones)}, call.grad)[0]
+    return above - below  # type: ignore[no-any-return]
+
+
+class _Operands:
+    """Input, γ and β of a normalizing call: where they stand, which of them ask for a cotangent, what is measured."""
+
+    def __init__(self, call: Call) -> None:
+        self.x: Tensor = named(call, "input")
+        self.gamma: Tensor | None = named(call, "weight")
+        names = ("input", "weight", "bias") if has(call, "bias") else ("input", "weight")
+        self.keys = [key_of(call, name) for name in names]
+        self.mask = [call.needs(key) for key in self.keys]
+        self.measures_gamma = self.mask[0] and self.gamma is not None and not may_read(call, self.keys[1], self.keys[0])
+        self.measures_standard = self.mask[1] and not may_read(call, self.keys[0], self.keys[1])
+
+    def collect(self, found: tuple[Tensor, ...]) -> dict[Key, Tensor]:
+        """What was asked for, of cotangents in the order of the operands."""
+        return {key: g for key, g, asked in zip(self.keys, found, self.mask, strict=True) if asked}
+
+
+# ---- batch normalization: statistics of every channel over batch and space ------------------------------------------
+
+
+def _uses_batch_statistics(call: Call) -> bool:
+    if has(call, "training"):
+        return bool(named(call, "training"))
+    return "with_update" in call.op.name
+
+
+def _statistics(call: Call, training: bool) -> dict[Key, Any]:
+    """Replacements for running statistics: ones that may move in training, else a mean of zero."""
+    old = named(call, "running_mean") if has(call, "running_mean") else None
+    if old is None:
+        return {}
+    zeros = torch.zeros(old.shape, dtype=old.dtype, device=call.grad.device)
+    mean: dict[Key, Any] = {key_of(call, "running_mean"): zeros}
+    return {**mean, key_of(call, "running_var"): torch.ones_like(zeros)} if training else mean
+
+
+def _batch_gamma(call: Call, gamma: Tensor, training: bool, eps: float) -> Tensor:
+    """By channel the slope of the output on x̂, seen on two samples of one pixel."""
+    axes = call.grad.dim() - 2
+    probe = torch.ones(2, gamma.shape[0], *[1] * axes, dtype=gamma.dtype, device=call.grad.device)
+    probe[1] = -1
+    replaced: dict[Key, Any] = {key_of(call, "input"): probe, key_of(call, "bias"): None, **_statistics(call, training)}
+    slope = _half_difference(call.measure(replaced, probe)[0].flatten(1))
+    deviation = sqrt(1 + eps) if training else (named(call, "running_var") + eps).sqrt()
+    return (slope * deviation).to(gamma.dtype)
+
+
+def batch_norm(call: Call) -> Cotangents:
+    """Batch normalization with the statistics of the batch, or with running ones."""
+    if call.grads[0] is None:
+        return {}
+    operands = _Operands(call)
+    gamma, mask = operands.gamma, operands.mask
+    eps = float(named(call, "eps" if has(call, "eps") else "epsilon"))
+    training = _uses_batch_statistics(call)
+    mean, variance = (named(call, n) if has(call, n) else None for n in ("running_mean", "running_var"))
+    if operands.measures_gamma and gamma is not None:
+        gamma = _batch_gamma(call, gamma, training, eps)
+    found = aten.native_batch_norm_backward(
+        call.grad, operands.x, gamma, mean, variance, call.out[1], call.out[2], training, eps, mask
+    )
+    result = operands.collect(found)
+    if operands.measures_standard and gamma is not None:
+        standard = _measured_standard(call, gamma, _statistics(call, True) if training else {})
+        result[operands.keys[1]] = (call.grad * standard).transpose(0, 1).flatten(1).sum(1)
+    return result
+
+
+# Operators that write to running statistics are recorded in their form out of place.
+_WRITING = (
+    aten.native_batch_norm.default,
+    aten.cudnn_batch_norm.default,
+    aten.miopen_batch_norm.default,
+    aten._native_batch_norm_legit.default,
+    aten._batch_norm_with_update.default,
+)
+vjp(
+    *(out_of_place(target, (3, 4)) for target in _WRITING),
+    aten._native_batch_norm_legit.no_stats,
+    aten._native_batch_norm_legit_no_training.default,
+    aten._native_batch_norm_legit_functional.default,
+    aten._batch_norm_no_update.default,
+    aten._batch_norm_with_update_functional.default,
+    measures=True,
+)(batch_norm)
+
+
+# ---- layer normalization: statistics of every sample (and token) over the last dimensions ---------------------------
+
+
+def _layer_gamma(call: Call, gamma: Tensor, shape: tuple[int, ...], eps: float) -> Tensor:
+    probe = _signs(shape, gamma.dtype, call.grad.device)
+    seen = _half_difference(call.measure({0: probe, 3: None}, probe)[0])
+    count = prod(shape)
+    mean = (count % 2) / count
+    deviation = sqrt(1 - mean**2 + eps)
+    known = (probe[0].to(seen.dtype) - mean) / deviation
+    return torch.where(known == 0, 0, seen / known).to(gamma.dtype)  # one element alone has no slope
+
+
+@vjp(aten.native_layer_norm.default, measures=True)
+def layer_norm(call: Call) -> Cotangents:
+    """Normalization over the last dimensions."""
+    if call.grads[0] is None:
+        return {}
+    operands = _Operands(call)
+    shape, bias, eps = tuple(call.args[1]), call.args[3], float(call.args[4])
+    gamma = operands.gamma
+    if operands.measures_gamma and gamma is not None:
+        gamma = _layer_gamma(call, gamma, shape, eps)
+    found = aten.native_layer_norm_backward(
+        call.grad, operands.x, shape, call.out[1], call.out[2], gamma, bias, operands.mask
+    )
+    result = operands.collect(found)
+    if operands.measures_standard and gamma is not None:
+        result[operands.keys[1]] = (call.grad * _measured_standard(call, gamma, {})).sum_to_size(shape)
+    return result
+
+
+@vjp(aten._fused_rms_norm.default, measures=True)
+def rms_norm(call: Call) -> Cotangents:
+    """Division by the root of the mean square over the last dimensions, where the device has a kernel for it."""
+    operands = _Operands(call)
+    shape, rstd = tuple(call.args[1]), call.out[1]
+    assert rstd is not None
+    x, gamma, g, of_rstd = operands.x, operands.gamma, call.grads[0], call.grads[1]
+    dims = tuple(range(-len(shape), 0))
+    standard = x * rstd
+    result: dict[Key, Tensor] = {}
+    if operands.mask[0]:
+        found = torch.zeros_like(standard)
+        if g is not None:
+            if operands.measures_gamma and gamma is not None:
+                gamma = _rms_gamma(call, gamma, x.dtype, shape)
+            pulled = g if gamma is None else g * gamma
+            found = rstd * (pulled - standard * (pulled * standard).mean(dims, keepdim=True))
+        if of_rstd is not None:
+            found = found - of_rstd * rstd.square() * standard / prod(shape)
+        result[0] = found
+    if operands.mask[1] and g is not None and gamma is not None:
+        if operands.measures_standard:
+            standard = _measured_standard(call, gamma, {})
+        result[operands.keys[1]] = (g * standard).sum_to_size(shape)
+    return result
+
+
+def _rms_gamma(call: Call, gamma: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    given = named(call, "eps")
+    eps = torch.finfo(dtype).eps if given is None else float(given)
+    probe = _signs(shape, dtype, gamma.device)
+    seen = _half_difference(call.measure({0: probe}, probe)[0])
+    return (seen * sqrt(1 + eps) / probe[0]).to(gamma.dtype)
+
+
+# ---- group normalization: statistics of every sample over groups of channels and space ------------------------------
+
+
+@vjp(aten.native_group_norm.default, measures=True)
+def group_norm(call: Call) -> Cotangents:
+    """Normalization of every sample over groups of channels."""
+    operands = _Operands(call)
+    batch, channels, space, groups, eps = call.args[3:8]
+    x, gamma, g = operands.x, operands.gamma, call.grads[0]
+    mean, rstd = call.out[1], call.out[2]
+    assert mean is not None
+    assert rstd is not None
+    result: dict[Key, Tensor] = {}
+    if g is not None:
+        if operands.measures_gamma and gamma is not None:
+            gamma = _group_gamma(call, gamma, float(eps))
+        form = _memory_format(x)
+        found = aten.native_group_norm_backward(
+            g.contiguous(memory_format=form), x.contiguous(memory_format=form), mean, rstd, gamma, batch, channels,
+            space, groups, operands.mask,
+        )  # fmt: skip
+        result = operands.collect(found)
+        if operands.measures_standard and gamma is not None:
+            standard = _measured_standard(call, gamma, {})
+            result[operands.keys[1]] = (g * standard).transpose(0, 1).flatten(1).sum(1)
+    if operands.mask[0] and (call.grads[1] is not None or call.grads[2] is not None):
+        through = _through_statistics(x.reshape(batch, groups, -1), mean, rstd, call.grads[1], call.grads[2])
+        result[0] = through.view(x.shape) if g is None else result[0] + through.view(x.shape)
+    return result
+
+
+def _group_gamma(call: Call, gamma: Tensor, eps: float) -> Tensor:
+    """By channel, on one sample of two pixels."""
+    channels = gamma.shape[0]
+    probe = torch.ones(1, channels, 2, dtype=gamma.dtype, device=call.grad.device)
+    probe[..., 1] = -1
+    seen = call.measure({0: probe, 2: None, 3: 1, 5: 2}, probe)[0]
+    return (_half_difference(seen[0].t()) * sqrt(1 + eps)).to(gamma.dtype)
+
+
+def _through_statistics(
+    x: Tensor, mean: Tensor, rstd: Tensor, of_mean: Tensor | None, of_rstd: Tensor | None
+) -> Tensor:
+    found = torch.zeros_like(x)
+    if of_mean is not None:
+        found = found + of_mean.unsqueeze(-1) / x.shape[-1]
+    if of_rstd is not None:
+        found = found - (of_rstd * rstd**3).unsqueeze(-1) * (x - mean.unsqueeze(-1)) / x.shape[-1]
+    return found
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    if x.device.type == "cpu" and not x.is_contiguous():
+        for dims, form in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+            if x.dim() == dims and x.is_contiguous(memory_format=form):
+                return form
+    return torch.contiguous_format
