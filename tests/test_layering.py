@@ -49,8 +49,7 @@ PACKAGES = (
 )
 # Their names are for all to import; of the other packages, others import what the face (__init__) gives.
 OPEN = {"hzo.structure", "hzo.parameter_rules", "hzo.adjoints", "hzo.locality", "hzo.tape", "hzo.rules"}
-# Still to be renamed.
-SHADOWS = {"hzo.reverse": {"sweep"}}
+SHADOWS: dict[str, set[str]] = {}
 # ``python -m hzo``: the one file of the library that knows the application.
 ENTRY = {"hzo.__main__", "hzo_lab.__main__"}
 

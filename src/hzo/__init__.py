@@ -13,6 +13,7 @@ from hzo.measurement import calibrate
 from hzo.noise import Noise
 from hzo.planner import Calibration, plan
 from hzo.plans import Plan, load_plan, save_plan
+from hzo.reverse import RecordedStep, record
 from hzo.tracing import Chain, Local, declare, noisy
 from hzo.tracing.recorder import trace
 from hzo.verification import InferredStructure, StructureReport, check_coloring, check_structure, infer_structure
@@ -27,6 +28,7 @@ __all__ = [
     "Noise",
     "Plan",
     "QueryCount",
+    "RecordedStep",
     "StructureReport",
     "backward",
     "baselines",
@@ -44,6 +46,7 @@ __all__ = [
     "noisy",
     "plan",
     "presets",
+    "record",
     "report_crosstalk",
     "save_plan",
     "simulator",

@@ -21,6 +21,7 @@ from hzo.gradients.parameters import Gradients
 from hzo.gradients.trace_cache import prepare
 from hzo.losses import loss_and_cotangent
 from hzo.plans import Plan, schedule
+from hzo.reverse import accumulate, gradients_of, named
 from hzo.tracing import Attribute, Chain, Graph, Operation, Ref, tensors_in
 from hzo.tracing.recorder import call_arguments
 
@@ -58,8 +59,12 @@ def backward(
         InputError, PlanError: batch, target or plan do not fit. NonFiniteError: says which stage came first.
         See ``hzo.trace`` and ``hzo.plan`` for what they raise.
     """
-    gradients, loss, (graph, found) = _estimate(model, loss_fn, x, y, plan, memory, options)
     factor = float(scale)
+    if _on_tape(model, plan, options):
+        found_leaves, loss = gradients_of(model, loss_fn, x, y)
+        accumulate([(leaf, g * factor if factor != 1 else g) for leaf, g in found_leaves])
+        return loss
+    gradients, loss, (graph, found) = _estimate(model, loss_fn, x, y, plan, memory, options)
     inputs = tensors_in(call_arguments(x))
     of_inputs = [(inputs[v], found[0][v]) for v in graph.differentiated if v in found.get(0, {})]
     for parameter, gradient in (*gradients.values(), *of_inputs):
@@ -83,6 +88,10 @@ def grad_and_value(
     **options: Any,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Like ``backward``, but returns ``({parameter name: gradient}, loss)`` and leaves ``.grad`` alone."""
+    if _on_tape(model, plan, options):
+        assert isinstance(model, nn.Module)
+        leaves, loss = gradients_of(model, loss_fn, x, y)
+        return named(leaves, model, loss_fn), loss
     gradients, loss, _ = _estimate(model, loss_fn, x, y, plan, memory, options)
     return {name: gradient.to(parameter.dtype) for name, (parameter, gradient) in gradients.items()}, loss
 
@@ -114,6 +123,18 @@ def cotangents(
         estimated = any(t is not None for t in tensors)
         result.append((tensors[0] if len(tensors) == 1 else tensors) if estimated else None)
     return result
+
+
+def _on_tape(model: Chain | nn.Module, plan: Plan | None, options: dict[str, Any]) -> bool:
+    """Whether a gradient is taken by rules from a recording: no chain, no plan, nothing declared or opaque."""
+    if plan is not None or not isinstance(model, nn.Module):
+        return False
+    if any(options.get(name, default) != default for name, default in _DEFAULTS.items()) or options.keys() - _DEFAULTS:
+        return False
+    return not any(hasattr(m, "hzo_promises") or hasattr(m, "hzo_opaque") for m in model.modules())
+
+
+_DEFAULTS = {"tree": "planned", "assume": "structure"}
 
 
 @torch.no_grad()

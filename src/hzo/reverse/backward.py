@@ -1,15 +1,16 @@
-"""``backward`` and ``grad_and_value``: a model, a loss function and a batch, recorded and differentiated."""
+"""A model, a loss function and a batch, recorded and differentiated: what ``hzo.backward`` is made of."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from hzo.errors import InputError, NonFiniteError
-from hzo.reverse.step import RecordedStep, accumulate, record
+from hzo.reverse.step import Gradients, RecordedStep, record
 
 
 def call_arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -45,32 +46,27 @@ def recorded_loss(
     return step, loss
 
 
-def backward(
-    model: Callable[..., Any], loss_fn: Callable[..., Any], x: Any, y: Any = None, *, scale: float | Tensor = 1.0
-) -> Tensor:
-    """See ``hzo.backward``."""
+def gradients_of(
+    model: Callable[..., Any], loss_fn: Callable[..., Any], x: Any, y: Any = None
+) -> tuple[Gradients, Tensor]:
+    """Every leaf that the loss depends on, with its gradient, and the mean loss without a history.
+
+    On an error everything that the model changed is put back.
+    """
     step, loss = recorded_loss(model, loss_fn, x, y)
     try:
-        factor = float(scale)
-        gradients = step.gradients(loss)
-        accumulate([(leaf, g * factor if factor != 1 else g) for leaf, g in gradients])
+        return step.gradients(loss), loss.detach().mean()
     except BaseException:
         step.undo()
         raise
-    return loss.detach().mean()
 
 
-def grad_and_value(
-    model: nn.Module, loss_fn: Callable[..., Any], x: Any, y: Any = None
-) -> tuple[dict[str, Tensor], Tensor]:
-    """See ``hzo.grad_and_value``."""
-    step, loss = recorded_loss(model, loss_fn, x, y)
-    try:
-        gradients = {id(leaf): g for leaf, g in step.gradients(loss)}
-    except BaseException:
-        step.undo()
-        raise
-    named = {name: p for name, p in model.named_parameters() if id(p) in gradients}
+def named(gradients: Gradients, model: nn.Module, loss_fn: Any) -> dict[str, Tensor]:
+    """Gradients by the names of parameters: of the model, and of the loss where that is a module (``loss_fn.…``)."""
+    found = {id(leaf): g for leaf, g in gradients}
+    names = [*model.named_parameters()]
     if isinstance(loss_fn, nn.Module):
-        named |= {f"loss_fn.{name}": p for name, p in loss_fn.named_parameters() if id(p) in gradients}
-    return {name: gradients[id(p)].to(p.dtype).contiguous() for name, p in named.items()}, loss.detach().mean()
+        names += [(f"loss_fn.{name}", p) for name, p in loss_fn.named_parameters()]
+    return {
+        name: torch.empty_like(p, requires_grad=False).copy_(found[id(p)]) for name, p in names if id(p) in found
+    }

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hzo.errors import InputError, NonFiniteError, TapeError
-from hzo.reverse.sweep import sweep
+from hzo.reverse.walk import sweep
 from hzo.tape import Recorder, Tape, current_recorder
 from hzo.tape.surroundings import recording
 

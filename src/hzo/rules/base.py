@@ -24,6 +24,19 @@ Cotangents = Mapping[Key, Any]
 """By place: a tensor of the operand's shape, or a list of them (None for those not asked for) where it is a list."""
 
 
+@dataclass(frozen=True)
+class Engine:
+    """What a rule may ask of the sweep that applies it.
+
+    Attributes:
+        measure: run an operation on other arguments, counted: ``measure(op, args, kwargs, size)``.
+        again: the cotangents of a call through another function that computes the same, recorded for the purpose.
+    """
+
+    measure: Callable[[Operation, tuple[Any, ...], dict[str, Any], Tensor], Any]
+    again: Callable[[Call, Callable[..., Any]], Cotangents]
+
+
 class Call:
     """One operation as it ran, and the cotangents of its results.
 
@@ -32,14 +45,14 @@ class Call:
         out: its results in order (lists flattened). grads: their cotangents; None for those without.
     """
 
-    __slots__ = ("_measure", "args", "grads", "kwargs", "op", "out", "tape")
+    __slots__ = ("args", "engine", "grads", "kwargs", "op", "out", "tape")
 
     def __init__(
         self,
         tape: Tape,
         op: Operation,
         grads: list[Tensor | None],
-        measure: Callable[[Operation, tuple[Any, ...], dict[str, Any], Tensor], Any],
+        engine: Engine,
     ) -> None:
         self.tape = tape
         self.op = op
@@ -47,7 +60,7 @@ class Call:
         self.kwargs = {k: tape.resolve(v) for k, v in op.kwargs.items()} if op.kwargs else op.kwargs
         self.grads = grads
         self.out = [None if v is None else tape.tensors[v] for v in op.writes]
-        self._measure = measure
+        self.engine = engine
 
     @property
     def grad(self) -> Tensor:
@@ -108,7 +121,7 @@ class Call:
                 kwargs[key] = argument
             else:
                 args[key] = argument
-        return self._measure(self.op, tuple(args), kwargs, size)
+        return self.engine.measure(self.op, tuple(args), kwargs, size)
 
 
 @dataclass(frozen=True)

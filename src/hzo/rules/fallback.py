@@ -105,9 +105,7 @@ def _decomposition(target: Any) -> Callable[..., Any] | None:
 
 def _by_decomposition(decomposition: Callable[..., Any]) -> Callable[[Call], Cotangents]:
     def rule(call: Call) -> Cotangents:
-        from hzo.reverse.again import cotangents_of
-
-        return cotangents_of(call, decomposition)
+        return call.engine.again(call, decomposition)
 
     return rule
 

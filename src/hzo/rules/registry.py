@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any
 
-from hzo.rules import pointwise, products, reindexing
 from hzo.rules.base import Rule, rules
 from hzo.rules.custom import CUSTOM
 from hzo.rules.fallback import fallback
 from hzo.tape.custom import CustomFunction
 
-FAMILIES = (pointwise, products, reindexing)
-
+_WITHOUT_RULES = {"base", "fallback", "registry", "schema"}
+FAMILIES = tuple(
+    import_module(f"hzo.rules.{module.name}")
+    for module in iter_modules(import_module("hzo.rules").__path__)
+    if module.name not in _WITHOUT_RULES
+)
+"""Every other file of this folder: importing it enters its rules into the table."""
 
 _fallbacks: dict[Any, tuple[Rule, str]] = {}
 
