@@ -11,7 +11,7 @@ from hzo.rules.base import rules
 
 def leaves_of(*shapes, dtype=torch.float64, positive=False):
     """Random leaves that require a gradient."""
-    made = [torch.randn(*shape, dtype=dtype) for shape in shapes]
+    made = [torch.randn(shape, dtype=dtype) for shape in shapes]
     return [(t.abs() + 0.3 if positive else t).requires_grad_() for t in made]
 
 

@@ -132,21 +132,34 @@ def _shown(loss: Tensor) -> str:
 
 
 def accumulate(gradients: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Add gradients to ``.grad``. What is handed over to the user owns its memory; hooks for "accumulated" run."""
-    made = []
-    for leaf, gradient in gradients:
-        dense = gradient.to(leaf.dtype)
-        if leaf.grad is None:
-            dense = torch.empty_like(leaf, requires_grad=False).copy_(dense)
-        made.append((leaf, dense))
-    for leaf, dense in made:
-        if leaf.grad is None:
-            leaf.grad = dense
-        else:
-            with torch.no_grad():
+    """Add gradients to ``.grad``. What is handed over to the user owns its memory; hooks for "accumulated" run.
+
+    All or nothing: whatever may fail is done before the first ``.grad`` changes.
+    """
+    made: list[tuple[Tensor, Tensor, bool]] = []
+    with torch.no_grad():
+        for leaf, gradient in gradients:
+            dense = gradient.to(leaf.dtype)
+            before = leaf.grad
+            if before is None:
+                made.append((leaf, torch.empty_like(leaf, requires_grad=False).copy_(dense), True))
+            elif _can_be_added_to(before, dense):
+                made.append((leaf, dense, False))
+            else:
+                made.append((leaf, torch.add(dense, before), True))
+        for leaf, dense, new in made:
+            if new:
+                leaf.grad = dense
+            else:
                 leaf.grad += dense
+    for leaf, _, _ in made:
         for hook in tuple((getattr(leaf, "_post_accumulate_grad_hooks", None) or {}).values()):
             hook(leaf)
+
+
+def _can_be_added_to(grad: Tensor, more: Tensor) -> bool:
+    dense = grad.layout == torch.strided and not grad.requires_grad and not grad.is_inference()
+    return dense and torch._debug_has_internal_overlap(grad) == 0 and grad.dtype == more.dtype
 
 
 @contextmanager

@@ -9,14 +9,16 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.utils.checkpoint
-import torch.utils.hooks
 from torch import Tensor
+from torch.nn.modules import module as module_hooks
 
+from hzo.errors import TapeError
 from hzo.tape.custom import CustomFunction, NodeHooks
 from hzo.tape.record import Recorder, current_recorder
 
@@ -28,9 +30,30 @@ _originals: dict[str, Any] = {}
 @contextlib.contextmanager
 def recording(recorder: Recorder) -> Iterator[None]:
     """Inside, what autograd would differentiate is recorded: grad mode on, autograd keeping numbers of values only."""
-    saved = torch.autograd.graph.saved_tensors_hooks(recorder.pack, recorder.unpack)
+    saved = torch.autograd.graph.saved_tensors_hooks(*_hooks(recorder))
     with _patched(), torch.inference_mode(False), torch.enable_grad(), _eager(), saved, recorder:
         yield
+
+
+def _hooks(recorder: Recorder) -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]:
+    """Autograd's nodes keep these functions, and the tape keeps tensors with nodes: a reference back would never go."""
+    behind = weakref.ref(recorder)
+
+    def pack(tensor: Tensor) -> Any:
+        found = behind()
+        assert found is not None
+        return found.pack(tensor)
+
+    def unpack(index: int) -> Tensor:
+        found = behind()
+        if found is None:
+            raise TapeError(
+                "a tensor that was recorded by hzo has no history for autograd once the recording is gone; take its "
+                "gradient by the tape (tape.backward), or compute it again outside hzo.record()"
+            )
+        return found.unpack(index)
+
+    return pack, unpack
 
 
 @contextlib.contextmanager
@@ -54,12 +77,12 @@ def _replace() -> None:
     function = torch.autograd.Function
     _originals["apply"] = function.__dict__["apply"]
     _originals["hooks"] = torch.autograd.graph.disable_saved_tensors_hooks
-    _originals["backward_hook"] = torch.utils.hooks.BackwardHook
+    _originals["backward_hook"] = module_hooks.BackwardHook
     _originals["lstm"] = torch._VF.lstm
     _originals["optimized"] = torch._C._get_graph_executor_optimize()
     function.apply = classmethod(_apply)  # type: ignore[assignment, method-assign]
     torch.autograd.graph.disable_saved_tensors_hooks = _without_hooks  # type: ignore[assignment]
-    torch.utils.hooks.BackwardHook = _recorded_hook(_originals["backward_hook"])  # type: ignore[misc]
+    module_hooks.BackwardHook = _recorded_hook(_originals["backward_hook"])  # type: ignore[misc]
     torch._VF.lstm = _lstm  # type: ignore[attr-defined]
     # TorchScript's executor would differentiate by itself what it has seen often enough.
     torch._C._set_graph_executor_optimize(False)
@@ -68,7 +91,7 @@ def _replace() -> None:
 def _put_back() -> None:
     torch.autograd.Function.apply = _originals["apply"]  # type: ignore[method-assign]
     torch.autograd.graph.disable_saved_tensors_hooks = _originals["hooks"]
-    torch.utils.hooks.BackwardHook = _originals["backward_hook"]  # type: ignore[misc]
+    module_hooks.BackwardHook = _originals["backward_hook"]  # type: ignore[misc]
     torch._VF.lstm = _originals["lstm"]  # type: ignore[attr-defined]
     torch._C._set_graph_executor_optimize(_originals["optimized"])
 
@@ -113,7 +136,7 @@ def _without_hooks(message: str) -> Iterator[None]:
         with _originals["hooks"](message):
             yield
     finally:
-        torch._C._autograd._push_saved_tensors_default_hooks(recorder.pack, recorder.unpack)
+        torch._C._autograd._push_saved_tensors_default_hooks(*_hooks(recorder))
 
 
 def _lstm(*args: Any, **kwargs: Any) -> Any:
