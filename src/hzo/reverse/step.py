@@ -75,7 +75,7 @@ class RecordedStep:
             raise InputError(f"expected a loss of floating-point numbers, got {loss.dtype}")
         if current_recorder() is self._recorder:
             raise TapeError("the recording still runs; call backward behind the with block, not inside it")
-        if not bool(loss.isfinite().all()):
+        if not bool(loss.detach().isfinite().all()):
             raise NonFiniteError(f"the loss is {_shown(loss)}; {self._where_it_began()}")
         value = self._recorder.read(loss) if loss.requires_grad else None
         if value is None or self.tape.values[value].producer < 0 and value not in self.tape.leaves:

@@ -22,7 +22,7 @@ def _backward(call: Call) -> Cotangents:
             like = call.tape.tensors[value]
             grad = torch.zeros(about.shape, dtype=about.dtype, device=None if like is None else like.device)
         grads.append(grad)  # type: ignore[arg-type]
-    result = function.backward(grads)
+    result = function.carry_back(grads)
     found: dict[Key, Any] = {}
     for key, grad in enumerate(result[: len(call.args)]):
         if isinstance(grad, Tensor) and call.needs(key):

@@ -58,7 +58,7 @@ class CustomFunction:
         with torch.no_grad():
             return self.function.apply(*args)
 
-    def backward(self, cotangents: list[Tensor]) -> tuple[Any, ...]:
+    def carry_back(self, cotangents: list[Tensor]) -> tuple[Any, ...]:
         """The user's backward, with the hooks that hang on it; no engine runs."""
         hooks: NodeHooks | None = self.node.metadata.get("hzo_hooks")
         given: Any = tuple(cotangents)

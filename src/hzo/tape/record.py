@@ -222,8 +222,7 @@ class Recorder(TorchDispatchMode):
             elif result is not None:
                 self._fresh.update(_storage(t) for t in _tensors(result))
             return result
-        refs = self._refs(args)
-        named = {name: self._refs_of(value) for name, value in kwargs.items()} if kwargs else {}
+        refs, named = self._refs(args), self._named(kwargs)
         result = func(*args, **kwargs)
         op = self.operation(func, refs, named)
         op.writes = self._results(op, result)
@@ -248,6 +247,9 @@ class Recorder(TorchDispatchMode):
 
     def _refs(self, args: Iterable[Any]) -> tuple[Any, ...]:
         return tuple([ref(self.read(a)) if isinstance(a, Tensor) else self._refs_of(a) for a in args])
+
+    def _named(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        return {name: self._refs_of(value) for name, value in kwargs.items()} if kwargs else {}
 
     def _refs_of(self, argument: Any) -> Any:
         if isinstance(argument, Tensor):
@@ -310,17 +312,19 @@ class Recorder(TorchDispatchMode):
             result = func(*args, **kwargs)
             self._changed(written)
             return result
-        refs = self._refs(args)
-        named = {name: self._refs_of(value) for name, value in kwargs.items()} if kwargs else {}
-        shared = {id(t): self._content_before(t) for t in written} if about.in_place else {}
+        if not about.in_place:  # statistics that a layer keeps, noise that a call draws: read as they are afterwards
+            self._before_write(written)
+            result = func(*args, **kwargs)
+            self._changed(written)
+            op = self.operation(about.functional, self._refs(args), self._named(kwargs))
+            op.writes = self._results(op, result)
+            return result
+        refs, named = self._refs(args), self._named(kwargs)
+        shared = {id(t): self._content_before(t) for t in written}
         self._keep_saved_copy()
         self._before_write(written)
         result = func(*args, **kwargs)
         op = self.operation(about.functional, refs, named)
-        if not about.in_place:  # statistics that a layer keeps: constants for autograd
-            op.writes = self._results(op, result)
-            self._changed(written)
-            return result
         values = self.tape.values
         weight = all(values[v].weight for v in op.reads())
         writes: list[int | None] = []

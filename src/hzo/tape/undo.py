@@ -51,7 +51,7 @@ class Undo:
                 if held != before or any(held[k] is not v for k, v in before.items()):
                     held.clear()
                     held.update(before)
-        for tensor, copy in self._tensors.values():
+        for tensor, copy in reversed(self._tensors.values()):  # the last copied first: views may show the same memory
             if tensor.shape == copy.shape:
                 tensor.copy_(copy)
             else:
