@@ -5,6 +5,7 @@ Data flows one way: model -> chain (``trace``) -> plan (``plan``) -> boundaries 
 """
 
 from hzo import baselines, presets
+from hzo.baselines import GradientComparison, compare_gradients
 from hzo.execution import QueryCount, count_queries
 from hzo.external import BlackBox, blackbox, simulator, smoothed
 from hzo.finite_differences import CrossTalk, estimate_vjp, report_crosstalk
@@ -16,13 +17,23 @@ from hzo.plans import Plan, load_plan, save_plan
 from hzo.reverse import RecordedStep, record
 from hzo.tracing import Chain, Local, declare, noisy
 from hzo.tracing.recorder import trace
-from hzo.verification import InferredStructure, StructureReport, check_coloring, check_structure, infer_structure
+from hzo.verification import (
+    GradientCheck,
+    InferredStructure,
+    StructureReport,
+    check_coloring,
+    check_gradient,
+    check_structure,
+    infer_structure,
+)
 
 __all__ = [
     "BlackBox",
     "Calibration",
     "Chain",
     "CrossTalk",
+    "GradientCheck",
+    "GradientComparison",
     "InferredStructure",
     "Local",
     "Noise",
@@ -35,7 +46,9 @@ __all__ = [
     "blackbox",
     "calibrate",
     "check_coloring",
+    "check_gradient",
     "check_structure",
+    "compare_gradients",
     "cotangents",
     "count_queries",
     "declare",

@@ -16,10 +16,20 @@ layer outputs in one sample) and a batch of B samples:
 """
 
 from hzo.baselines._backprop import backprop
+from hzo.baselines._compare import GradientComparison, compare_gradients
 from hzo.baselines._coordinate_wise import coordinate_wise
 from hzo.baselines._forward_gradient import forward_gradient
 from hzo.baselines._mezo import mezo
 from hzo.baselines._node_perturbation import node_perturbation
 from hzo.baselines._spsa import spsa
 
-__all__ = ["backprop", "coordinate_wise", "forward_gradient", "mezo", "node_perturbation", "spsa"]
+__all__ = [
+    "GradientComparison",
+    "backprop",
+    "compare_gradients",
+    "coordinate_wise",
+    "forward_gradient",
+    "mezo",
+    "node_perturbation",
+    "spsa",
+]

@@ -74,6 +74,8 @@ def _collect(call: Call, found: dict[Key, Any], key: Key, k: int | None, grad: T
 
 def _by_slope(call: Call) -> Cotangents:
     """``g`` times the slope of every element, measured by a central difference, one-sided at the edge of a domain."""
+    if call.result.is_complex() or any(x.is_complex() for _, _, x in _operands(call)):
+        return _by_queries(call)  # a complex slope is a matrix of four
     found: dict[Key, Any] = {}
     for key, k, x in _operands(call):
         wide = x.expand(call.result.shape) if x.shape != call.result.shape else x
@@ -121,23 +123,31 @@ def _by_queries(call: Call) -> Cotangents:
                 f"{call.op.name} has no rule, and what it read was overwritten in place; replace the in-place call "
                 "behind it (x = x + y instead of x += y), or record with keep=True"
             )
-        steps = element_steps(x).flatten()
-        result = torch.zeros(x.numel(), dtype=x.dtype, device=x.device)
-        base = x.flatten()
-        for j in range(x.numel()):
-            moved = [base.clone(), base.clone()]
-            moved[0][j] += steps[j]
-            moved[1][j] -= steps[j]
-            outs = [flat_results(call.measure(_with(call, key, k, m.view(x.shape)), m[:1])) for m in moved]
-            distance = moved[0][j] - moved[1][j]
-            total = sum(
-                ((up - down) * g).sum()
-                for up, down, g in zip(outs[0], outs[1], call.grads, strict=True)
-                if g is not None
-            )
-            result[j] = total / distance
-        _collect(call, found, key, k, result.view(x.shape))
+        parts = torch.view_as_real(x.resolve_conj()).contiguous() if x.is_complex() else x
+        gradient = _differences(call, key, k, x, parts)
+        _collect(call, found, key, k, torch.view_as_complex(gradient) if x.is_complex() else gradient)
     return found
+
+
+def _differences(call: Call, key: Key, k: int | None, x: Tensor, parts: Tensor) -> Tensor:
+    """The derivative along every element of ``parts``: the operand, or its real and imaginary parts."""
+    steps = element_steps(parts).flatten()
+    base = parts.flatten()
+    result = torch.zeros_like(base)
+
+    def at(moved: Tensor) -> list[Any]:
+        whole = moved.view(parts.shape)
+        operand = torch.view_as_complex(whole) if x.is_complex() else whole
+        return flat_results(call.measure(_with(call, key, k, operand), moved[:1]))
+
+    for j in range(base.numel()):
+        upper, lower = base.clone(), base.clone()
+        upper[j] += steps[j]
+        lower[j] -= steps[j]
+        pairs = zip(at(upper), at(lower), call.grads, strict=True)
+        total = sum(((up - down) * g.conj()).real.sum() for up, down, g in pairs if g is not None)
+        result[j] = total / (upper[j] - lower[j])
+    return result.view(parts.shape)
 
 
 def flat_results(result: Any) -> list[Any]:

@@ -1,0 +1,197 @@
+"""``check_gradient``: is a gradient the derivative of what the model really computes? By forward passes alone.
+
+The only test of a gradient that needs no autograd, and so the only one for a network with real hardware in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import inf, sqrt
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hzo._options import whole
+from hzo.errors import InputError
+from hzo.execution import as_checks, contained, counting
+from hzo.gradients import grad_and_value
+from hzo.reverse import call_arguments
+from hzo.tracing import Chain
+
+_TOLERANCE = 5.0  # times the error bar of a direction
+
+
+@dataclass(frozen=True)
+class Slope:
+    """The derivative of the loss along one direction in parameter space, twice.
+
+    Attributes:
+        direction: in words. expected: by the gradient, ⟨g, v⟩. measured: by the loss at both sides.
+        error: what rounding and curvature leave uncertain of the measured one.
+    """
+
+    direction: str
+    expected: float
+    measured: float
+    error: float
+
+    @property
+    def ratio(self) -> float:
+        """Expected over measured; 1 for a right gradient."""
+        return self.expected / self.measured if self.measured else (1.0 if self.expected == 0 else inf)
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the two differ by no more than the measurement explains."""
+        return abs(self.expected - self.measured) <= _TOLERANCE * self.error
+
+    def __str__(self) -> str:
+        verdict = "agrees" if self.agrees else "DISAGREES"
+        return (
+            f"{self.direction}: gradient {self.expected:.6g}, loss {self.measured:.6g} ± {self.error:.1g}, "
+            f"ratio {self.ratio:.6f}: {verdict}"
+        )
+
+
+@dataclass(frozen=True)
+class GradientCheck:
+    """What ``check_gradient`` found.
+
+    Attributes:
+        slopes: along the gradient itself, then along random directions.
+        wrong: the parameters whose gradient disagrees with the loss, found by bisection. Empty where all agree.
+    """
+
+    slopes: tuple[Slope, ...]
+    wrong: tuple[Slope, ...]
+
+    @property
+    def holds(self) -> bool:
+        """Whether the loss agrees with the gradient along every direction tried."""
+        return all(slope.agrees for slope in self.slopes)
+
+    @property
+    def ratio(self) -> float:
+        """Along the gradient: its squared length over the measured slope; 1 for a right gradient."""
+        return self.slopes[0].ratio
+
+    def __str__(self) -> str:
+        head = "the gradient agrees with the loss" if self.holds else "the gradient DISAGREES with the loss"
+        lines = [head, *(f"  {slope}" for slope in self.slopes)]
+        if self.wrong:
+            lines += ["the disagreement sits in:", *(f"  {slope}" for slope in self.wrong)]
+        return "\n".join(lines)
+
+
+def check_gradient(
+    model: Chain | nn.Module,
+    loss_fn: Callable[..., Any],
+    x: Any,
+    y: Any = None,
+    *,
+    directions: int = 3,
+    gradient: dict[str, Tensor] | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> GradientCheck:
+    """Test a gradient against the loss itself, by forward passes alone: no autograd, no assumption about any layer.
+
+    Along the gradient and along random directions ``v`` in parameter space, the measured slope
+    ``(L(θ + εv) − L(θ − εv)) / 2ε`` must equal ``⟨g, v⟩``. Where it does not, parameters are bisected until those are
+    found that disagree.
+
+    Args:
+        model, loss_fn, x, y: as for ``hzo.backward``.
+        directions: random directions beside the gradient's own.
+        gradient: the gradient to test, by parameter name; None takes that of ``hzo.grad_and_value`` with ``options``.
+        seed: of the directions, drawn apart from the global random state.
+
+    Returns slopes with error bars and the parameters that are wrong; ``print`` it. Parameters, buffers, ``.grad`` and
+    random state are as before. Cost: 4 forward passes a direction, and 4 for each step of a bisection, counted as
+    ``check_evaluations``. A kink (ReLU) inside the step shows in the error bar. Source: ours.
+
+    Raises:
+        InputError: nothing to test. Errors of ``hzo.grad_and_value``.
+    """
+    module = model.model if isinstance(model, Chain) else model
+    whole("directions", directions)
+    with contained([module]), as_checks():
+        if gradient is None:
+            gradient, _ = grad_and_value(model, loss_fn, x, y, **options)
+    parameters = {name: p for name, p in module.named_parameters() if name in gradient}
+    if not parameters:
+        raise InputError("there is no gradient to test: none of the names given belongs to a parameter of the model")
+    task = _Task(module, loss_fn, x, y, parameters, gradient)
+    generator = torch.Generator().manual_seed(seed)
+    own = {name: g.detach() for name, g in gradient.items() if name in parameters}
+    slopes = [task.slope("along the gradient", own)]
+    drawn = [task.random(generator) for _ in range(directions)]
+    slopes += [task.slope(f"random direction {k + 1}", v) for k, v in enumerate(drawn)]
+    wrong: list[Slope] = []
+    for slope, v in zip(slopes, [own, *drawn], strict=True):
+        if not slope.agrees and not wrong:
+            wrong = task.bisect(list(parameters), v)
+    return GradientCheck(tuple(slopes), tuple(wrong))
+
+
+@dataclass(frozen=True)
+class _Task:
+    module: nn.Module
+    loss_fn: Callable[..., Any]
+    x: Any
+    y: Any
+    parameters: dict[str, nn.Parameter]
+    gradient: dict[str, Tensor]
+
+    def random(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """A direction that moves every parameter in proportion to its size."""
+        found = {}
+        for name, p in self.parameters.items():
+            scale = float(p.detach().square().mean().sqrt()) if p.numel() else 0.0
+            noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+            found[name] = (noise * (scale or 1.0)).to(p)
+        return found
+
+    def slope(self, name: str, direction: dict[str, Tensor]) -> Slope:
+        """Measure along a direction: two central differences, whose difference tells the error."""
+        wide = {n: v.double() for n, v in direction.items()}
+        length = sqrt(sum(float(v.square().sum()) for v in wide.values()))
+        expected = sum(float((self.gradient[n].double() * v).sum()) for n, v in wide.items())
+        if length == 0:
+            return Slope(name, expected, 0.0, 0.0)
+        size = sqrt(sum(float(p.detach().double().square().sum()) for p in (self.parameters[n] for n in direction)))
+        unit = max(torch.finfo(p.dtype).eps for p in self.parameters.values())
+        step = unit ** (1 / 3) * (size or 1.0) / length
+        values = {k: self.loss(direction, k * step) for k in (1.0, -1.0, 0.5, -0.5)}
+        near, far = (values[0.5] - values[-0.5]) / step, (values[1.0] - values[-1.0]) / (2 * step)
+        rounding = 4 * unit * max(abs(v) for v in values.values()) / step
+        # Rounding of the loss is seldom one unit: it adds up over the network, which the two differences show.
+        return Slope(name, expected, near + (near - far) / 3, abs(near - far) + rounding)
+
+    def loss(self, direction: dict[str, Tensor], step: float) -> float:
+        """The mean loss with the parameters moved; everything else as before."""
+        before = {name: self.parameters[name].detach().clone() for name in direction}
+        args, kwargs = call_arguments(self.x)
+        with contained([self.module]), torch.no_grad():
+            try:
+                for name, v in direction.items():
+                    self.parameters[name].add_(v, alpha=step)
+                output = self.module(*args, **kwargs)
+                loss = self.loss_fn(output) if self.y is None else self.loss_fn(output, self.y)
+                counting.add(check_evaluations=1)
+                return float(torch.as_tensor(loss).double().mean())
+            finally:
+                for name, copy in before.items():
+                    self.parameters[name].copy_(copy)
+
+    def bisect(self, names: Sequence[str], direction: dict[str, Tensor]) -> list[Slope]:
+        """The parameters, one by one, along which gradient and loss disagree."""
+        slope = self.slope(names[0] if len(names) == 1 else "", {n: direction[n] for n in names})
+        if slope.agrees:
+            return []
+        if len(names) == 1:
+            return [slope]
+        half = len(names) // 2
+        return [*self.bisect(names[:half], direction), *self.bisect(names[half:], direction)]
