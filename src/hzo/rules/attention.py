@@ -1,8 +1,8 @@
 """Fused attention: PyTorch's own adjoint of the kernel that ran, once for queries, keys and values.
 
 It takes the result and the log-sum-exp that the call returned; dropout is drawn again from the state of the generator
-that the call returned, too: the same mask. Queries, keys and values are read, learned ones included: they are results of
-other calls, and attention has no weight of its own that a device could hold.
+that the call returned, too: the same mask. Queries, keys and values are read, learned ones included: they are results
+of other calls, and attention has no weight of its own that a device could hold.
 """
 
 from __future__ import annotations
