@@ -37,7 +37,7 @@ def mean_square(out: Any) -> Tensor:
 def _differentiable(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         if value.requires_grad and value.numel():
-            yield value
+            yield value if bool(value.isfinite().all()) else value[value.isfinite()]  # logits are masked by -inf
     elif isinstance(value, Mapping):
         for part in value.values():
             yield from _differentiable(part)

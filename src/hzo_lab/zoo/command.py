@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--again", action="store_true", help="try again what the file holds; the newer record counts")
     parser.add_argument("--shard", default="0/1", help="K/N: of N equal shares the K-th, from 0, for several processes")
-    parser.add_argument("--seconds", type=float, default=120.0, help="limit of time for a family")
+    parser.add_argument("--seconds", type=float, default=120.0, help="limit of processor time for a family")
     parser.add_argument("--gib", type=float, default=12.0, help="limit of memory for a family")
     parser.add_argument("--calls", action="store_true", help="record the ATen calls on values that carry a gradient")
     parser.add_argument("--all-right", action="store_true", help="exit with 1 unless every family is right")

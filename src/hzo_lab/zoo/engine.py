@@ -15,7 +15,7 @@ import hzo
 
 @dataclass(frozen=True)
 class Step:
-    """What one gradient by hzo cost. None: hzo does not say."""
+    """What one gradient by hzo cost, in seconds of a processor (one thread). None: hzo does not say."""
 
     seconds: float
     forward_equivalents: float | None = None
@@ -24,12 +24,12 @@ class Step:
 
 def gradient(call: Callable[[], Tensor]) -> Step:
     """Run the call, add the gradient of its loss to ``.grad``. Errors are hzo's."""
-    start = time.perf_counter()
+    start = time.process_time()
     tape: Any
     with hzo.record() as tape:
         loss = call()
     report = tape.backward(loss)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     return Step(seconds, _number(report, tape, "forward_equivalents"), _number(report, tape, "share_by_queries"))
 
 

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,10 @@ from hzo_lab.zoo.trial import RAW, Record, try_family
 
 @dataclass(frozen=True)
 class Limits:
-    """What one family may use."""
+    """What one family may use: seconds of a processor, so that a busy machine changes no verdict, and memory.
+
+    A process that sleeps is ended after ``4 · seconds`` of the clock.
+    """
 
     seconds: float = 120.0
     gib: float = 12.0
@@ -81,10 +85,10 @@ def tried(family: Family, dtype: torch.dtype, limits: Limits, calls: bool = Fals
         process = os.fork()
         if process == 0:
             _child(family, dtype, limits, calls, path)
-        status = _wait(process, start + limits.seconds)
+        status = _wait(process, start + 4 * limits.seconds)
         reports = list(_reports(path))
     record: Record = reports[-1] if reports else {"library": family.library, "family": family.name, "verdict": RAW}
-    died = os.WIFSIGNALED(status) and os.WTERMSIG(status) != signal.SIGKILL
+    died = os.WIFSIGNALED(status) and os.WTERMSIG(status) not in (signal.SIGKILL, signal.SIGXCPU)
     if not reports or died:
         record |= {"verdict": RAW, "reason": f"the process ended with status {status}"}
     return {**record, "wall_seconds": round(time.monotonic() - start, 2)}
@@ -97,6 +101,8 @@ def _child(family: Family, dtype: torch.dtype, limits: Limits, calls: bool, path
         warnings.simplefilter("ignore")
         size = int(limits.gib * 2**30)
         resource.setrlimit(resource.RLIMIT_DATA, (size, size))
+        spent = int(time.process_time())  # a fork's clock starts anew, on Linux
+        resource.setrlimit(resource.RLIMIT_CPU, (spent + ceil(limits.seconds), spent + ceil(limits.seconds) + 5))
         null = os.open(os.devnull, os.O_WRONLY)
         for stream in (1, 2):
             os.dup2(null, stream)

@@ -6,6 +6,7 @@ text is padded; images go in where a model takes them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,12 +24,12 @@ MOST_PARAMETERS = 12_000_000
 
 # head -> mapping of transformers.models.auto.modeling_auto. A model type counts under the first head that it has.
 HEADS: dict[str, str] = {
-    "causal-lm": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "seq2seq": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "speech-seq2seq": "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
     "masked-lm": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "causal-lm": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "image-text-to-text": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
     "image-classification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
-    "speech-seq2seq": "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
     "ctc": "MODEL_FOR_CTC_MAPPING_NAMES",
     "audio-classification": "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES",
     "object-detection": "MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES",
@@ -78,17 +79,24 @@ def families() -> list[str]:
     A class that serves several model types counts once. A part of a model that has a model type of its own and no head
     (``clip_vision_model`` of ``clip``) does not count.
     """
-    seen: set[str] = set()
-    names = []
     mappings = _mappings()
     kinds = {kind for mapping in mappings.values() for kind in mapping}
+    seen: set[str] = set()
+    chosen: dict[tuple[str, str], str] = {}  # head, class -> model type
     for head, mapping in mappings.items():
         for kind, cls in mapping.items():
             part = head == "base" and any(kind.startswith(f"{whole}_") for whole in kinds)
-            if kind not in seen and cls not in seen and not part:
-                names.append(f"{kind}/{head}")
-            seen |= {kind, cls}
-    return names
+            if part or kind in seen or (cls in seen and (head, cls) not in chosen):
+                continue
+            if (head, cls) not in chosen or _named_after(cls, kind):
+                chosen[head, cls] = kind
+        seen |= {*mapping, *mapping.values()}
+    return [f"{kind}/{head}" for (head, _), kind in chosen.items()]
+
+
+def _named_after(cls: str, kind: str) -> bool:
+    """``LlamaForCausalLM`` serves many model types, and is llama."""
+    return cls.lower().split("for")[0].startswith(re.sub(r"[-_]", "", kind)) and len(kind) > 2
 
 
 def further_families() -> list[str]:

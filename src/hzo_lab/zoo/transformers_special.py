@@ -50,6 +50,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "inputs": lambda _, d, __: {"past_values": list(d.normal(2, 64)), "freq": torch.zeros(2, 1, dtype=torch.long)}
     },
     "timesfm2_5": {"inputs": lambda _, d, __: {"past_values": list(d.normal(2, 64))}},
+    "audio-spectrogram-transformer": {
+        "set": {"max_length": 32, "num_mel_bins": 32},
+        "inputs": lambda config, draw, _: {"input_values": draw.normal(2, config.max_length, config.num_mel_bins)},
+    },
     "siglip2": {"inputs": _naflex},
     "imagegpt": {"inputs": lambda _, d, __: {"pixel_values": None, "input_ids": d.ids(2, 16)}},
     "ministral": {"set": _ROPE},
