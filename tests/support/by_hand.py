@@ -15,7 +15,7 @@ def by_hand(target, args, out, grads, *, kwargs=None, weights=(), measure=None):
         args, kwargs: operands that require a gradient ask for a cotangent. weights: places of those that are weights.
         measure: runs the operator on a probe; the operator itself by default.
     """
-    recorder = Recorder()
+    recorder = Recorder(keep=True)
 
     def placed(key, argument):
         if not isinstance(argument, torch.Tensor):

@@ -72,10 +72,15 @@ def times(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a, b) if a.dim() == 3 else torch.mm(a, b)
 
 
-def laid_out_like(operand: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` in the memory format of an operand: the gradient of a transposed weight is as the weight is."""
+def laid_out_like(operand: Tensor, a: Tensor, b: Tensor, otherwise: bool = False) -> Tensor:
+    """``a @ b`` in the memory format of an operand: the gradient of a transposed weight is as the weight is.
+
+    Args:
+        otherwise: whether an operand whose content is gone was transposed.
+    """
     strided = operand.layout == a.layout == b.layout == torch.strided
-    if strided and operand.dim() == 2 and operand.stride(0) == 1 < operand.stride(1):
+    transposed = otherwise if operand.is_meta else operand.dim() == 2 and operand.stride(0) == 1 < operand.stride(1)
+    if strided and transposed:
         return torch.mm(b.mT, a.mT).mT
     return times(a, b)
 
@@ -93,7 +98,7 @@ def _product(call: Call, left: int, alpha: Any = 1) -> dict[Key, Tensor]:
             found[left] = times(g, adjoint(right_factor(call, left)))
     if call.needs(right):
         if may_read(call, left, right):
-            found[right] = scaled(laid_out_like(b, adjoint(a), g), alpha)
+            found[right] = scaled(laid_out_like(b, adjoint(a), g, otherwise=b.dim() == 2), alpha)
         else:
             found[right] = times(adjoint(left_factor(call, left)), g)
     return found
