@@ -9,6 +9,7 @@ from torch import nn
 
 from hzo import count_queries
 from hzo.reverse import record
+from hzo.tape.functions import out_of_place
 from support.by_hand import by_hand
 from support.chip import follows, ramp
 from support.tape_oracle import check, leaves_of
@@ -181,6 +182,28 @@ def test_fused_rms_norm(weights, affine, eps):
     found = by_hand(aten._fused_rms_norm.default, given, out, cotangents, weights=places)
     for key, e in zip((0, 2), expected, strict=False):
         assert torch.allclose(found[key], e, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("weights", [(), (1, 2)], ids=str)
+def test_batch_norm_by_cudnn(training, weights):
+    """Tried by hand, with PyTorch's own kernel in the place of cuDNN's."""
+    x, w, b = leaves_of((4, 3, 5, 2), (3,), (3,))
+    mean, variance = running(3)
+
+    def kernel(x, w, b, mean, variance, training, momentum, eps):
+        given = mean.clone(), variance.clone(), training, momentum, eps
+        return (*aten.native_batch_norm(x, w, b, *given), torch.empty(0))
+
+    options = (mean, variance, training, 0.1, 1e-5)
+    out = kernel(x, w, b, *options)
+    cotangent = torch.randn_like(out[0])
+    expected = torch.autograd.grad(out[0], (x, w, b), cotangent)
+    target = out_of_place(aten.cudnn_batch_norm.default, (3, 4))
+    found = by_hand(target, (x, w, b, *options), out, [cotangent, None, None, None], weights=weights,
+                    measure=lambda op, args, kwargs, size: kernel(*args))  # fmt: skip
+    for k, e in enumerate(expected):
+        assert torch.allclose(found[k], e, rtol=1e-9, atol=1e-12)
 
 
 # ---- what is measured -----------------------------------------------------------------------------------------------

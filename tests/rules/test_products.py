@@ -202,6 +202,26 @@ def test_learned_sparse_matrix():
         assert torch.allclose(found[id(leaf)].to_dense(), g.to_dense())
 
 
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("reduce", ["sum", "mean", "amax", "amin"])
+def test_reductions_of_rows(reduce):
+    a = sparse_matrix().to_sparse_csr()
+    check(lambda x: torch.sparse.mm(a, x, reduce), leaves_of((4, 3)), calls=["aten._sparse_mm_reduce_impl.default"])
+
+
+@pytest.mark.parametrize("weights", [(), (0,)], ids=str)
+def test_sparse_matrix_of_given_values(weights):
+    """As a graph convolution with learned weights of edges has it."""
+    indices = sparse_matrix().nonzero().t()
+
+    def function(values, x):
+        return torch.sparse_coo_tensor(indices, values, (4, 4)) @ x
+
+    check(function, leaves_of((indices.shape[1],), (4, 3)), weights=weights)
+    repeated = torch.tensor([[0, 0, 1], [1, 1, 2]])
+    check(lambda v, x: torch.sparse.mm(torch.sparse_coo_tensor(repeated, v, (4, 4)), x), leaves_of((3,), (4, 3)))
+
+
 # ---- what is read, and what is measured -----------------------------------------------------------------------------
 
 

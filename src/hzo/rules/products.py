@@ -354,6 +354,23 @@ def sparse_addmm(call: Call) -> Cotangents:
     return found
 
 
+@vjp(aten._sparse_mm_reduce_impl.default)
+def sparse_reduce(call: Call) -> Cotangents:
+    """Sums, means or extremes of the rows of a matrix that those of a sparse one select."""
+    a, b, reduce = call.args
+    mask = [call.needs(0), call.needs(1)]
+    found = aten._sparse_mm_reduce_impl_backward(a, call.grad, b, reduce, call.out[1], mask)
+    return {k: found[k] for k in (0, 1) if mask[k]}
+
+
+@vjp(aten._sparse_coo_tensor_with_dims_and_tensors.default)
+def sparse_from_values(call: Call) -> Cotangents:
+    """A sparse tensor from indices and values: the cotangents at these places."""
+    indices = call.args[3]
+    g = call.grad.to_dense() if call.grad.is_sparse else call.grad
+    return {4: g[tuple(indices)]}
+
+
 # ---- distances ------------------------------------------------------------------------------------------------------
 # Not affine, so that no identity measures them: what they were given is read, as that of every activation function.
 
