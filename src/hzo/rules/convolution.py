@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hzo.rules.base import Call, Cotangents, Key, vjp
+from hzo.rules.measured import measured_once
 from hzo.rules.products import may_read
 from hzo.rules.schema import has, key_of, named
 
@@ -55,16 +56,20 @@ def impulses(channels: int, groups: int, axes: int, like: Tensor, device: torch.
 def _measured_kernel(call: Call, kernel: Tensor) -> Tensor:
     x: Tensor = named(call, _input(call))
     axes, transposed, groups = kernel.dim() - 2, _is_transposed(call), _groups(call)
-    probe = impulses(x.shape[1], groups, axes, x, call.grad.device)
-    replaced: dict[str, Any] = {_input(call): probe}
-    if not transposed:
-        replaced["padding"] = tuple(k - 1 for k in kernel.shape[2:])
-    seen: Tensor = call.measure(_plainly(call, axes, replaced), probe)
-    seen = seen[:-1] - seen[-1:]
-    if not transposed:
-        return seen.flip(tuple(range(2, kernel.dim()))).transpose(0, 1).contiguous()
-    by_group = seen.view(seen.shape[0], groups, kernel.shape[1], *seen.shape[2:])
-    return by_group.transpose(0, 1).reshape(kernel.shape)
+
+    def measure() -> Tensor:
+        probe = impulses(x.shape[1], groups, axes, x, call.grad.device)
+        replaced: dict[str, Any] = {_input(call): probe}
+        if not transposed:
+            replaced["padding"] = tuple(k - 1 for k in kernel.shape[2:])
+        seen: Tensor = call.measure(_plainly(call, axes, replaced), probe)
+        seen = seen[:-1] - seen[-1:]
+        if not transposed:
+            return seen.flip(tuple(range(2, kernel.dim()))).transpose(0, 1).contiguous()
+        by_group = seen.view(seen.shape[0], groups, kernel.shape[1], *seen.shape[2:])
+        return by_group.transpose(0, 1).reshape(kernel.shape)
+
+    return measured_once(call, kernel, (transposed, groups), measure)
 
 
 def _measured_picture(call: Call, x: Tensor, kernel: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hzo.rules.base import Call, Cotangents, Key, vjp
+from hzo.rules.measured import measured_once
 
 aten = torch.ops.aten
 
@@ -52,19 +53,27 @@ def _without_addend(call: Call, left: int) -> dict[Key, Any]:
 
 def right_factor(call: Call, left: int) -> Tensor:
     """The right factor of ``left @ right``, or of a batch of such products, as the operator shows it."""
-    shape = call.args[left].shape
-    probe = _identity(call, left, shape[-1]).expand(*shape[:-2], -1, -1)
-    seen: Tensor = call.measure({left: probe, **_without_addend(call, left)}, probe)
-    return seen[..., :-1, :] - seen[..., -1:, :]
+
+    def measure() -> Tensor:
+        shape = call.args[left].shape
+        probe = _identity(call, left, shape[-1]).expand(*shape[:-2], -1, -1)
+        seen: Tensor = call.measure({left: probe, **_without_addend(call, left)}, probe)
+        return seen[..., :-1, :] - seen[..., -1:, :]
+
+    return measured_once(call, call.args[left + 1], ("right", call.kwargs.get("alpha")), measure)
 
 
 def left_factor(call: Call, left: int) -> Tensor:
     """The left factor of ``left @ right``, or of a batch of such products, as the operator shows it."""
     right = left + 1
-    shape = call.args[right].shape
-    probe = _identity(call, right, shape[-2]).mT.expand(*shape[:-2], -1, -1)
-    seen: Tensor = call.measure({right: probe, **_without_addend(call, left)}, probe.mT)
-    return seen[..., :-1] - seen[..., -1:]
+
+    def measure() -> Tensor:
+        shape = call.args[right].shape
+        probe = _identity(call, right, shape[-2]).mT.expand(*shape[:-2], -1, -1)
+        seen: Tensor = call.measure({right: probe, **_without_addend(call, left)}, probe.mT)
+        return seen[..., :-1] - seen[..., -1:]
+
+    return measured_once(call, call.args[left], ("left", call.kwargs.get("alpha")), measure)
 
 
 def times(a: Tensor, b: Tensor) -> Tensor:
