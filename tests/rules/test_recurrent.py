@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from hzo.reverse import record
+from hzo.rules.base import rules
 
 aten = torch.ops.aten
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5}
@@ -23,6 +24,7 @@ def agree(function, leaves, dtype=torch.float64):
     expected = torch.autograd.grad(loss(), leaves, allow_unused=True)
     with record() as step:
         value = loss()
+    assert not [op.name for op in step.tape.operations if op.target not in rules]
     found = {id(t): g for t, g in step.gradients(value)}
     for k, (leaf, g) in enumerate(zip(leaves, expected, strict=True)):
         if g is None:

@@ -1,4 +1,4 @@
-"""Recurrent cells that a GPU computes in one kernel: the gates that the call returned go into its own adjoint.
+"""Packed sequences, and cells that a GPU computes in one kernel: the gates that it returned go into its own adjoint.
 
 On a CPU the cells, and whole layers everywhere, are recorded as the calls they consist of, which have rules of their
 own. The products with weights lie outside of the cells; a cell adds its biases, so that no weight is read here.
@@ -12,6 +12,13 @@ from hzo.rules.base import Call, Cotangents, Key, vjp
 from hzo.rules.schema import key_of, named
 
 aten = torch.ops.aten
+
+
+@vjp(aten._pack_padded_sequence.default)
+def pack_padded_sequence(call: Call) -> Cotangents:
+    """The steps of sequences of different lengths, those of all sequences beside each other."""
+    x, _, batch_first = call.args[:3]
+    return {0: aten._pack_padded_sequence_backward(call.grad, x.shape, call.out[1], batch_first)}
 
 
 @vjp(aten._thnn_fused_lstm_cell.default)
