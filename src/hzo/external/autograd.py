@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from hzo.errors import DerivativeError
 from hzo.external.call import Call
@@ -45,6 +46,7 @@ class _Spec:
 class _Part(torch.autograd.Function):
     @staticmethod
     def forward(call: Call, *leaves: Tensor) -> tuple[Tensor, ...]:
+        _check_untraced(call)
         return call.forward(leaves)
 
     @staticmethod
@@ -126,6 +128,7 @@ class _Vjp(torch.autograd.Function):
     def forward(spec: _Spec, *tensors: Tensor) -> tuple[Tensor, ...]:
         leaves, given = tensors[: spec.leaves], tensors[spec.leaves :]
         call, count = spec.call, spec.many or 1
+        _check_untraced(call)
         many: list[list[Tensor | None]] = [[None] * len(call.base) for _ in range(count)]
         for o, g in zip(spec.given, given, strict=True):
             for v in range(count):
@@ -187,6 +190,7 @@ class _Jvp(torch.autograd.Function):
     def forward(spec: _Spec, *tensors: Tensor) -> tuple[Tensor, ...]:
         leaves, given = tensors[: spec.leaves], tensors[spec.leaves :]
         call, count = spec.call, spec.many or 1
+        _check_untraced(call)
         many: list[list[Tensor | None]] = [[None] * spec.leaves for _ in range(count)]
         for k, t in zip(spec.wanted, given, strict=True):
             for v in range(count):
@@ -283,6 +287,16 @@ def _once(call: Call, leaves: Sequence[Tensor]) -> list[Tensor]:
         _Once.apply(call, t) if t.is_floating_point() or t.is_complex() else t  # type: ignore[no-untyped-call]
         for t in leaves
     ]
+
+
+def _check_untraced(call: Call) -> None:
+    """A trace without values (make_fx, torch.func.linearize, FakeTensor) cannot run a part that needs them."""
+    for mode in _get_current_dispatch_mode_stack():
+        if type(mode).__name__ in ("ProxyTorchDispatchMode", "FakeTensorMode"):
+            raise DerivativeError(
+                f"{call.guard} was called in a trace without values (make_fx, torch.func.linearize, torch.export), and it "
+                "needs them; call it outside of the trace, or take torch.func.jvp in place of linearize"
+            )
 
 
 def _second(call: Call) -> DerivativeError:
