@@ -255,6 +255,16 @@ def _memory_format(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+@vjp(aten._weight_norm_interface.default)
+def weight_norm(call: Call) -> Cotangents:
+    """A direction times a length: a weight made of weights, in which nothing else is carried."""
+    if call.grads[0] is None:
+        return {}
+    v, g = call.args[:2]
+    found = aten._weight_norm_interface_backward(call.grad.contiguous(), v, g, call.out[1], call.arg(2, "dim", 0))
+    return {k: found[k] for k in (0, 1) if call.needs(k)}
+
+
 # ---- derivatives taken inside the model -----------------------------------------------------------------------------
 
 
