@@ -294,8 +294,8 @@ def _check_untraced(call: Call) -> None:
     for mode in _get_current_dispatch_mode_stack():
         if type(mode).__name__ in ("ProxyTorchDispatchMode", "FakeTensorMode"):
             raise DerivativeError(
-                f"{call.guard} was called in a trace without values (make_fx, torch.func.linearize, torch.export), and it "
-                "needs them; call it outside of the trace, or take torch.func.jvp in place of linearize"
+                f"{call.guard} was called in a trace without values (make_fx, torch.func.linearize, torch.export), and "
+                "it needs them; call it outside of the trace, or take torch.func.jvp in place of linearize"
             )
 
 
