@@ -14,7 +14,7 @@ aten = torch.ops.aten
 CONV = "aten.convolution.default"
 WEIGHTS = [(), (1, 2), (0, 1, 2), (0,)]
 
-PLAIN = {  # function, picture, kernel, channels out, options
+PLAIN = {  # function, image, kernel, channels out, options
     "1d": (F.conv1d, (2, 3, 7), (4, 3, 3), {}),
     "2d": (F.conv2d, (2, 3, 6, 5), (4, 3, 3, 2), {}),
     "3d": (F.conv3d, (2, 2, 4, 5, 4), (3, 2, 2, 3, 1), {}),
@@ -59,8 +59,8 @@ def channels(kernel, options, transposed):
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
 @pytest.mark.parametrize("case", PLAIN)
 def test_plain(case, weights):
-    function, picture, kernel, options = PLAIN[case]
-    leaves = leaves_of(picture, kernel, (kernel[0],))
+    function, image, kernel, options = PLAIN[case]
+    leaves = leaves_of(image, kernel, (kernel[0],))
     check(lambda x, w, b: function(x, w, b, **options), leaves, weights=weights, calls=[CONV])
     check(lambda x, w: function(x, w, **options), leaves[:2], weights=[k for k in weights if k < 2], calls=[CONV])
 
@@ -68,8 +68,8 @@ def test_plain(case, weights):
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
 @pytest.mark.parametrize("case", TRANSPOSED)
 def test_transposed(case, weights):
-    function, picture, kernel, options = TRANSPOSED[case]
-    leaves = leaves_of(picture, kernel, (channels(kernel, options, True),))
+    function, image, kernel, options = TRANSPOSED[case]
+    leaves = leaves_of(image, kernel, (channels(kernel, options, True),))
     check(lambda x, w, b: function(x, w, b, **options), leaves, weights=weights, calls=[CONV])
 
 
@@ -159,8 +159,8 @@ OTHERS = {
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
 @pytest.mark.parametrize("case", OTHERS)
 def test_operators_that_few_call_by_name(case, weights):
-    function, picture, kernel, out = OTHERS[case]
-    check(function, leaves_of(picture, kernel, (out,)), weights=weights)
+    function, image, kernel, out = OTHERS[case]
+    check(function, leaves_of(image, kernel, (out,)), weights=weights)
 
 
 def test_onednn_by_name():
@@ -189,8 +189,8 @@ FOLLOWING = [
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("k", range(len(FOLLOWING)))
 def test_cotangents_follow_the_hardware(k, bias):
-    (function, picture, kernel, options), transposed = FOLLOWING[k]
-    leaves = leaves_of(picture, kernel, *([(channels(kernel, options, transposed),)] if bias else []))
+    (function, image, kernel, options), transposed = FOLLOWING[k]
+    leaves = leaves_of(image, kernel, *([(channels(kernel, options, transposed),)] if bias else []))
     weights = tuple(range(1, len(leaves)))
 
     def written(x, *more):
@@ -200,7 +200,7 @@ def test_cotangents_follow_the_hardware(k, bias):
 
 
 @pytest.mark.parametrize("function", [F.conv2d, F.conv_transpose2d])
-def test_a_learned_picture_is_measured(function):
+def test_a_learned_image_is_measured(function):
     """Generators that begin with a constant, and kernels that depend on the input."""
     leaves = leaves_of((1, 4, 5, 5), (4, 2, 3, 3))
     change = lambda out: out * 1.3 + 0.2  # noqa: E731
@@ -255,8 +255,8 @@ def penalty(function):
 @pytest.mark.parametrize("weights", [(), (1,), (1, 2)], ids=str)
 @pytest.mark.parametrize("case", ["1d", "3d", "all at once", "depthwise", "point"])
 def test_penalties_of_gradients(case, weights):
-    function, picture, kernel, options = PLAIN[case]
-    leaves = leaves_of(picture, kernel, (kernel[0],))
+    function, image, kernel, options = PLAIN[case]
+    leaves = leaves_of(image, kernel, (kernel[0],))
     check(penalty(lambda x, w, b: function(x, w, b, **options)), leaves, weights=weights, calls=[
         "aten.convolution_backward.default"])  # fmt: skip
 
@@ -264,8 +264,8 @@ def test_penalties_of_gradients(case, weights):
 @pytest.mark.parametrize("weights", [(), (1,)], ids=str)
 @pytest.mark.parametrize("case", ["1d", "3d", "all at once", "depthwise", "output padding"])
 def test_penalties_of_gradients_of_transposed_convolutions(case, weights):
-    function, picture, kernel, options = TRANSPOSED[case]
-    check(penalty(lambda x, w: function(x, w, **options)), leaves_of(picture, kernel), weights=weights, calls=[
+    function, image, kernel, options = TRANSPOSED[case]
+    check(penalty(lambda x, w: function(x, w, **options)), leaves_of(image, kernel), weights=weights, calls=[
         "aten.convolution_backward.default"])  # fmt: skip
 
 

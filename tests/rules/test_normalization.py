@@ -206,6 +206,13 @@ def test_batch_norm_by_cudnn(training, weights):
         assert torch.allclose(found[k], e, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("dim", [0, 2])
+def test_weight_norm(dim):
+    shape = (1, 4)[dim == 0], 1, (3, 1)[dim == 0]
+    check(lambda x, v, g: F.conv1d(x, torch._weight_norm(v, g, dim)), leaves_of((2, 2, 5), (4, 2, 3), shape),
+          weights=(1, 2), calls=["aten._weight_norm_interface.default"])  # fmt: skip
+
+
 # ---- what is measured -----------------------------------------------------------------------------------------------
 
 

@@ -152,7 +152,7 @@ def test_sampling(mode, padding, align, weights):
               weights=weights, calls=["aten.grid_sampler_3d.default"])  # fmt: skip
 
 
-def test_sampling_of_a_learned_picture_follows_the_hardware():
+def test_sampling_of_a_learned_image_follows_the_hardware():
     change = lambda out: out * ramp(out, 1) + 0.3  # noqa: E731
 
     def written(x, grid):

@@ -7,6 +7,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from hzo.reverse import record
 from hzo.rules.base import rules
+from support.chip import follows
 
 aten = torch.ops.aten
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5}
@@ -154,6 +155,23 @@ def test_frozen_layers():
     layer = nn.LSTM(3, 4).double().requires_grad_(False)
     (x,) = inputs((5, 2, 3))
     agree(lambda: layer(x), [x])
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_cotangents_follow_the_hardware(kind):
+    """A gain and an offset of every product are those of a layer with other weights."""
+    layer = LAYERS[kind](3, 4).double()
+    names = [name for name, _ in layer.named_parameters()]
+
+    def function(x, *held):
+        return torch.func.functional_call(layer, dict(zip(names, held, strict=True)), (x,))[0]
+
+    def on_chip(x, *held):
+        changed = [1.3 * t + (0.1 if "bias" in name else 0) for name, t in zip(names, held, strict=True)]
+        return function(x, *changed)
+
+    leaves = [*inputs((5, 2, 3)), *layer.parameters()]
+    follows(function, on_chip, leaves, (1, 2, 3, 4), {aten.addmm.default: lambda out: 1.3 * out + 0.1})
 
 
 # ---- cells that a GPU computes in one kernel: the kernels written out for the CPU -----------------------------------

@@ -2,8 +2,8 @@
 
 With full padding and a stride of one, a pixel in one channel of every group answers with every tap that this channel
 has, once. So a kernel costs as many tiny samples as a group has channels, and one of zeros; the bias is left out, and
-what the operator adds for zeros is the hardware's offset and is taken off. Where the picture is a learned one and the
-kernel an activation, a kernel of one pixel that hands the channels on shows the picture.
+what the operator adds for zeros is the hardware's offset and is taken off. Where the image is a learned one and the
+kernel an activation, a kernel of one pixel that hands the channels on shows the image.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _measured_kernel(call: Call, kernel: Tensor) -> Tensor:
     return measured_once(call, kernel, (transposed, groups), measure)
 
 
-def _measured_picture(call: Call, x: Tensor, kernel: Tensor) -> Tensor:
+def _measured_image(call: Call, x: Tensor, kernel: Tensor) -> Tensor:
     """A learned input: what a kernel that hands on the channels of every group makes of it."""
     axes, groups = kernel.dim() - 2, _groups(call)
     each = x.shape[1] // groups
@@ -125,7 +125,7 @@ def convolution_backward(
     if mask[0] and not may_read(call, keys[1], keys[0]):
         kernel = _measured_kernel(call, kernel)
     if mask[1] and not may_read(call, keys[0], keys[1]):
-        x = _measured_picture(call, x, kernel)
+        x = _measured_image(call, x, kernel)
     options = {name: tuple(named(call, name)) if has(call, name) else (value,) * axes for name, value in _PLAIN.items()}
     transposed = _is_transposed(call)
     found: tuple[Tensor, Tensor, Tensor] = aten.convolution_backward(

@@ -33,7 +33,7 @@ def _half_difference(seen: Tensor) -> Tensor:
     return (wide[0] - wide[1]) / 2
 
 
-def _measured_standard(call: Call, gamma: Tensor, also: dict[Key, Any]) -> Tensor:
+def _measured_normalized(call: Call, gamma: Tensor, also: dict[Key, Any]) -> Tensor:
     """x̂ of a learned tensor that is scaled by an activation: what comes out for a γ of ones, less that for zeros."""
     ones = torch.ones(gamma.shape, dtype=gamma.dtype, device=call.grad.device)
     replaced: dict[Key, Any] = {key_of(call, "bias"): None, **also} if has(call, "bias") else also
@@ -52,7 +52,7 @@ class _Operands:
         self.keys = [key_of(call, name) for name in names]
         self.mask = [call.needs(key) for key in self.keys]
         self.measures_gamma = self.mask[0] and self.gamma is not None and not may_read(call, self.keys[1], self.keys[0])
-        self.measures_standard = self.mask[1] and not may_read(call, self.keys[0], self.keys[1])
+        self.measures_normalized = self.mask[1] and not may_read(call, self.keys[0], self.keys[1])
 
     def collect(self, found: tuple[Tensor, ...]) -> dict[Key, Tensor]:
         """What was asked for, of cotangents in the order of the operands."""
@@ -104,9 +104,9 @@ def batch_norm(call: Call) -> Cotangents:
         call.grad, operands.x, gamma, mean, variance, call.out[1], call.out[2], training, eps, mask
     )
     result = operands.collect(found)
-    if operands.measures_standard and gamma is not None:
-        standard = _measured_standard(call, gamma, _statistics(call, True) if training else {})
-        result[operands.keys[1]] = (call.grad * standard).transpose(0, 1).flatten(1).sum(1)
+    if operands.measures_normalized and gamma is not None:
+        normalized = _measured_normalized(call, gamma, _statistics(call, True) if training else {})
+        result[operands.keys[1]] = (call.grad * normalized).transpose(0, 1).flatten(1).sum(1)
     return result
 
 
@@ -156,8 +156,8 @@ def layer_norm(call: Call) -> Cotangents:
         call.grad, operands.x, shape, call.out[1], call.out[2], gamma, bias, operands.mask
     )
     result = operands.collect(found)
-    if operands.measures_standard and gamma is not None:
-        result[operands.keys[1]] = (call.grad * _measured_standard(call, gamma, {})).sum_to_size(shape)
+    if operands.measures_normalized and gamma is not None:
+        result[operands.keys[1]] = (call.grad * _measured_normalized(call, gamma, {})).sum_to_size(shape)
     return result
 
 
@@ -169,22 +169,22 @@ def rms_norm(call: Call) -> Cotangents:
     assert rstd is not None
     x, gamma, g, of_rstd = operands.x, operands.gamma, call.grads[0], call.grads[1]
     dims = tuple(range(-len(shape), 0))
-    standard = x * rstd
+    normalized = x * rstd
     result: dict[Key, Tensor] = {}
     if operands.mask[0]:
-        found = torch.zeros_like(standard)
+        found = torch.zeros_like(normalized)
         if g is not None:
             if operands.measures_gamma and gamma is not None:
                 gamma = _rms_gamma(call, gamma, x.dtype, shape)
             pulled = g if gamma is None else g * gamma
-            found = rstd * (pulled - standard * (pulled * standard).mean(dims, keepdim=True))
+            found = rstd * (pulled - normalized * (pulled * normalized).mean(dims, keepdim=True))
         if of_rstd is not None:
-            found = found - of_rstd * rstd.square() * standard / prod(shape)
+            found = found - of_rstd * rstd.square() * normalized / prod(shape)
         result[0] = found
     if operands.mask[1] and g is not None and gamma is not None:
-        if operands.measures_standard:
-            standard = _measured_standard(call, gamma, {})
-        result[operands.keys[1]] = (g * standard).sum_to_size(shape)
+        if operands.measures_normalized:
+            normalized = _measured_normalized(call, gamma, {})
+        result[operands.keys[1]] = (g * normalized).sum_to_size(shape)
     return result
 
 
@@ -218,9 +218,9 @@ def group_norm(call: Call) -> Cotangents:
             space, groups, operands.mask,
         )  # fmt: skip
         result = operands.collect(found)
-        if operands.measures_standard and gamma is not None:
-            standard = _measured_standard(call, gamma, {})
-            result[operands.keys[1]] = (g * standard).transpose(0, 1).flatten(1).sum(1)
+        if operands.measures_normalized and gamma is not None:
+            normalized = _measured_normalized(call, gamma, {})
+            result[operands.keys[1]] = (g * normalized).transpose(0, 1).flatten(1).sum(1)
     if operands.mask[0] and (call.grads[1] is not None or call.grads[2] is not None):
         through = _through_statistics(x.reshape(batch, groups, -1), mean, rstd, call.grads[1], call.grads[2])
         result[0] = through.view(x.shape) if g is None else result[0] + through.view(x.shape)
@@ -255,6 +255,16 @@ def _memory_format(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+@vjp(aten._weight_norm_interface.default)
+def weight_norm(call: Call) -> Cotangents:
+    """A direction times a length: a weight made of weights, in which nothing else is carried."""
+    if call.grads[0] is None:
+        return {}
+    v, g = call.args[:2]
+    found = aten._weight_norm_interface_backward(call.grad.contiguous(), v, g, call.out[1], call.arg(2, "dim", 0))
+    return {k: found[k] for k in (0, 1) if call.needs(k)}
+
+
 # ---- derivatives taken inside the model -----------------------------------------------------------------------------
 
 
@@ -269,12 +279,12 @@ def _normalizing_backward(
     g: Tensor, x: Tensor, gamma: Tensor | None, mean: Tensor, inverse: Tensor, dims: tuple[int, ...] | None
 ) -> tuple[Tensor, Tensor]:
     """The cotangent of the input; and ``g x̂``. ``dims``: of the statistics, None where they are constants."""
-    standard = (x - mean) * inverse
+    normalized = (x - mean) * inverse
     pulled = g if gamma is None else g * gamma
     if dims is None:
-        return pulled * inverse, g * standard
-    along = standard * (pulled * standard).mean(dims, keepdim=True)
-    return inverse * (pulled - pulled.mean(dims, keepdim=True) - along), g * standard
+        return pulled * inverse, g * normalized
+    along = normalized * (pulled * normalized).mean(dims, keepdim=True)
+    return inverse * (pulled - pulled.mean(dims, keepdim=True) - along), g * normalized
 
 
 def _asked(mask: Any, *found: Tensor) -> tuple[Tensor | None, ...]:

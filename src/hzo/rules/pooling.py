@@ -111,18 +111,18 @@ def upsample(call: Call) -> Cotangents:
     measures=True,
 )
 def grid_sampler(call: Call) -> Cotangents:
-    """Interpolation at given places. A learned picture is measured at the places of its own pixels."""
+    """Interpolation at given places. A learned image is measured at the places of its own pixels."""
     x, grid, *options = call.args
     mask = [call.needs(0), call.needs(1)]
     if mask[1] and not may_read(call, 0, 1):
-        x = _measured_picture(call, x, grid)
+        x = _measured_image(call, x, grid)
     two = call.op.target is not aten.grid_sampler_3d.default
     backward = aten.grid_sampler_2d_backward if two else aten.grid_sampler_3d_backward
     found = backward(call.grad, x, grid, *options, mask)
     return {k: found[k] for k in (0, 1) if mask[k]}
 
 
-def _measured_picture(call: Call, x: Tensor, grid: Tensor) -> Tensor:
+def _measured_image(call: Call, x: Tensor, grid: Tensor) -> Tensor:
     """What the operator returns at every pixel, less what it returns far outside (an offset of the hardware)."""
     lines = [torch.linspace(-1, 1, n, dtype=grid.dtype, device=grid.device) for n in x.shape[2:]]
     places = torch.stack(torch.meshgrid(*lines, indexing="ij")[::-1], -1).expand(x.shape[0], *x.shape[2:], -1)
