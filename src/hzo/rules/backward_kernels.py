@@ -66,8 +66,9 @@ def _mish(x: Tensor) -> Tensor:
 
 
 def _elu(x: Tensor, alpha: float, scale: float, input_scale: float, of_result: bool) -> Tensor:
-    below = (x + alpha * scale) if of_result else alpha * scale * (x * input_scale).exp()
-    return (below * input_scale**2).masked_fill(x > 0, 0)
+    """Of a result the slope is ``(y + alpha scale) input_scale``; its derivative is the one by ``y``."""
+    below = torch.full_like(x, input_scale) if of_result else alpha * scale * input_scale**2 * (x * input_scale).exp()
+    return below.masked_fill(x >= 0, 0)
 
 
 def _softplus(x: Tensor, beta: float, threshold: float) -> Tensor:

@@ -193,20 +193,6 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any], Inputs]] = {
         },
         _video(),
     ),
-    "unet/motion": (
-        "UNetMotionModel",
-        {
-            **{k: v for k, v in _CROSS.items() if k != "attention_head_dim"},
-            "num_attention_heads": 2,
-            "motion_num_attention_heads": 2,
-            "temporal_transformer_layers_per_block": 1,
-            "down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion"),
-            "motion_max_seq_length": 8,
-            "up_block_types": ("UpBlockMotion", "CrossAttnUpBlockMotion"),
-            "use_motion_mid_block": False,
-        },
-        _video(),
-    ),
     "unet/spatio-temporal": (
         "UNetSpatioTemporalConditionModel",
         {
@@ -227,19 +213,6 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any], Inputs]] = {
             "encoder_hidden_states": normal(BATCH, 1, TEXT),
             "added_time_ids": torch.ones(BATCH, 3),
         },
-    ),
-    "unet/kandinsky3": (
-        "Kandinsky3UNet",
-        {
-            "time_embedding_dim": 32,
-            "groups": 4,
-            "attention_head_dim": 4,
-            "layers_per_block": 1,
-            "block_out_channels": (16, 32, 32, 32),
-            "cross_attention_dim": TEXT,
-            "encoder_hid_dim": TEXT,
-        },
-        lambda normal: {**_denoiser()(normal), "encoder_attention_mask": torch.ones(BATCH, WORDS)},
     ),
     "unet/uvit": (
         "UVit2DModel",
