@@ -49,7 +49,7 @@ def coordinate_wise(
     default = ev.rounding(parameters) ** (1 / 3 if scheme == "central" else 1 / 2)
     step = ev.checked_step(step, default, p.parameters)
     gradients = [ev.accumulator(parameter) for parameter in parameters]
-    with ev.queried(p) as (loss, loss_at), ev.held(parameters) as copies:
+    with ev.queried(p) as (loss, loss_at, _), ev.held(parameters) as copies:
         base = float(loss)
         for parameter, copy, gradient in zip(parameters, copies, gradients, strict=True):
             for index in product(*map(range, parameter.shape)):

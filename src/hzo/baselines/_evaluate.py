@@ -62,8 +62,11 @@ def problem(model: Model, loss_fn: LossFn, x: Any, y: Any) -> Problem:
     return Problem(module, stages, loss_fn, args, kwargs, y, batch, parameters)
 
 
-def mean_loss(p: Problem, output: Any) -> Tensor:
+def mean_loss(p: Problem, output: Any, checked: bool = True) -> Tensor:
     """The loss of an output, checked: a scalar, the mean where ``loss_fn`` returns values per sample.
+
+    Args:
+        checked: False under ``vmap``, where values cannot be looked at.
 
     Raises:
         InputError: neither a number, nor a tensor of shape () or (B, ...).
@@ -76,13 +79,14 @@ def mean_loss(p: Problem, output: Any) -> Tensor:
         raise InputError(
             f"expected loss_fn to return a tensor or a number, got {type(values).__name__}; return the mean"
         )
-    check_loss(values, p.batch)
-    check_finite(values, "at the parameters or within a step of them")
+    if checked:
+        check_loss(values, p.batch)
+        check_finite(values, "at the parameters or within a step of them")
     # A count of errors and the like: a loss of whole numbers.
     return (values if values.is_floating_point() else values.double()).mean()
 
 
-def precise(p: Problem, call: Callable[..., Any]) -> Callable[[], Tensor]:
+def precise(p: Problem, call: Callable[..., Any], checked: bool = True) -> Callable[[], Tensor]:
     """A function that returns the loss of ``call``, with outputs below single precision raised to it first.
 
     Queries differ by little: in bfloat16 a loss of 2.3 moves in steps of 0.016, and most differences would be
@@ -96,9 +100,9 @@ def precise(p: Problem, call: Callable[..., Any]) -> Callable[[], Tensor]:
         return leaf.float() if low else leaf
 
     if any(raised(tensor) is not tensor for tensor in own):
-        return lambda: mean_loss(p, call(*p.args, **p.kwargs))
+        return lambda: mean_loss(p, call(*p.args, **p.kwargs), checked)
     with_target = replace(p, target=tree_map(raised, p.target))
-    return lambda: mean_loss(with_target, tree_map(raised, call(*p.args, **p.kwargs)))
+    return lambda: mean_loss(with_target, tree_map(raised, call(*p.args, **p.kwargs)), checked)
 
 
 @contextmanager
@@ -130,11 +134,13 @@ def replayed(modules: Iterable[nn.Module]) -> Iterator[Callable[[Callable[[], T]
 
 
 LossAt = Callable[[], float]
+Run = Callable[[Callable[[], Any]], Any]
 
 
 @contextmanager
-def queried(p: Problem) -> Iterator[tuple[Tensor, LossAt]]:
-    """Run the base pass; yield its loss, and a function that queries the loss at what parameters then hold.
+def queried(p: Problem) -> Iterator[tuple[Tensor, LossAt, Run]]:
+    """Run the base pass; yield its loss, a function that queries the loss at what parameters then hold, and one that
+    runs what it is given from where the base pass began.
 
     Parameters may be written inside (``parameter.data``, see ``held``); buffers, random state and training
     flags are taken care of. Cost: one base pass; each query one full forward pass.
@@ -149,7 +155,7 @@ def queried(p: Problem) -> Iterator[tuple[Tensor, LossAt]]:
             count_pass(p)
             return value
 
-        yield loss, loss_at
+        yield loss, loss_at, run
 
 
 def count_pass(p: Problem, equivalents: int = 1) -> None:

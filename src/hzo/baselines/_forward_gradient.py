@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.func import functional_call
+from torch.func import functional_call, jvp, vmap
 
 from hzo.baselines import _evaluate as ev
+from hzo.baselines import _together as together
 from hzo.errors import InputError
 from hzo.execution import counting
 
@@ -58,15 +59,17 @@ def forward_gradient(
     parameters = list(p.parameters.values())
     seeds = ev.draw_seeds(generator, samples)
     if not parameters:
-        with ev.queried(p) as (loss, _):
+        with ev.queried(p) as (loss, *_):
             return loss
-    losses, slopes = [], []
     with torch.no_grad(), ev.replayed([p.module]) as run:
-        for k, seed in enumerate(seeds):
-            loss, slope = run(partial(_loss_and_slope, p, seed))
-            ev.count_pass(p, 3 if k else 2)
-            losses.append(loss)
-            slopes.append(slope)
+        loss, slope = run(partial(_loss_and_slope, p, seeds[0]))
+        ev.count_pass(p, 2)
+        rest = _slopes_together(p, seeds[1:], loss, run) if len(seeds) > 2 else None
+        if rest is None:
+            rest = [run(partial(_loss_and_slope, p, seed))[1] for seed in seeds[1:]]
+        for _ in rest:
+            ev.count_pass(p, 3)
+        slopes = [slope, *rest]
         counting.add(base_evaluations=p.batch * p.stages)
     gradients = [ev.accumulator(parameter) for parameter in parameters]
     for seed, slope in zip(seeds, slopes, strict=True):
@@ -74,7 +77,34 @@ def forward_gradient(
             gradient.add_(z, alpha=slope / samples)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         ev.accumulate(parameter, gradient)
-    return losses[0]
+    return loss
+
+
+def _slopes_together(p: ev.Problem, seeds: list[int], loss: Tensor, run: ev.Run) -> list[float] | None:
+    """As ``_loss_and_slope`` for many seeds, many directions in a call of the model; None where it cannot be so."""
+    parameters = {name: parameter.detach() for name, parameter in p.parameters.items()}
+    step = together.at_once(p) // 2
+    if not step:
+        return None
+
+    def loss_at(moved: dict[str, Tensor]) -> Tensor:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return functional_call(p.module, moved, args, kwargs)
+
+        return ev.precise(p, call, checked=False)()
+
+    def slope(direction: dict[str, Tensor]) -> Any:
+        return jvp(loss_at, (parameters,), (direction,))
+
+    slopes: list[float] = []
+    for at in range(0, len(seeds), step):
+        drawn = [[*ev.directions([*parameters.values()], ev.gaussian, seed)] for seed in seeds[at : at + step]]
+        stacked = {name: torch.stack([d[k] for d in drawn]) for k, name in enumerate(parameters)}
+        found = run(partial(together.attempted, partial(vmap(slope, randomness="same"), stacked)))
+        if found is None or not together.same(found[0], loss):
+            return None
+        slopes += found[1].tolist()
+    return slopes
 
 
 def _loss_and_slope(p: ev.Problem, seed: int) -> tuple[Tensor, float]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hzo.baselines import _evaluate as ev
+from hzo.baselines import _together as together
 
 
 def two_point(
@@ -29,8 +31,10 @@ def two_point(
     parameters = list(p.parameters.values())
     mu = ev.checked_step(mu, ev.rounding(parameters) ** (1 / 3) / 5, p.parameters)
     seeds = ev.draw_seeds(generator, samples)
-    with ev.queried(p) as (loss, loss_at):
-        slopes = [_slope(parameters, draw, seed, mu, loss_at) for seed in seeds] if parameters else []
+    with ev.queried(p) as (loss, loss_at, run):
+        slopes = _slopes_together(p, draw, seeds, mu, loss, run) if parameters and samples > 1 else None
+        if slopes is None:
+            slopes = [_slope(parameters, draw, seed, mu, loss_at) for seed in seeds] if parameters else []
     gradients = [ev.accumulator(parameter) for parameter in parameters]
     for seed, slope in zip(seeds, slopes, strict=bool(parameters)):
         for gradient, z in zip(gradients, ev.directions(parameters, draw, seed), strict=True):
@@ -38,6 +42,31 @@ def two_point(
     for parameter, gradient in zip(parameters, gradients, strict=True):
         ev.accumulate(parameter, gradient)
     return loss
+
+
+def _slopes_together(
+    p: ev.Problem, draw: ev.Draw, seeds: list[int], mu: float, loss: Tensor, run: ev.Run
+) -> list[float] | None:
+    """As ``_slope`` for many seeds, with many directions in a call of the model; None where it cannot be run so."""
+    parameters = [parameter.detach() for parameter in p.parameters.values()]
+    slopes: list[float] = []
+    step = (together.at_once(p) - 1) // 2
+    if not step:  # too large to be moved many times at once
+        return None
+    for at in range(0, len(seeds), step):
+        chosen = seeds[at : at + step]
+        moved = {name: [parameter] for name, parameter in zip(p.parameters, parameters, strict=True)}
+        for seed in chosen:
+            for name, parameter, z in zip(p.parameters, parameters, ev.directions(parameters, draw, seed), strict=True):
+                moved[name] += [torch.add(parameter, z, alpha=mu), torch.add(parameter, z, alpha=-mu)]
+        stacked = {name: torch.stack(states) for name, states in moved.items()}
+        values = run(partial(together.losses_at, p, stacked, loss))
+        if values is None:
+            return None
+        slopes += [(float(a) - float(b)) / (2 * mu) for a, b in zip(values[1::2], values[2::2], strict=True)]
+    for _ in range(2 * len(seeds)):
+        ev.count_pass(p)
+    return slopes
 
 
 def _slope(parameters: list[torch.nn.Parameter], draw: ev.Draw, seed: int, mu: float, loss_at: ev.LossAt) -> float:

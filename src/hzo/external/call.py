@@ -27,8 +27,9 @@ from hzo.errors import (
     QueryError,
     TraceError,
 )
-from hzo.execution import RandomState, contained, counting, random_state, set_random_state, with_parameters
+from hzo.execution import contained, counting, with_parameters
 from hzo.external.guard import Guarded
+from hzo.external.randomness import Randomness, randomness
 from hzo.external.signature import Structure, flatten
 from hzo.external.state import Key, Saved, floating
 from hzo.external.steps import Bounds, Steps
@@ -113,8 +114,8 @@ class Call:
     stuck: bool = False  # it changed what no gradient can follow
     start: Saved | None = None
     end: Saved | None = None
-    random: RandomState = field(default_factory=dict)
-    draws: bool = False  # it drew random numbers of torch's
+    random: Randomness | None = None
+    draws: bool = False  # it drew random numbers from a global generator
     seconds: float = 0.0
     autocast: tuple[str, torch.dtype | None] = ("cpu", None)
     training: dict[nn.Module, bool] = field(default_factory=dict)
@@ -167,14 +168,13 @@ class Call:
         layout = self.known.get(key)
         if layout is not None:
             batch, sample = layout.batch, layout.leaves
-        self.random = random_state([device])
+        self.random = randomness([device])
         began = perf_counter()
         with self._parameters(leaves), self._remembered(batch):
             outputs, out = self._ask(leaves, batch, sample, watched=layout is None and self.watched)
         self.seconds = perf_counter() - began
         self.start, self.end = self.guard.remembers.start, self.guard.remembers.end
-        after = random_state([device])
-        self.draws = any(not torch.equal(after[name], before) for name, before in self.random.items())
+        self.draws = randomness([device]) != self.random
         counting.add(base_evaluations=batch)
         state = self._state_left()
         if layout is None:
@@ -266,6 +266,12 @@ class Call:
         state = self.guard.state
         certain, counters = state.changed(self.start, self.end)
         self.moved_on = (*certain, *(counters if self.guard.remembers.counters else ()))
+        if certain and self.guard.pool is not None:
+            state.load(self.start)
+            raise InputError(
+                f"{self.guard} keeps a state ({state.names(certain)}), and in an executor its calls run in any order; "
+                "give the state to it and have it returned: f(x, state) -> (y, state)"
+            )
         numbers = state.numbers(self.end, certain)
         self.left = tuple(key for key, value in numbers.items() if floating(value))
         self.stuck = (bool(self.moved_on) and not self.left) or len(self.left) < len(numbers)
@@ -340,19 +346,47 @@ class Call:
             except CoupledSamplesError as found:
                 error = error or found
             except QueryError as found:  # a shared tensor that was repeated as if it had samples
-                if not others:
-                    raise
                 error = error or found
         assert error is not None
         flat = all(t.dim() <= 1 for t in (*leaves[: self.count], *outputs))
         if isinstance(error, CoupledSamplesError) and flat and self.settings.batch_dim == "found":
             return nothing  # a vector of parameters, that happens to be as long as the result
+        if type(error) is QueryError and self.guard.batched is True:
+            if self.settings.batch_dim == "found" and not self._apart_in_one_size(leaves, outputs, trials[0], apart):
+                return nothing  # it takes one number of rows, and they are no samples
+            raise QueryError(
+                f"{error}. Does it take the samples of a forward pass and no other number? Then say so: "
+                "hzo.blackbox(f, batched=False), or batched=32; or batch_dim=None where it has no batch at all. If it "
+                "remembers its last batch in a place that hzo cannot see: state=(save, load)"
+            ) from error
         raise error
 
+    def _apart_in_one_size(
+        self, leaves: Sequence[Tensor], outputs: Sequence[Tensor], flags: tuple[bool, ...], apart: tuple[bool, ...]
+    ) -> bool:
+        """Whether rows are samples of a part that takes no other number of them."""
+        try:
+            self._check_apart(
+                leaves,
+                outputs,
+                Layout(next(t.shape[0] for t, flag in zip(outputs, apart, strict=True) if flag), flags, apart),
+                single=True,
+            )
+        except CoupledSamplesError:
+            return False
+        return True
+
     @torch.no_grad()
-    def _check_apart(self, leaves: Sequence[Tensor], outputs: Sequence[Tensor], layout: Layout) -> None:
-        """Run other samples together, without the largest one: each must come out as before."""
-        batch, single = layout.batch, not self._folds(layout)
+    def _check_apart(
+        self, leaves: Sequence[Tensor], outputs: Sequence[Tensor], layout: Layout, single: bool | None = None
+    ) -> None:
+        """Run other samples together, without the largest one: each must come out as before.
+
+        Args:
+            single: in as many samples as before.
+        """
+        batch = layout.batch
+        single = not self._folds(layout) if single is None else single
         if single and batch == 1:
             return
         floats = [t for t, flag in zip(leaves, layout.leaves, strict=True) if flag and floating(t)]
@@ -376,20 +410,29 @@ class Call:
             counting.add(check_evaluations=count)
             return [*values, *state]
 
-        with counting.doing("the test that samples are apart"), self.queries(leaves):
+        same = torch.arange(batch) != largest if single else torch.arange(len(rows)) < len(kept)
+
+        def apart() -> bool:
             found = ask(given, len(rows))
             if len(found) != len(outputs):
                 raise self._another_result(len(found), len(outputs))
-            same = torch.arange(batch) != largest if single else torch.arange(len(rows)) < len(kept)
-            if all(
+            return all(
                 self._unchanged(before, after, rows, same)
-                for before, after, apart in zip(outputs, found, layout.outputs, strict=True)
-                if apart
-            ):
+                for before, after, flag in zip(outputs, found, layout.outputs, strict=True)
+                if flag
+            )
+
+        def repeats() -> bool:
+            return all(_close(a, b, 1e-4) for a, b in zip(ask(leaves, batch), outputs, strict=True))
+
+        with counting.doing("the test that samples are apart"), self.queries(leaves):
+            if apart():
                 return
-            again = ask(leaves, batch)
-        if not all(_close(a, b, 1e-4) for a, b in zip(again, outputs, strict=True)):
-            raise self._two_results()
+            if not repeats():
+                if not (self._count_on() and repeats()):
+                    raise self._two_results()
+                if apart():
+                    return
         raise CoupledSamplesError(
             f"{self.guard.hzo_box} lets the samples of a batch influence each other: a sample's result changed with "
             "the samples around it, and queries perturb all samples at once. Put it into eval mode if it is a "
@@ -455,6 +498,8 @@ class Call:
                 module.training = training
             stack.enter_context(self._parameters(leaves))
             stack.enter_context(self.guard.queries_from(self.start))
+            if self.draws:
+                stack.callback(randomness([leaves[0].device]).put_back)
             yield
 
     def evaluate(self, leaves: Sequence[Tensor], copies: int = 1) -> list[Tensor]:
@@ -509,15 +554,20 @@ class Call:
                     f"{guard}, in {counting.being_done()}, returned NaN or infinity, and numbers before; check it at "
                     "this input"
                 )
-            counters: Sequence[Key] = ()
-            if not guard.remembers.counters and self.start is not None and self.end is not None:
-                counters = guard.state.changed(self.start, self.end)[1]
-            if counters:
-                guard.remembers.counters = True  # whole numbers that it counts on matter
-                if self._as_before(self.evaluate(leaves)):
-                    self.moved_on = (*self.moved_on, *counters)
-                    return
+            if self._count_on() and self._as_before(self.evaluate(leaves)):
+                return
         raise self._two_results()
+
+    def _count_on(self) -> bool:
+        """Take whole numbers that the part counts in for state; whether there are any."""
+        guard = self.guard
+        if guard.remembers.counters or self.start is None or self.end is None:
+            return False
+        counters = guard.state.changed(self.start, self.end)[1]
+        if counters:
+            guard.remembers.counters = True
+            self.moved_on = (*self.moved_on, *counters)
+        return bool(counters)
 
     def _two_results(self) -> NondeterministicError:
         guard = self.guard
@@ -561,8 +611,8 @@ class Call:
             return [(self._joined(results, rows, device, False)[0], []) for results in answers]
         found = []
         for leaves in many:
-            if self.draws and not self.guard.noisy:
-                set_random_state(self.random)
+            if self.draws and self.random is not None:
+                self.random.put_back()
             with self.guard.remembered(1), self._parameters(leaves):
                 self._move_state(leaves)
                 results = self._results([leaves], rows, sample, False)[0]
@@ -630,7 +680,7 @@ class Call:
             leaves, structure = flatten(result)
             if watched:
                 self._check_trainable(leaves)
-            places = [k for k, leaf in enumerate(leaves) if self._is_number(leaf)]
+            places = self._numbers(leaves)
             tensors = [self.guard.tensor(leaves[k], device) for k in places]
             if first is None:
                 first = leaves, structure, places
@@ -658,13 +708,13 @@ class Call:
             joined.append(torch.cat(pieces)[:rows])
         return joined, out
 
-    def _is_number(self, leaf: Any) -> bool:
-        if isinstance(leaf, Tensor) or (type(leaf).__module__ == "numpy" and hasattr(leaf, "dtype")):
-            kind = getattr(getattr(leaf, "dtype", None), "kind", "f")
-            return isinstance(leaf, Tensor) or kind in "fciub"
-        if isinstance(leaf, (float, complex)):
-            return True
-        return isinstance(leaf, (bool, int)) and self.settings.integers == "floating"
+    def _numbers(self, leaves: Sequence[Any]) -> list[int]:
+        """The leaves of a result that become tensors: arrays and floating numbers; whole ones where nothing else is."""
+        arrays = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor) or _of_numpy(leaf)]
+        found = sorted([*arrays, *(k for k, leaf in enumerate(leaves) if isinstance(leaf, (float, complex)))])
+        if found or self.settings.integers == "kept":
+            return list(dict.fromkeys(found))
+        return [k for k, leaf in enumerate(leaves) if isinstance(leaf, (bool, int))]
 
     def _check_trainable(self, leaves: Sequence[Any]) -> None:
         for leaf in leaves:
@@ -706,6 +756,10 @@ class Call:
 
 
 _FAILED = object()
+
+
+def _of_numpy(leaf: Any) -> bool:
+    return type(leaf).__module__ == "numpy" and getattr(getattr(leaf, "dtype", None), "kind", "") in tuple("fciub")
 
 
 def _autocast(device: str) -> bool:

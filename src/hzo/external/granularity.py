@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 from math import inf
 from typing import Any
@@ -12,51 +14,122 @@ from torch import Tensor
 from hzo.execution import counting
 from hzo.external.queries import Sweep
 from hzo.external.sites import Site
-from hzo.finite_differences import (
-    element_scale,
-)
+from hzo.finite_differences import element_scale
 
 _RATIO = 4.0  # between one step and the next
+_LONGEST = 2.0  # in scales of an element
+_PLATEAU, _BROKEN = 0.05, 0.3  # differences agree, or no longer do
 
 
-def measured_step(sweep: Sweep, site: Site, bounds: tuple[Any, Any]) -> tuple[float, float]:
-    """The step, as a share of each element's scale, at which two neighbouring ones agree best; and the error there.
+@dataclass(frozen=True)
+class MeasuredStep:
+    """A step that suits a part.
+
+    Attributes:
+        length: a share of the scale of each element; of ``absolute``, in units of the input.
+        error: estimate of the relative error of differences over it.
+    """
+
+    length: float
+    error: float
+    absolute: bool = False
+
+    def of(self, rows: Tensor) -> Tensor:
+        """(B, n): the step of each element."""
+        return torch.full_like(rows, self.length) if self.absolute else self.length * element_scale(rows)
+
+
+def measured_step(sweep: Sweep, site: Site, bounds: tuple[Any, Any]) -> MeasuredStep:
+    """The step at which neighbouring ones agree best, or half the quantum of a part that has one.
 
     What a part is made of (its rounding, its quantum, its tolerance) spoils small steps like 1/h, its curvature large
-    ones like h². Differences along one random direction, at steps from rounding to half the scale, show both. Cost:
-    about 20 (float32) or 40 (float64) evaluations, counted as checks. Source: ours, after Moré and Wild (2011).
+    ones like h². Differences along one random direction, at steps from rounding to twice the scale, show both. Where
+    they agree at large steps and again at small ones, and not between, the part is rough on a small scale: the large
+    ones are right. An elementwise part whose every jump is as large as any other has a quantum, and half of it gives
+    the mean slope (see docs/blackbox.md).
+
+    Cost: about 20 (float32) or 50 (float64) evaluations, and 40 more for a quantum, counted as checks. Source: ours,
+    after Moré and Wild (2011).
     """
     rows = sweep.rows(site)
     scale = element_scale(rows)
     generator = torch.Generator().manual_seed(0)
     sign = (torch.randint(0, 2, rows.shape, generator=generator) * 2 - 1).to(rows)
     low, high = (None if b is None else sweep.expanded(site, b, rows) for b in bounds)
-    share, shares = 0.5, []
-    while share > 8 * float(torch.finfo(rows.dtype).eps):
-        shares.append(share)
-        share /= _RATIO
-    slopes: list[list[Tensor]] = []
+
+    def moved(h: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Differences over a step, and the share of the scale that was really stepped."""
+        upper, lower = rows + sign * h, rows - sign * h
+        for bound, pick in ((low, torch.maximum), (high, torch.minimum)):
+            if bound is not None:
+                upper, lower = pick(upper, bound.to(rows.dtype)), pick(lower, bound.to(rows.dtype))
+        with counting.doing(f"the measurement of a step for {site.name}"):
+            above, below = (sweep.run(site, t.unsqueeze(0)) for t in (upper, lower))
+        width = ((upper - lower).abs() / scale).amax(1, keepdim=True).double().clamp(min=1e-300)
+        return [a[0].double() - b[0].double() for a, b in zip(above, below, strict=True)], width
+
+    shares = [_LONGEST]
+    while shares[-1] > 8 * _RATIO * float(torch.finfo(rows.dtype).eps):
+        shares.append(shares[-1] / _RATIO)
     with counting.as_checks():
-        for share in shares[::-1]:
-            h = share * scale
-            upper, lower = rows + sign * h, rows - sign * h
-            for bound, pick in ((low, torch.maximum), (high, torch.minimum)):
-                if bound is not None:
-                    upper, lower = pick(upper, bound.to(rows.dtype)), pick(lower, bound.to(rows.dtype))
-            with counting.doing(f"the measurement of a step for {site.name}"):
-                above, below = (sweep.run(site, t.unsqueeze(0)) for t in (upper, lower))
-            width = ((upper - lower).abs() / scale).amax(1, keepdim=True).double().clamp(min=1e-300)
-            slopes.append([(a[0].double() - b[0].double()) / width for a, b in zip(above, below, strict=True)])
+        found = [moved(share * scale) for share in shares]
+        jumps = [differences[0] for differences, _ in found]
+        if sweep.call.settings.elementwise and len(sweep.outputs) == 1 and site.pairs == 1 and bounds == (None, None):
+            quantum = _quantum(jumps, shares, scale, lambda h: moved(torch.full_like(rows, h))[0][0])
+            if quantum is not None:
+                return quantum
+    return _agreeing(shares, [[d / width for d in differences] for differences, width in found])
+
+
+def _agreeing(shares: list[float], slopes: list[list[Tensor]]) -> MeasuredStep:
+    """From long steps to short ones the best of a plateau; a second one below a gap is another part's affair."""
     sizes = [sum(float(t.square().sum()) for t in s) ** 0.5 for s in slopes]
     apart = [sum(float((a - b).square().sum()) for a, b in zip(s, t, strict=True)) ** 0.5 for s, t in pairwise(slopes)]
     if not any(sizes):
-        return shares[0], inf
+        return MeasuredStep(shares[0], inf)
     # Where nothing moved at two steps, they agree on nothing.
     relative = [d / max(a, b) if a and b else inf for d, a, b in zip(apart, sizes, sizes[1:], strict=False)]
-    best, error = len(shares) - 1, inf
-    for k in range(1, len(shares)):
-        behind = relative[k - 1] / _RATIO
-        ahead = relative[k] / _RATIO**2 if k < len(relative) else relative[k - 1]
-        if behind + ahead < error:
-            best, error = k, behind + ahead
-    return shares[::-1][best], error
+    best, error = 0, inf
+    for k in range(len(shares)):
+        longer = relative[k - 1] / _RATIO**2 if k else inf  # curvature is less here than there
+        shorter = relative[k] / _RATIO if k < len(relative) else inf  # and granularity less than there
+        if longer == inf:
+            longer = relative[0] if relative else inf
+        if longer + shorter < error:
+            best, error = k, longer + shorter
+        if error < _PLATEAU and k < len(relative) and relative[k] > _BROKEN:
+            break
+    return MeasuredStep(shares[best], error)
+
+
+def _quantum(
+    jumps: list[Tensor], shares: list[float], scale: Tensor, over: Callable[[float], Tensor]
+) -> MeasuredStep | None:
+    """Half the quantum of a part that goes up by equal steps at equal distances; None of another one."""
+    height = None
+    for jump in jumps[::-1]:
+        there = jump.abs()[jump != 0]
+        if there.numel() >= 3:  # the shortest step at which anything moved: nothing has moved twice yet
+            if there.numel() < 0.5 * jump.numel() and float(there.max()) <= 1.001 * float(there.min()):
+                height = float(there.median())
+            break
+    if height is None:
+        return None
+    slope = float(jumps[0].abs().sum() / (2 * shares[0] * scale.double()).sum())
+    width = height / slope
+
+    def misfit(h: float) -> float:
+        """How many places go up by something else than one quantum over a width of 2 h."""
+        return float(((over(h).abs() / height - 1).abs() > 0.01).double().mean())
+
+    spread = 0.2
+    for _ in range(4):
+        tried = [width * (1 + spread * k / 4) for k in range(-4, 5)]
+        misfits = [misfit(w / 2) for w in tried]
+        width = tried[misfits.index(min(misfits))]
+        spread /= 4
+    twice = over(width).abs()
+    doubled = float(twice[twice > 0].median()) if bool((twice > 0).any()) else 0.0
+    if abs(doubled / height - 2) > 0.01 or min(misfits) > 0.5:
+        return None
+    return MeasuredStep(width / 2, min(misfits), absolute=True)

@@ -80,7 +80,7 @@ def _settings_of(call: Call, leaves: Sequence[Tensor]) -> tuple[list[Any], list[
         tuple(t.shape[1:] if flag and call.layout.batched else t.shape)
         for t, flag in zip(leaves, call.layout.leaves, strict=True)
     ]
-    names = call.names[:count]
+    names = [name.removeprefix("input ") for name in call.names[:count]]
     moving = [k for k in range(count) if leaves[k].is_floating_point() or leaves[k].is_complex()]
     steps: list[Any] = [None] * len(leaves)
     bounds: list[tuple[Any, Any]] = [(None, None)] * len(leaves)
@@ -150,7 +150,7 @@ def _along(
     if method.how == "symmetric":
         return [_directional(sweep, site, rows, given[0], step, bounds)[0] for given in shaped]
     if settings.mu is None:
-        sweep.watching = step is None and not method.alike
+        sweep.watching = (step is None or settings.max_error is not None) and not method.alike
         return _vjp_at(sweep, site, method, rows, shaped, step, bounds, None)
     generator = torch.Generator().manual_seed(call.seed + site.index)
     total: list[Tensor] | None = None
@@ -355,7 +355,7 @@ def _measure(
             known = call.known.setdefault("steps", {})
             if call.names[k] not in known:
                 known[call.names[k]] = measured_step(sweep, site_of(call, sweep.leaves, k, sweep.outputs), bounds[k])
-            sweep.measured_error = max(sweep.measured_error, known[call.names[k]][1])
+            sweep.measured_error = max(sweep.measured_error, known[call.names[k]].error)
 
 
 # ---- JVP -------------------------------------------------------------------------------------------------------------

@@ -177,7 +177,7 @@ class Sweep:
         steps: Tensor | float
         if isinstance(step, str):
             window = True
-            steps = call.known["steps"][call.names[site.index]][0] * element_scale(rows)
+            steps = call.known["steps"][call.names[site.index]].of(rows)
         elif step is None and settings.mu is not None:
             steps = settings.mu
         elif step is None:
@@ -191,7 +191,7 @@ class Sweep:
         return stencil(rows, steps, settings.scheme, where, low=low, high=high, window=window)
 
     def precision(self, site: Site) -> torch.dtype:
-        found = [site.dtype, *(t.dtype for t in self.base(site) if t.dtype.is_floating_point)]
+        found = [site.dtype, *(self._bases()[o].dtype for o in self.outputs)]
         if self.call.autocast[1] is not None:
             found.append(self.call.autocast[1])
         return narrowest(found)
@@ -271,9 +271,12 @@ class Sweep:
         if not self.watching:
             return
         self.noted = True
+        alive = ~self.dead
         for a, b, c in zip(above, below, base, strict=True):
             kept = slice(None) if a.numel() < 2**22 else slice(0, 1)
             first, second = a[kept] - b[kept], a[kept] + b[kept] - 2 * c
+            if len(alive) == first.shape[1] and not bool(alive.all()):
+                first, second = first[:, alive.to(first.device)], second[:, alive.to(first.device)]
             self.first += float(first.double().square().sum())
             self.second += float(second.double().square().sum())
 

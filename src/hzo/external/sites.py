@@ -96,12 +96,13 @@ def method_of(call: Call, site: Site, outputs: Sequence[int], shapes: Sequence[t
     argument = site.index < call.count or (call.state_keys and site.index >= call.count + len(call.parameters))
     if not argument or (layout.batched and not site.apart):
         return plain
-    fits = all(_without_pairs(shapes[o], call, o) == sample_shape(site) for o in outputs)
+    plain_shapes = [_without_pairs(shape, call, o) for o, shape in zip(outputs, shapes, strict=True)]
+    fits = all(shape == sample_shape(site) for shape in plain_shapes)
     alone = call.count == 1 and not call.state_keys
     stepping = settings.mu is None and call.settings.steps.given is None
     found = [plain]
     if settings.elementwise and not fits:
-        other = next(shapes[o] for o in outputs if _without_pairs(shapes[o], call, o) != sample_shape(site))
+        other = next(shape for shape in plain_shapes if shape != sample_shape(site))
         raise InputError(
             f"{call.guard} was said to be elementwise; expected outputs of its input's shape {sample_shape(site)} a "
             f"sample, got {other}; leave elementwise=True out, or see promises="
@@ -111,7 +112,7 @@ def method_of(call: Call, site: Site, outputs: Sequence[int], shapes: Sequence[t
     if settings.symmetric and alone and fits and len(outputs) == 1 and stepping and site.pairs == 1:
         found.append(Method("symmetric", 1, 2, samples))
     if site.pairs == 1 and alone:
-        patterns = [settings.pattern(site.shape, shapes[o]) for o in outputs]
+        patterns = [settings.pattern(site.shape, shape) for shape in shapes]
         if patterns and all(p is not None for p in patterns):
             coloring = color([p for p in patterns if p is not None])
             found.append(Method("colored", coloring.directions, evaluated, samples, coloring=coloring))

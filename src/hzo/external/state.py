@@ -307,7 +307,7 @@ class Found:
             for item in slot.items:
                 look((*key, item.name), item)
 
-        for key in keys:
+        for key in dict.fromkeys(key[:3] for key in keys):
             if key in saved.slots:
                 look(key, saved.slots[key])
         return found
@@ -431,8 +431,10 @@ def _copied(leaf: Any) -> Any:
 
 
 def _equal(a: Slot, b: Slot) -> bool:
+    if type(a.value) is not type(b.value):
+        return False
     if isinstance(a.value, Tensor) or _array(a.value):
-        return type(a.value) is type(b.value) and _same_content(a.value, b.value)
+        return _same_content(a.value, b.value)
     return bool(a.value is b.value or a.value == b.value)
 
 

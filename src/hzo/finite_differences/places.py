@@ -10,6 +10,7 @@ from torch import Tensor
 from hzo.errors import InputError, NonFiniteError, StepError
 from hzo.finite_differences.steps import Scheme, accumulation_dtype
 
+_LOOKED_AT = 256
 _CHANCE = 1e-7  # smaller than this by chance alone: then it is another unit
 
 
@@ -31,37 +32,50 @@ class Stencil:
 def element_scale(rows: Tensor, precision: torch.dtype | None = None) -> Tensor:
     """(B, n): how large a change of each element is large, from its own size and its surroundings.
 
-    An element is of the size of the others of its sample, or of the same element of other samples, whichever is
-    smaller: columns may stand in different units, and samples be of different size. One that is smaller than both is
-    near zero by chance. Few elements may all be small by chance, too; they are followed down as far as rounding allows,
-    and all the way where chance would be less than one in ten million. Source: ours.
+    An element that is smaller than most others of its sample, and than most of the same place in other samples, is near
+    zero by chance: its surroundings are its scale, whichever of the two are smaller. Columns may stand in different
+    units, samples be of different size, and masks of −1e9 stand beside numbers of 1. A few elements may all be small by
+    chance, too: these are followed down as far as rounding allows, and all the way where chance would be less than one
+    in ten million. Source: ours.
     """
     wide = accumulation_dtype(rows.dtype)
     size = rows.detach().abs().to(wide)
-    batch, elements = size.shape
     if not size.numel():
         return size
-    whole = size.square().mean().sqrt()
-    row, column = (size.square().mean(dim, keepdim=True).sqrt() for dim in (1, 0))
+    whole = _order(size.reshape(1, -1), 0.5, 1)[0]
+    whole = torch.where(whole.isfinite(), whole, torch.ones_like(whole))
     unit = float(torch.finfo(precision or rows.dtype).eps)
     lowest = min(1.0, max(1e-4, 1e3 * unit ** (2 / 3)))  # where rounding costs a thousandth
-    surroundings = torch.minimum(
-        _followed(row, whole, elements, lowest) if elements > 1 or batch > 1 else row,
-        _followed(column, whole if batch > 1 else row, batch, lowest),
-    )
-    scale = torch.maximum(size, surroundings)
-    return torch.where(scale > 0, scale, torch.where(whole > 0, whole, torch.ones_like(whole)))
+    surroundings = torch.minimum(*(_followed(*_order(size, 0.25, dim), whole, lowest) for dim in (1, 0)))
+    surroundings = torch.where(surroundings.isfinite(), surroundings, whole)
+    return torch.maximum(size, surroundings)
 
 
-def _followed(part: Tensor, whole: Tensor, count: int, lowest: float) -> Tensor:
+def _order(size: Tensor, share: float, dim: int) -> tuple[Tensor, int]:
+    """Along an axis the number that so large a share of those that are not zero stays below; infinity where all are
+    zero.
+
+    Also how many numbers at least are no larger. Of long axes every k-th number is looked at.
+    """
+    stride = -(-size.shape[dim] // _LOOKED_AT)
+    looked = size[:, ::stride] if dim == 1 else size[::stride]
+    ordered = torch.where(looked > 0, looked, torch.inf).sort(dim).values
+    there = ordered.isfinite().sum(dim, keepdim=True)
+    place = ((there - 1) * share).floor().long().clamp(min=0)
+    return ordered.gather(dim, place), int(place.min()) + 1
+
+
+def _followed(part: Tensor, count: int, whole: Tensor, lowest: float) -> Tensor:
     """The size of a part, and no less than ``lowest`` of the whole unless chance cannot have made it so small."""
     ratio = part / whole.clamp(min=torch.finfo(part.dtype).tiny)
-    unlikely = (ratio ** min(count, 1000) < _CHANCE) & (part > 0)
+    unlikely = 4 * count * ratio ** min(count, 100) < _CHANCE
     return torch.where(unlikely, part, torch.maximum(part, lowest * whole))
 
 
 def element_steps(rows: Tensor, scheme: Scheme, where: str, precision: torch.dtype | None = None) -> Tensor:
     """(B, n): the default step of each element: its scale times the power of the rounding unit that balances errors.
+
+    Where all elements are of one sign, none steps across zero.
 
     Raises:
         NonFiniteError: the rows hold NaN or infinity.
@@ -70,7 +84,10 @@ def element_steps(rows: Tensor, scheme: Scheme, where: str, precision: torch.dty
         raise NonFiniteError(f"{where} holds NaN or infinity; find out why before estimating a gradient there")
     unit = float(torch.finfo(precision or rows.dtype).eps)
     share: float = unit ** (1 / 3 if scheme == "central" else 1 / 2)
-    return element_scale(rows, precision) * share
+    steps = element_scale(rows, precision) * share
+    if rows.numel() > 1 and bool((rows > 0).all() | (rows < 0).all()):
+        steps = torch.minimum(steps, rows.abs().to(steps.dtype) / 4)  # a domain may end at zero
+    return steps
 
 
 def stencil(
