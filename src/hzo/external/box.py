@@ -88,9 +88,8 @@ def blackbox(
         timeout: seconds for one call of ``f``, in a thread of its own; None for any time. As many perturbed samples go
             into a call as, by the time of the forward pass, take half of it.
         name: in messages and ``count.boxes``; None takes that of ``f``.
-        elementwise, promises: what may be assumed of a single ``f``, as ``hzo.declare`` takes it; ``"symmetric"``
-            besides: the Jacobian is its own transpose. ``"inferred"`` tests at the first input what seems to hold
-            (``hzo.infer_structure``). Parts of a list are declared one by one.
+        elementwise, promises: what may be assumed of a single ``f``, as ``hzo.declare`` takes it; ``"inferred"`` tests
+            at the first input what seems to hold (``hzo.infer_structure``). Parts of a list are declared one by one.
         parameters: ``"perturbed"``: trainable parameters of an ``f`` that is a module get a gradient, by queries.
             ``"ignored"``: neither they nor other trainable tensors that ``f`` uses get one from here; their gradient
             is your affair (the product of activity and cotangent, say).
@@ -146,11 +145,9 @@ def blackbox(
     _one_of("integers", integers, ("floating", "kept"))
     _one_of("batch_dim", batch_dim, ("found", 0, None))
     said = (promises,) if isinstance(promises, (str, Local)) else tuple(promises)
-    symmetric = "symmetric" in said
-    said = tuple(p for p in said if p != "symmetric")
     known = (*(("elementwise",) if elementwise else ()), *(p for p in said if p != "inferred"))
     whole_plan = noise is not None or isinstance(f, (Chain, list, tuple))
-    if (known or said or symmetric) and isinstance(f, (Chain, list, tuple)):
+    if (known or said) and isinstance(f, (Chain, list, tuple)):
         raise InputError("promises are made of one callable; give those of a chain one by one: hzo.declare(part, …)")
     steps, limits = Steps(step, relative), Bounds(bounds)
     length = float(step) if isinstance(step, (int, float)) and not isinstance(step, bool) else None
@@ -200,7 +197,7 @@ def blackbox(
     if not whole_plan and not isinstance(f, BlackBox):
         settings = Settings(
             steps, limits, scheme=scheme, mu=mu, draws=draws, memory=memory, integers=integers, on_failure=on_failure,
-            batch_dim=batch_dim, max_error=max_error, symmetric=symmetric,
+            batch_dim=batch_dim, max_error=max_error,
         )  # fmt: skip
     options: dict[str, Any] = {"tree": tree, "assume": assume, "scheme": scheme, "step": length}
     options |= {"mu": mu, "draws": draws} if mu is not None else {}
@@ -336,7 +333,7 @@ class BlackBox(nn.Module):
             return settings
         guard = self._guard
         said = declared(guard) or ()
-        if not said and not settings.symmetric:
+        if not said:
             return self._stepping(settings)
         local = any(isinstance(p, Local) or p in ("tokens", "elementwise") for p in said)
         return replace(
@@ -344,6 +341,7 @@ class BlackBox(nn.Module):
             elementwise="elementwise" in said,
             affine=self.options["assume"] == "structure" and ("affine" in said or "reindexing" in said),
             reindexing="reindexing" in said,
+            symmetric="symmetric" in said,
             links=(lambda value, output: declared_links(said, value, output)) if local else None,
         )
 
@@ -422,10 +420,7 @@ class BlackBox(nn.Module):
         if self.inferred:
             for part in self.stages.modules():
                 if isinstance(part, Guarded):
-                    promises, symmetric = _inferred(part, tensors)
-                    declare(part, *promises, step=declared_step(part))
-                    if symmetric and self.settings is not None:
-                        self.settings = replace(self.settings, symmetric=True)
+                    declare(part, *_inferred(part, tensors), step=declared_step(part))
             self.inferred = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -445,14 +440,13 @@ def _transformed(tensors: Sequence[Tensor]) -> bool:
     return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)  # type: ignore[no-untyped-call]
 
 
-def _inferred(part: Guarded, inputs: Sequence[Tensor]) -> tuple[list[Promise], bool]:
+def _inferred(part: Guarded, inputs: Sequence[Tensor]) -> list[Promise]:
     """What holds near the input and far from it: a part that saturates looks affine where it does not."""
     if len(inputs) != 1:
         raise InputError("promises are inferred of parts with one input; declare those of this one: promises=(…)")
     x = inputs[0].detach()
     found = [infer_structure(part, scale * x) for scale in (1, 10, 1000)]
-    kept = [promise for promise in found[0] if all(promise in list(others) for others in found[1:])]
-    return kept, False
+    return [promise for promise in found[0] if all(promise in list(others) for others in found[1:])]
 
 
 def _check_inputs(inputs: Sequence[Any]) -> None:

@@ -784,8 +784,10 @@ def _close(a: Tensor, b: Tensor, slack: float) -> bool:
     """Equal up to rounding, relative to the largest number; NaN equals NaN."""
     if a.shape != b.shape:
         return False
+    if torch.equal(a, b):
+        return True
     if not (a.is_floating_point() or a.is_complex()):
-        return torch.equal(a, b)
+        return False
     finite = b[b.isfinite()]
     scale = float(finite.abs().max()) if finite.numel() else 1.0
     wide = torch.promote_types(a.dtype, torch.float32)

@@ -81,7 +81,8 @@ def plan_of_call(call: Call, leaves: Sequence[Tensor], wanted: Sequence[bool]) -
     outputs = list(range(len(call.base)))
     if any(call.layout.outputs):
         outputs = [o for o in outputs if call.layout.outputs[o]]
-    sites, calls = [], 1
+    fixed = guard.batched if type(guard.batched) is int else call.layout.batch
+    sites, calls = [], -(-call.layout.batch // fixed)
     for k, flag in enumerate(wanted):
         if not flag:
             continue
@@ -99,7 +100,12 @@ def plan_of_call(call: Call, leaves: Sequence[Tensor], wanted: Sequence[bool]) -
 
 
 def _words(method: Method) -> str:
-    how = {"coordinate": "element by element", "colored": f"by colors ({method.coloring})"}.get(method.how, method.how)
+    words = {
+        "coordinate": "element by element",
+        "colored": f"by colors ({method.coloring})",
+        "symmetric": "symmetric (at most)",
+    }
+    how = words.get(method.how, method.how)
     return f"{how}, affine: one sample for all" if method.alike else how
 
 
@@ -108,7 +114,7 @@ def _calls(call: Call, site: Site, method: Method) -> int:
     if type(fixed) is int:
         folded = site.apart and call.folds
         rows = method.samples * (method.directions if folded else 1)
-        return method.evaluations * -(-rows // fixed) * (1 if folded else method.directions) + (1 if method.base else 0)
+        return method.evaluations * -(-rows // fixed) * (1 if folded else method.directions)
     if site.apart and call.folds and call.guard.pool is None:
         copies = min(method.directions, call.most_copies or method.directions)
         return method.evaluations * -(-method.directions // max(1, copies))

@@ -364,7 +364,7 @@ def _measure(
 def jvp(call: Call, leaves: Sequence[Tensor], many: Sequence[Sequence[Tensor | None]]) -> list[list[Tensor]]:
     """For several changes of the leaves the change of every output, real, (rows, m).
 
-    Cost: two evaluations of the batch for each leaf and each decade of its tangent's size over its steps; where steps
+    Cost: two evaluations of the batch for each leaf, four where its tangent is of very different sizes; where steps
     were given, as many as a VJP, so that the two agree.
     """
     outputs = list(range(len(call.base)))
@@ -437,7 +437,7 @@ def _columns(sweep: Sweep, site: Site, rows: Tensor, v: Tensor, step: Any, bound
 
 
 def _directional(sweep: Sweep, site: Site, rows: Tensor, v: Tensor, step: Any, bounds: tuple[Any, Any]) -> list[Tensor]:
-    """Along the direction itself, each element moved by at most its own step; by groups where steps differ much."""
+    """Along the direction itself, each element moved by at most its own step; in two groups where sizes differ much."""
     wide = torch.float64 if any(t.dtype == torch.float64 for t in (rows, *sweep.base(site))) else torch.float32
     places = sweep.stencil(site, rows, step, bounds)
     p, q = (t.to(wide) - rows.to(wide) for t in (places.upper, places.lower))
@@ -450,7 +450,9 @@ def _directional(sweep: Sweep, site: Site, rows: Tensor, v: Tensor, step: Any, b
         sided[:] = True
     ratio = torch.where(v != 0, v.abs() / length, torch.zeros_like(v))
     largest = ratio.amax(1, keepdim=True).clamp(min=torch.finfo(wide).tiny)
-    decades = torch.where(v != 0, (largest / ratio.clamp(min=torch.finfo(wide).tiny)).log10().floor().clamp(0, 7), -1.0)
+    apart = 4.0 if torch.finfo(rows.dtype).eps < 1e-10 else 2.0  # decades that rounding lets stand in one group
+    smaller = (largest / ratio.clamp(min=torch.finfo(wide).tiny)).log10()
+    decades = torch.where(v != 0, (smaller / apart).floor().clamp(0, 1), -1.0)
     # Beside a bound an element may move one way only; those that the tangent moves that way go together.
     way = torch.where(sided, torch.sign(p) * torch.sign(v), torch.zeros_like(v))
     base = sweep.base(site)

@@ -55,8 +55,7 @@ class Method:
     """How a site's derivatives are asked for.
 
     Attributes:
-        directions: perturbations; evaluations: calls for each; samples: that each evaluation runs. base: samples
-            beyond.
+        directions: perturbations; evaluations: calls for each; samples: that each evaluation runs.
         alike: one sample tells the derivative of all.
     """
 
@@ -64,13 +63,12 @@ class Method:
     directions: int
     evaluations: int
     samples: int
-    base: int = 0
     alike: bool = False
     coloring: Coloring | None = None
 
     @property
     def queries(self) -> int:
-        return self.directions * self.evaluations * self.samples + self.base
+        return self.directions * self.evaluations * self.samples
 
 
 def site_of(call: Call, leaves: Sequence[Tensor], k: int, outputs: Sequence[int]) -> Site:
@@ -110,8 +108,8 @@ def method_of(call: Call, site: Site, outputs: Sequence[int], shapes: Sequence[t
     if settings.elementwise:
         found.append(Method("elementwise", site.pairs, evaluated, samples))
     if settings.symmetric and alone and fits and len(outputs) == 1 and stepping and site.pairs == 1:
-        found.append(Method("symmetric", 1, 2, samples))
-    if site.pairs == 1 and alone:
+        found.append(Method("symmetric", 2, 2, samples))  # in two groups, where sizes of the cotangent differ much
+    if site.pairs == 1 and alone and not settings.elementwise:
         patterns = [settings.pattern(site.shape, shape) for shape in shapes]
         if patterns and all(p is not None for p in patterns):
             coloring = color([p for p in patterns if p is not None])
@@ -120,7 +118,7 @@ def method_of(call: Call, site: Site, outputs: Sequence[int], shapes: Sequence[t
     if settings.affine and alone and layout.batched and settings.mu is None and not call.draws:
         if settings.reindexing and site.pairs == 1 and len(outputs) == 1 and settings.bounds.given is None:
             best = min((best, Method("reindexing", 1, 1, 1)), key=lambda m: m.queries)
-        alike = [replace(m, evaluations=1, samples=1, base=1, alike=True) for m in found if m.how != "symmetric"]
+        alike = [replace(m, evaluations=1, samples=1, alike=True) for m in found if m.how != "symmetric"]
         best = min((best, *alike), key=lambda m: m.queries)
     return best
 

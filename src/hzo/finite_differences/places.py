@@ -10,7 +10,7 @@ from torch import Tensor
 from hzo.errors import InputError, NonFiniteError, StepError
 from hzo.finite_differences.steps import Scheme, accumulation_dtype
 
-_LOOKED_AT = 256
+_LOOKED_AT = 32
 _CHANCE = 1e-7  # smaller than this by chance alone: then it is another unit
 
 
@@ -116,6 +116,9 @@ def stencil(
     wide = accumulation_dtype(rows.dtype)
     at = rows.to(wide)
     h = torch.as_tensor(steps, dtype=wide, device=rows.device).expand(rows.shape)
+    if low is None and high is None:
+        second = at - h if scheme == "central" else at
+        return _paired(rows, at, (at + h).to(rows.dtype), second.to(rows.dtype), h, where)
     lowest = at - torch.inf if low is None else torch.as_tensor(low, dtype=wide, device=rows.device).expand(rows.shape)
     highest = (
         at + torch.inf if high is None else torch.as_tensor(high, dtype=wide, device=rows.device).expand(rows.shape)
@@ -147,16 +150,28 @@ def stencil(
         second = at
     upper, lower = first.to(rows.dtype), second.to(rows.dtype)
     upper, lower = (torch.minimum(torch.maximum(t, lowest.to(t.dtype)), highest.to(t.dtype)) for t in (upper, lower))
-    p, q = upper.to(wide) - at, lower.to(wide) - at  # as rounding left them
-    if bool((p == q).any()) or (scheme == "central" and not window and bool(((p == 0) | (q == 0)).any())):
-        raise StepError(
-            f"a step of {float(h.min()):.3g} vanishes beside values of up to {float(at.abs().max()):.3g} of {where} in "
-            f"{rows.dtype}; give a larger step, or run this part in a wider dtype"
-        )
     if window or scheme == "forward" or not bool((beside_high | beside_low).any()):
-        weight = 1 / (p - q)
-        return Stencil(upper, lower, weight, -weight, True)
+        return _paired(rows, at, upper, lower, h, where)
+    p, q = upper.to(wide) - at, lower.to(wide) - at  # as rounding left them
+    if bool(((p == q) | (p == 0) | (q == 0)).any()):
+        raise _vanishing(at, h, where, rows.dtype)
     sided = beside_high | beside_low
     weight = torch.where(sided, -q / (p * (p - q)), 1 / (p - q))
     other = torch.where(sided, -p / (q * (q - p)), -1 / (p - q))
     return Stencil(upper, lower, weight, other, False)
+
+
+def _paired(rows: Tensor, at: Tensor, upper: Tensor, lower: Tensor, h: Tensor, where: str) -> Stencil:
+    """Two places and the distance that rounding left between them."""
+    gap = upper.to(at.dtype) - lower.to(at.dtype)
+    if not bool(gap.all()):
+        raise _vanishing(at, h, where, rows.dtype)
+    weight = 1 / gap
+    return Stencil(upper, lower, weight, -weight, True)
+
+
+def _vanishing(at: Tensor, h: Tensor, where: str, dtype: torch.dtype) -> StepError:
+    return StepError(
+        f"a step of {float(h.min()):.3g} vanishes beside values of up to {float(at.abs().max()):.3g} of {where} in "
+        f"{dtype}; give a larger step, or run this part in a wider dtype"
+    )

@@ -24,6 +24,7 @@ PROMISES = {
     "affine": "x ↦ A x + b for every sample, with one A and one b for all samples",
     "tokens": "every place along the last dimension's vectors is mapped on its own, and all places alike",
     "reindexing": "every output element is a copy of an input element, or zero",
+    "symmetric": "the Jacobian of every sample is its own transpose, as that of a gradient, or of a symmetric matrix",
     "stationary": "shifted input, shifted output; outside lie zeros: with 'affine' and a Local for every spatial axis",
 }
 """Promises that are a word; ``Local`` is the one that has numbers in it."""

@@ -57,9 +57,9 @@ def infer_structure(module: nn.Module, x: Tensor, *, seed: int = 0) -> InferredS
         x: an input as the module will meet it in the network.
         seed: of moves and random points, drawn apart from the global random state.
 
-    Looked for: elementwise, affine, tokens, locality along each axis (between axes of the same number, of at most 256
-    places), reindexing, stationary; positively homogeneous is reported and promises nothing. Strong promises are only
-    proposed where they pass ``hzo.check_structure``.
+    Looked for: elementwise, affine, symmetric, tokens, locality along each axis (between axes of the same number, of at
+    most 256 places), reindexing, stationary; positively homogeneous is reported and promises nothing. Strong promises
+    are only proposed where they pass ``hzo.check_structure``.
 
     Cost: three runs for each place along each axis and some hundred more, of at most four samples, counted as
     ``check_evaluations``. Buffers, random state and training flags are as before. Source: ours.
@@ -100,6 +100,9 @@ def _infer(module: nn.Module, x: Tensor, generator: torch.Generator) -> Inferred
     tested["positively homogeneous"] = _tried(lambda: _homogeneous(run, rows))
     promises: list[Promise] = [name for name in ("elementwise", "affine") if tested[name].holds]
     affine = tested["affine"].holds
+    if shape == output and not tested["elementwise"].holds:
+        tested["symmetric"] = _tried(lambda: properties.symmetric(run, rows, generator))
+        promises += ["symmetric"] if tested["symmetric"].holds else []
     if not tested["elementwise"].holds and len(shape) == len(output):
         local = [p for axis in range(1, len(shape)) if (p := _along(run, rows, shape, output, axis, generator))]
         apart = {p.axis for p in local if p == Local(p.axis)}

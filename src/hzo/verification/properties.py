@@ -218,10 +218,34 @@ def affine(run: Run, rows: Tensor, generator: torch.Generator) -> Finding:
     return Finding(error, tolerance, tests, where, 0.0, error)
 
 
+def symmetric(run: Run, rows: Tensor, generator: torch.Generator) -> Finding:
+    """⟨u, J v⟩ = ⟨v, J u⟩ for random u and v, relative to their lengths; for as many results as there are inputs."""
+    wide, unit = accumulation_dtype(rows.dtype), resolution(rows)
+    h = scale_of(rows) * unit ** (1 / 3)
+
+    def along(v: Tensor) -> Tensor:
+        (up,), (down,) = run(rows + h * v), run(rows - h * v)
+        found: Tensor = (up.to(wide) - down.to(wide)) / (2 * h)
+        return found
+
+    error, where, pairs = 0.0, "", 4
+    for _ in range(pairs):
+        u, v = (torch.randn(rows.shape, generator=generator).to(rows) for _ in range(2))
+        of_u, of_v = along(u), along(v)
+        size = (of_u.norm(dim=1) * v.norm(dim=1)).clamp(min=torch.finfo(wide).tiny)
+        defect = ((u * of_v).sum(1) - (v * of_u).sum(1)).abs() / size
+        if float(defect.max()) > error:
+            error, where = float(defect.max()), f"⟨u, J v⟩ is not ⟨v, J u⟩ for sample {int(defect.argmax())}"
+    return Finding(error, 100 * unit ** (2 / 3), 4 * pairs, where, 0.0, error)
+
+
 def alike(run: Run, rows: Tensor, vectors: int, generator: torch.Generator) -> Finding:
     """The last dimension's vectors, ``vectors`` in a sample, change places: so do their results, and nothing else."""
     (base,) = run(rows)
-    order = torch.randperm(vectors, generator=generator).to(rows.device)
+    ring = torch.randperm(vectors, generator=generator)
+    order = torch.empty_like(ring)
+    order[ring] = ring.roll(1)  # none stays where it is: a change of places that moves nothing would show nothing
+    order = order.to(rows.device)
     shuffled = rows.view(len(rows), vectors, -1)[:, order].reshape(rows.shape)
     change = gap(base.reshape(len(base), vectors, -1)[:, order], run(shuffled)[0].reshape(len(base), vectors, -1))
     error = float(change.max()) if change.numel() else 0.0

@@ -197,6 +197,8 @@ def _declared_checks(
         yield "elementwise", Finding(float("inf"), 0.0, 0, came)
     if "affine" in promises:
         yield "affine", properties.affine(run, rows, task.generator)
+    if "symmetric" in promises:
+        yield "symmetric", properties.symmetric(run, rows, task.generator)
     if "tokens" in promises:
         if task.graph.values[op.reads[0]].shape[:-1] != value.shape[:-1]:
             yield "tokens", Finding(float("inf"), 0.0, 0, came)
