@@ -32,7 +32,7 @@ KNOWN = [
     (nn.LayerNorm((4, 6)), (4, 6), {"symmetric"}),
     (nn.Softmax(-1), (4, 5), {"tokens", "symmetric"}),
     (nn.InstanceNorm1d(3), (3, 5), {"tokens", "symmetric"}),
-    (Opaque(lambda x: F.instance_norm(x, weight=ramp(x[0, :, 0]), bias=None)), (3, 5), {L(1)}),
+    (Opaque(lambda x: F.instance_norm(x, weight=ramp(x[0, :, 0]), bias=None)), (3, 5), {L(1), "symmetric"}),
     (nn.BatchNorm2d(3).eval(), (3, 4, 4), {"elementwise", "affine"}),
     (nn.BatchNorm2d(3), (3, 4, 4), set()),  # samples influence each other
     (nn.Flatten(), (4, 3), {"affine", "reindexing"}),
