@@ -51,3 +51,23 @@ class ColoringError(HzoError, AssertionError):
 
 class StepError(HzoError, ArithmeticError):
     """A finite-difference step vanishes in the dtype of what it perturbs."""
+
+
+class DerivativeError(HzoError, RuntimeError):
+    """A derivative was asked for that a black box does not have, such as a second one."""
+
+
+class DistributedError(HzoError, RuntimeError):
+    """A model is spread over processes in a way that hzo would silently get wrong."""
+
+
+class HzoWarning(UserWarning):
+    """Base of all warnings given by hzo."""
+
+
+class InaccurateGradientWarning(HzoWarning):
+    """A gradient was estimated, and its own error estimate says that it is not to be trusted."""
+
+
+class FailedSamplesWarning(HzoWarning):
+    """Samples of a batch diverged and were left out of a gradient."""

@@ -14,6 +14,7 @@ from torch import nn
 import hzo
 from hzo.errors import (
     CoupledSamplesError,
+    DerivativeError,
     HzoError,
     InputError,
     NondeterministicError,
@@ -332,12 +333,14 @@ class TestErrors:
         """Their terms would be missing without a word."""
         x = normal(2, 3).requires_grad_()
         (g,) = torch.autograd.grad(hzo.blackbox(torch.sin)(x).square().sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
+        with pytest.raises(DerivativeError, match="a second derivative of the black box sin was asked for"):
             g.sum().backward()
 
-    def test_integer_results_have_no_gradient(self):
+    def test_integers_are_kept_where_they_are_indices(self):
         x = normal(2, 3).requires_grad_()
-        assert not hzo.blackbox(lambda x: x.argmax(1))(x).requires_grad
+        found = hzo.blackbox(lambda x: x.argmax(1), integers="kept")(x)
+        assert not found.requires_grad
+        assert torch.equal(found, x.argmax(1))
 
 
 def test_trains():

@@ -12,7 +12,6 @@ from torch import nn
 from torch.func import functional_call, grad
 
 import hzo
-from hzo.errors import InputError
 from support.boxes import TOLERANCE, Odd, chained, gradients, physics, problem
 from support.oracles import normal
 
@@ -153,11 +152,12 @@ class TestTheRestOfTorch:
             assert torch.equal(model(x), model.b(physics(model.a(x))))
         assert count.queries == count.check_evaluations == 0
 
-    def test_what_is_no_tensor_is_bound_to_the_callable(self):
-        box = hzo.blackbox(lambda x, power: x**power)
-        with pytest.raises(InputError, match=r"got a int; bind all else to the callable"):
-            box(normal(5, 4), 2)
+    def test_what_is_no_tensor_is_passed_on(self):
         x = normal(5, 4).requires_grad_()
+        for box in (hzo.blackbox(lambda x, power: x**power), hzo.blackbox(torch.pow)):
+            box(x, 2).sum().backward()
+            assert torch.allclose(x.grad, 2 * x, rtol=TOLERANCE)
+            x.grad = None
         hzo.blackbox(partial(torch.pow, exponent=2))(x).sum().backward()
         assert torch.allclose(x.grad, 2 * x, rtol=TOLERANCE)
 

@@ -1,88 +1,374 @@
-"""The bridge to autograd: one pass through a black box, whose forward is a base pass and whose backward is a sweep."""
+"""The bridge to autograd: a call of a part as a Function, whose derivatives are taken by queries.
+
+A VJP is linear in its cotangent and a JVP in its tangent, and each is the other's derivative along that. Through the
+point at which they were taken there is no second derivative, and asking for one is an error.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from hzo.errors import NondeterministicError
-from hzo.execution import Activities, base_pass, contained, counting, run_again, undone_on_error, with_parameters
-from hzo.external.guard import expect
-from hzo.finite_differences import accumulation_dtype
-from hzo.gradients import Sweep, at_the_end, plan_of, sweep, traced_for
-from hzo.measurement import calibrate
-from hzo.planner import plan as make_plan
-from hzo.plans import Plan, schedule
-from hzo.tracing import Chain, Ref
-from hzo.tracing.recorder import close
-
-_measured: WeakKeyDictionary[Chain, Plan] = WeakKeyDictionary()
-"""Plans of chains whose noise was measured."""
+from hzo.errors import DerivativeError
+from hzo.external.call import Call
+from hzo.external.products import jvp, vjp
 
 
-def planned(chain: Chain, options: Mapping[str, Any]) -> Plan:
-    """The plan of a box's chain: the one that followed from measuring it, if it was."""
-    return _measured.get(chain) or plan_of(chain, options)
+def through(call: Call, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """What a part makes of these leaves; autograd takes its derivatives from ``call``."""
+    found: tuple[Tensor, ...] = _Part.apply(call, *leaves)  # type: ignore[no-untyped-call]
+    return found
 
 
-def forget(stages: nn.Module) -> None:
-    """Forget what was measured of these stages."""
-    for chain in [chain for chain in _measured if chain.model is stages]:
-        del _measured[chain]
-
-
-@dataclass
-class Pass:
-    """One forward pass through a box, and what its backward pass needs of it.
+@dataclass(frozen=True)
+class _Spec:
+    """What a linear map is asked for.
 
     Attributes:
-        stages, options: of the box: what runs, and how its backward pass is planned.
-        measured: whether its noise is to be measured. memory: bytes for the perturbed copies of a chunk.
-        wanted: which inputs require a gradient. names: of the parameters that do.
-        inputs, parameters: as they were in the forward pass, whoever holds others since.
-        chain, activities: what was traced, and what its base pass left. structure: of the output. seed: of smoothing.
-        autocast: device, and the dtype that autocast computed in there, if it did. training: modes of the modules.
+        leaves: how many. wanted: of them, those whose cotangents are asked for, or that have a tangent.
+        given: for a VJP, the outputs that have a cotangent. many: vectors at once, in a dimension in front; None for
+            one.
     """
 
-    stages: nn.Module
-    options: Mapping[str, Any]
-    measured: bool
-    memory: int | None
-    wanted: tuple[bool, ...]
-    names: tuple[str, ...]
-    inputs: tuple[Tensor, ...] = ()
-    parameters: dict[str, Tensor] = field(default_factory=dict)
-    chain: Chain = field(init=False)
-    activities: Activities = field(init=False)
-    structure: Any = None
-    seed: int = 0
-    autocast: tuple[str, torch.dtype | None] = ("cpu", None)
-    training: dict[nn.Module, bool] = field(default_factory=dict)
-
-    @property
-    def repeats(self) -> bool:
-        """Whether the stages are said to give the same for the same."""
-        return not self.measured and "noise" not in self.options
+    call: Call
+    leaves: int
+    wanted: tuple[int, ...]
+    given: tuple[int, ...]
+    many: int | None = None
 
 
-def through(this: Pass, inputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> Any:
-    """What a box makes of its inputs; autograd takes its backward pass from ``this``."""
-    outputs = _Estimated.apply(this, *inputs, *parameters)  # type: ignore[no-untyped-call]
-    return pytree.tree_unflatten(outputs, this.structure)
-
-
-class _Estimated(torch.autograd.Function):
+class _Part(torch.autograd.Function):
     @staticmethod
-    def forward(this: Pass, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(call: Call, *leaves: Tensor) -> tuple[Tensor, ...]:
+        _check_untraced(call)
+        return call.forward(leaves)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.call, *leaves = inputs
+        ctx.save_for_backward(*leaves)  # so that autograd notices where one is changed in place
+        ctx.save_for_forward(*leaves)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(t for t in output if not (t.is_floating_point() or t.is_complex())))
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        call, leaves = ctx.call, ctx.saved_tensors
+        call.consumed = True
+        wanted = tuple(k for k, flag in enumerate(ctx.needs_input_grad[1:]) if flag)
+        given = tuple(o for o, g in enumerate(cotangents) if g is not None)
+        result: list[Tensor | None] = [None] * len(leaves)
+        if wanted and given:
+            spec = _Spec(call, len(leaves), wanted, given)
+            point, vectors = _once(call, leaves), [cotangents[o] for o in given]
+            level = _engine_batch(vectors)  # type: ignore[arg-type]
+            if level is None:
+                found = _Vjp.apply(spec, *point, *vectors)  # type: ignore[no-untyped-call]
+            else:
+                unbatched = _without_level(vectors, level)  # type: ignore[arg-type]
+                many = replace(spec, many=len(unbatched[0]))
+                found = [
+                    torch._add_batch_dim(t, 0, level)
+                    for t in _Vjp.apply(many, *point, *unbatched)  # type: ignore[no-untyped-call]
+                ]
+            for k, g in zip(wanted, found, strict=True):
+                result[k] = g
+        return (None, *result)
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        call, leaves = ctx.call, ctx.saved_tensors
+        wanted = tuple(k for k, t in enumerate(tangents) if t is not None)
+        spec = _Spec(call, len(leaves), wanted, ())
+        found: tuple[Tensor | None, ...] = _Jvp.apply(  # type: ignore[no-untyped-call]
+            spec, *_once(call, leaves), *(tangents[k] for k in wanted)
+        )
+        return found
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], call: Call, *leaves: Tensor) -> tuple[tuple[Tensor, ...], Any]:
+        dims, size = in_dims[1:], info.batch_size
+        first = _picked(leaves, dims, 0)
+        inner = call.again()
+        results = [through(inner, first)]
+        if inner.moved_on:
+            raise DerivativeError(
+                f"{call.guard} keeps a state, and under torch.vmap each of {size} slices would move it on; give the "
+                "state to it and have it returned: f(x, state) -> (y, state)"
+            )
+        call.adopt(inner)
+        layout = inner.layout
+        along = all(flag or dim is None for flag, dim in zip(layout.leaves, dims, strict=True))
+        if size > 1 and along and inner.folds and all(layout.outputs):
+            whole = call.again()
+            folded = [
+                _folded(t, dim, size) if flag else t for t, dim, flag in zip(leaves, dims, layout.leaves, strict=True)
+            ]
+            outputs = through(whole, folded)
+            batch = layout.batch
+            call.slices = [whole.part(v * batch, (v + 1) * batch) for v in range(size)]
+            return tuple(t.reshape(size, batch, *t.shape[1:]) for t in outputs), (0,) * len(outputs)
+        call.slices = [inner]
+        for v in range(1, size):
+            call.slices.append(call.again())
+            results.append(through(call.slices[-1], _picked(leaves, dims, v)))
+        return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
+
+
+class _Vjp(torch.autograd.Function):
+    """Cotangents of the leaves that are wanted, from those of the outputs that are given."""
+
+    @staticmethod
+    def forward(spec: _Spec, *tensors: Tensor) -> tuple[Tensor, ...]:
+        leaves, given = tensors[: spec.leaves], tensors[spec.leaves :]
+        call, count = spec.call, spec.many or 1
+        _check_untraced(call)
+        many: list[list[Tensor | None]] = [[None] * len(call.base) for _ in range(count)]
+        for o, g in zip(spec.given, given, strict=True):
+            for v in range(count):
+                many[v][o] = g if spec.many is None else g[v]
+        wanted = [k in spec.wanted for k in range(spec.leaves)]
+        found = vjp(call, leaves, many, wanted)
+        results = []
+        for k in spec.wanted:
+            of_each = [torch.zeros_like(leaves[k]) if f[k] is None else f[k] for f in found]
+            results.append(of_each[0] if spec.many is None else torch.stack(of_each))  # type: ignore[arg-type]
+        return tuple(results)  # type: ignore[arg-type]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004
+        ctx.spec, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        spec, tensors = ctx.spec, ctx.saved_tensors
+        leaves = tensors[: spec.leaves]
+        # Through the leaves: of whatever value, since who asks for it meets the error in _Once.
+        result: list[Tensor | None] = [
+            torch.zeros_like(t) if flag else None for t, flag in zip(leaves, ctx.needs_input_grad[1:], strict=False)
+        ]
+        there = tuple(k for k, t in zip(spec.wanted, tangents, strict=True) if t is not None)
+        if not there or not any(ctx.needs_input_grad[1 + spec.leaves :]):
+            return (None, *result, *(None for _ in spec.given))
+        moved = _Spec(spec.call, spec.leaves, there, (), spec.many)
+        changes = _Jvp.apply(  # type: ignore[no-untyped-call]
+            moved, *_once(spec.call, leaves), *(t for t in tangents if t is not None)
+        )
+        return (None, *result, *(changes[o] for o in spec.given))
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Any:
+        spec, tensors = ctx.spec, ctx.saved_tensors
+        moved = [t for t in tangents[: spec.leaves] if t is not None]
+        if moved:
+            raise _second(spec.call)
+        given = tuple(o for o, t in zip(spec.given, tangents[spec.leaves :], strict=True) if t is not None)
+        return _Vjp.apply(  # type: ignore[no-untyped-call]
+            replace(spec, given=given),
+            *_once(spec.call, tensors[: spec.leaves]),
+            *(t for t in tangents[spec.leaves :] if t is not None),
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], spec: _Spec, *tensors: Tensor) -> tuple[Any, Any]:
+        return _mapped(_Vjp, info.batch_size, in_dims[1:], spec, tensors)
+
+
+class _Jvp(torch.autograd.Function):
+    """Changes of all outputs, from those of the leaves that have a tangent (``wanted``)."""
+
+    @staticmethod
+    def forward(spec: _Spec, *tensors: Tensor) -> tuple[Tensor, ...]:
+        leaves, given = tensors[: spec.leaves], tensors[spec.leaves :]
+        call, count = spec.call, spec.many or 1
+        _check_untraced(call)
+        many: list[list[Tensor | None]] = [[None] * spec.leaves for _ in range(count)]
+        for k, t in zip(spec.wanted, given, strict=True):
+            for v in range(count):
+                many[v][k] = t if spec.many is None else t[v]
+        found = [_shaped(call, changes, leaves) for changes in jvp(call, leaves, many)]
+        if spec.many is None:
+            return tuple(found[0])
+        return tuple(torch.stack(parts) for parts in zip(*found, strict=True))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.spec, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(t for t in output if not (t.is_floating_point() or t.is_complex())))
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        spec, tensors = ctx.spec, ctx.saved_tensors
+        leaves = tensors[: spec.leaves]
+        result: list[Tensor | None] = [
+            torch.zeros_like(t) if flag else None for t, flag in zip(leaves, ctx.needs_input_grad[1:], strict=False)
+        ]
+        given = tuple(o for o, g in enumerate(cotangents) if g is not None)
+        if not given or not any(ctx.needs_input_grad[1 + spec.leaves :]):
+            return (None, *result, *(None for _ in spec.wanted))
+        found = _Vjp.apply(  # type: ignore[no-untyped-call]
+            replace(spec, given=given), *_once(spec.call, leaves), *(g for g in cotangents if g is not None)
+        )
+        return (None, *result, *found)
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Any:
+        spec, tensors = ctx.spec, ctx.saved_tensors
+        if any(t is not None for t in tangents[: spec.leaves]):
+            raise _second(spec.call)
+        there = tuple(k for k, t in zip(spec.wanted, tangents[spec.leaves :], strict=True) if t is not None)
+        return _Jvp.apply(  # type: ignore[no-untyped-call]
+            replace(spec, wanted=there),
+            *_once(spec.call, tensors[: spec.leaves]),
+            *(t for t in tangents[spec.leaves :] if t is not None),
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], spec: _Spec, *tensors: Tensor) -> tuple[Any, Any]:
+        return _mapped(_Jvp, info.batch_size, in_dims[1:], spec, tensors)
+
+
+class _Once(torch.autograd.Function):
+    """The point at which a derivative was taken: nothing may be differentiated through it once more."""
+
+    @staticmethod
+    def forward(call: Call, leaf: Tensor) -> Tensor:  # noqa: ARG004
+        return leaf.view_as(leaf)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004
+        ctx.call = inputs[0]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor | None) -> Any:
+        raise _second(ctx.call)
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, tangent: Tensor | None) -> Tensor | None:  # noqa: ARG004
+        return None if tangent is None else tangent.view_as(tangent)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], call: Call, leaf: Tensor) -> tuple[Tensor, Any]:  # noqa: ARG004
+        return _Once.apply(call, leaf), in_dims[1]  # type: ignore[no-untyped-call]
+
+
+def _engine_batch(tensors: Sequence[Tensor]) -> int | None:
+    """The level of autograd's own vectorization (``is_grads_batched``), which knows no rule of a Function's."""
+    if not any(torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors):
+        return None
+    level: int = torch._C._vmapmode_increment_nesting()
+    torch._C._vmapmode_decrement_nesting()
+    return level - 1
+
+
+def _without_level(tensors: Sequence[Tensor], level: int) -> list[Tensor]:
+    """With the dimension of this level in front."""
+    batched = [torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors]
+    found = [torch._remove_batch_dim(t, level, 1, 0) if flag else t for t, flag in zip(tensors, batched, strict=True)]
+    size = next(len(t) for t, flag in zip(found, batched, strict=True) if flag)
+    return [t if flag else t.expand(size, *t.shape) for t, flag in zip(found, batched, strict=True)]
+
+
+def _once(call: Call, leaves: Sequence[Tensor]) -> list[Tensor]:
+    return [
+        _Once.apply(call, t) if t.is_floating_point() or t.is_complex() else t  # type: ignore[no-untyped-call]
+        for t in leaves
+    ]
+
+
+def _check_untraced(call: Call) -> None:
+    """A trace without values (make_fx, torch.func.linearize, FakeTensor) cannot run a part that needs them."""
+    for mode in _get_current_dispatch_mode_stack():
+        if type(mode).__name__ in ("ProxyTorchDispatchMode", "FakeTensorMode"):
+            raise DerivativeError(
+                f"{call.guard} was called in a trace without values (make_fx, torch.func.linearize, torch.export), and "
+                "it needs them; call it outside of the trace, or take torch.func.jvp in place of linearize"
+            )
+
+
+def _second(call: Call) -> DerivativeError:
+    return DerivativeError(
+        f"a second derivative of {call.guard} was asked for, which it does not have (it is once_differentiable): "
+        "differences of differences lose all digits. Take differences of its gradient yourself, at a step that suits "
+        "the part, or leave create_graph out where only the first derivative is wanted"
+    )
+
+
+def _shaped(call: Call, changes: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
+    """Changes in shape and dtype of what the forward pass returned."""
+    count, dtype, found = len(call.result_positions), call.dtype_of(leaves), []
+    for k, (change, shape) in enumerate(zip(changes, call.shapes, strict=True)):
+        if call.complex[k]:
+            made = torch.view_as_complex(change.reshape(*shape, 2).contiguous())
+            made = made.to(torch.complex128 if dtype == torch.float64 else torch.complex64) if k < count else made
+        else:
+            made = change.reshape(shape).to(call.made[k])
+        found.append(made)
+    return found
+
+
+def _picked(tensors: Sequence[Tensor], dims: Sequence[int | None], v: int) -> list[Tensor]:
+    return [t if dim is None else t.select(dim, v) for t, dim in zip(tensors, dims, strict=True)]
+
+
+def _folded(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+    """(size × B, …)."""
+    front = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    return front.flatten(0, 1)
+
+
+def _mapped(
+    function: Any, size: int, dims: Sequence[int | None], spec: _Spec, tensors: Sequence[Tensor]
+) -> tuple[tuple[Tensor, ...], Any]:
+    """A linear map for each slice: many vectors at one point, or slices of what ``vmap`` made of the call."""
+    point, vectors = dims[: spec.leaves], dims[spec.leaves :]
+    leaves, given = tensors[: spec.leaves], tensors[spec.leaves :]
+    if spec.call.slices and len(spec.call.slices) == size and any(dim is not None for dim in point):
+        results = [
+            function.apply(
+                replace(spec, call=spec.call.slices[v]), *_picked(leaves, point, v), *_picked(given, vectors, v)
+            )
+            for v in range(size)
+        ]
+        return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
+    if any(dim is not None for dim in point):
+        raise DerivativeError(
+            f"torch.vmap over the inputs of {spec.call.guard} does not fit the forward pass that it was called with; "
+            "put the call of the part inside of what is mapped"
+        )
+    stacked = [
+        t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0) for t, dim in zip(given, vectors, strict=True)
+    ]
+    if spec.many is not None:
+        stacked = [t.flatten(0, 1) for t in stacked]
+    found = function.apply(replace(spec, many=size * (spec.many or 1)), *leaves, *stacked)
+    if spec.many is not None:
+        found = tuple(t.reshape(size, spec.many, *t.shape[1:]) for t in found)
+    return found, (0,) * len(found)
+
+
+# ---- a whole that is planned -----------------------------------------------------------------------------------------
+
+
+class _Planned(torch.autograd.Function):
+    @staticmethod
+    def forward(this: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
         count = len(this.wanted)
-        return _forward(this, tensors[:count], tensors[count:])
+        found: tuple[Tensor, ...] = this.forward(tensors[:count], tensors[count:])
+        return found
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -95,7 +381,30 @@ class _Estimated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         _ = ctx.saved_tensors
-        return (None, *_backward(ctx.this, cotangents))
+        return (None, *ctx.this.carry_back(cotangents))
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Any:  # noqa: ARG004
+        raise DerivativeError(
+            "forward-mode differentiation (jvp, jacfwd) does not pass through a box that is planned as a whole (a list "
+            "of parts, or noise=); make a box of each part, or use the backward pass"
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, this: Any, *tensors: Tensor) -> Any:  # noqa: ARG004
+        raise DerivativeError(
+            "torch.vmap does not pass through a box that is planned as a whole (a list of parts, or noise=); make a "
+            "box of each part, or put the dimension into the batch"
+        )
+
+
+def through_planned(this: Any, inputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Results of ``this.forward``; autograd asks ``this.carry_back`` for cotangents."""
+    found: tuple[Tensor, ...] = _Planned.apply(this, *inputs, *parameters)  # type: ignore[no-untyped-call]
+    return found
+
+
+# ---- a loss that brings its cotangent --------------------------------------------------------------------------------
 
 
 class _Given(torch.autograd.Function):
@@ -114,103 +423,12 @@ class _Given(torch.autograd.Function):
     def backward(ctx: Any, factor: Tensor, _: Tensor) -> tuple[None, Tensor]:
         return None, factor * ctx.cotangent
 
+    @staticmethod
+    def jvp(ctx: Any, _: None, tangent: Tensor) -> tuple[Tensor, None]:
+        return (ctx.cotangent * tangent).sum(), None
+
 
 def with_cotangent(given: Callable[[], tuple[Tensor, Tensor]], output: Tensor) -> Tensor:
     """The loss that ``given()`` returns beside a cotangent; autograd takes that for its gradient along ``output``."""
     loss: Tensor = _Given.apply(given, output)[0]  # type: ignore[no-untyped-call]
     return loss
-
-
-def _forward(this: Pass, inputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """A base pass, whose activities wait for the backward pass."""
-    device = inputs[0].device.type
-    this.autocast = device, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    this.training = {module: module.training for module in this.stages.modules()}
-    this.inputs = tuple(t.detach().requires_grad_(w) for t, w in zip(inputs, this.wanted, strict=True))
-    this.parameters = {n: p.detach().requires_grad_() for n, p in zip(this.names, parameters, strict=True)}
-
-    def run() -> None:
-        this.chain = traced_for(this.stages, this.inputs, strict=False)
-        graph = this.chain.traced
-        noisy = next((op for op in graph.operations if not op.deterministic), None)
-        if noisy is not None and this.repeats:
-            raise _two_results(noisy.name)
-        with undone_on_error([this.stages]):
-            this.activities = base_pass(graph, [t.detach() for t in this.inputs])
-            this.seed = int(torch.randint(2**62, ())) if "mu" in this.options else 0
-
-    _with_parameters(this, run)
-    values = this.activities.values
-    # Copies: what becomes of the output must not reach what is stored.
-    output = pytree.tree_map_only(Ref, lambda ref: values[ref.value].clone(), this.chain.traced.output)
-    leaves, this.structure = pytree.tree_flatten(in_dtype_of(inputs, output))
-    return tuple(leaves)
-
-
-def _backward(this: Pass, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The cotangents of inputs and parameters, by a sweep; nothing is asked where all that come in are zero."""
-    graph = this.chain.traced
-    given = pytree.tree_unflatten(list(cotangents), this.structure)
-    at_end = {v: g.to(accumulation_dtype(graph.values[v].dtype)) for v, g in at_the_end(graph, given).items()}
-    if not any(bool(g.any()) for g in at_end.values()):
-        return [None] * (len(this.wanted) + len(this.names))
-
-    def run() -> Sweep:
-        if this.measured and this.chain not in _measured:
-            of = {key: this.options[key] for key in ("assume", "scheme")}
-            found = calibrate(this.chain, this.inputs, cotangent=given, **of)
-            _measured[this.chain] = make_plan(this.chain, calibration=found, **this.options)
-        plan = planned(this.chain, this.options)
-        # A sweep lets go of what it has read, and there may be another one.
-        activities = replace(this.activities, values=dict(this.activities.values))
-        with contained([this.stages]):
-            for module, training in this.training.items():  # of the forward pass, too
-                module.training = training
-            expect(this.stages, this.inputs[0].shape[0])
-            if this.repeats:
-                _check_same(this)
-            return sweep(graph, plan, schedule(graph, plan), activities, at_end, memory=this.memory, seed=this.seed)
-
-    device, dtype = this.autocast  # autograd runs a backward pass outside the user's autocast
-    with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
-        found = _with_parameters(this, run)
-    at_inputs = found.cotangents.get(0, {})
-    wanted = [at_inputs.get(v) for v in graph.inputs]
-    wanted += [found.gradients[name][1] if name in found.gradients else None for name in this.names]
-    tensors = (*this.inputs, *this.parameters.values())
-    return [None if g is None else g.to(t.dtype) for t, g in zip(tensors, wanted, strict=True)]
-
-
-def _with_parameters(this: Pass, run: Callable[[], Any]) -> Any:
-    """Run with the parameters of the forward pass, whoever holds others since."""
-    now = dict(this.stages.named_parameters())
-    with with_parameters(this.stages, {id(now[name]): p for name, p in this.parameters.items()}):
-        return run()
-
-
-def _check_same(this: Pass) -> None:
-    """Run the stages once more: differences of a result that has changed since would mean nothing."""
-    graph, first = this.chain.traced, this.activities
-    again = replace(first, values=dict(first.values))
-    with counting.doing("the test that it repeats"):
-        run_again(graph, again, 0, len(graph.operations), len(graph.stages), [()] * len(graph.operations))
-    for op in graph.operations:
-        if not all(close(first.values[v], again.values[v]) for v in op.writes):
-            raise _two_results(op.name)
-
-
-def _two_results(name: str) -> NondeterministicError:
-    return NondeterministicError(
-        f"the black box {name} gave two results for the same input; its differences would be noise. Make it repeat, or "
-        "say how noisy it is, and have differences planned for that: hzo.blackbox(f, noise='measured')"
-    )
-
-
-def in_dtype_of(inputs: Sequence[Tensor], outputs: Any) -> Any:
-    """Floating outputs in the dtype of the inputs: NumPy code that computes in another one fits into the model."""
-    dtype = next((t.dtype for t in inputs if t.is_floating_point()), torch.get_default_dtype())
-
-    def cast(tensor: Tensor) -> Tensor:
-        return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != dtype else tensor
-
-    return pytree.tree_map_only(Tensor, cast, outputs)

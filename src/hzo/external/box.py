@@ -1,28 +1,41 @@
 """A part without a usable derivative inside an ordinary autograd model: its backward pass is made of queries.
 
-The part is a chain of opaque operations, and its backward pass the engine's (see autograd.py).
+A single callable is asked directly (call.py, queries.py). A list of them, or a part that is noisy, is planned as a
+whole (planned.py): stops between the parts, steps and repeats against noise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
 
 from hzo._options import positive, whole
 from hzo.errors import InputError
 from hzo.execution import counting
-from hzo.external.autograd import Pass, forget, in_dtype_of, planned, through
+from hzo.external.autograd import through, through_planned
+from hzo.external.call import Call, OnFailure, Settings
+from hzo.external.cost import BoxPlan, plan_of_call
 from hzo.external.guard import Guarded, expect
-from hzo.finite_differences import Scheme, check_scheme, check_step
+from hzo.external.history import History
+from hzo.external.planned import Pass, forget, in_dtype_of, planned
+from hzo.external.pool import Pool
+from hzo.external.signature import flatten, names_of
+from hzo.external.state import floating
+from hzo.external.steps import Bounds, Steps
+from hzo.finite_differences import Scheme, check_scheme
 from hzo.gradients import traced_for
 from hzo.noise import Noise
 from hzo.planner import check_smoothing
 from hzo.plans import Plan, Tree
 from hzo.structure import Assume
-from hzo.tracing import Chain, Local, Promise, Stages, declare, declared, declared_step
+from hzo.tape import current_recorder
+from hzo.tracing import Chain, Local, Promise, Stages, declare, declared, declared_links, declared_step
 from hzo.tracing.recorder import batch_size
 from hzo.verification import infer_structure
 
@@ -42,9 +55,18 @@ def blackbox(
     tree: Tree = "planned",
     assume: Assume = "structure",
     scheme: Scheme = "central",
-    step: float | None = None,
+    step: Any = None,
+    relative: bool = False,
+    bounds: Any = None,
+    max_error: float | None = None,
     mu: float | None = None,
     draws: int = 1,
+    batch_dim: Literal["found", 0] | None = "found",
+    integers: Literal["floating", "kept"] = "floating",
+    state: Any = "found",
+    on_failure: OnFailure = "pass",
+    executor: Any = None,
+    retries: int = 3,
     noise: float | Noise | Literal["measured"] | None = None,
     target_cosine: float | None = None,
     budget: float | None = None,
@@ -52,70 +74,117 @@ def blackbox(
 ) -> BlackBox:
     """Make an ``nn.Module`` of any callable; ``loss.backward()`` flows through it by finite differences.
 
+    The module is called as ``f`` is: with tensors, and whatever else ``f`` takes, by position or by keyword, nested in
+    tuples, dicts and dataclasses. It returns what ``f`` does, with tensors in place of arrays and numbers.
+
     Args:
-        f: from tensor(s) with the batch in dimension 0 to tensor(s) alike; samples must not influence each other. A
-            list of such is a chain of black boxes, whose backward pass follows a planned tree. An ``hzo.Chain`` is
-            looked into: layers that are known by their type are no black boxes.
+        f: any callable. Tensors with the batch in dimension 0 have a gradient for each sample, and samples must not
+            influence each other; others are shared by all samples. A list of callables (tensors in, tensors out) is a
+            chain, whose backward pass follows a planned tree. An ``hzo.Chain`` is looked into: layers that are known by
+            their type are no black boxes.
         numpy: ``f`` takes and returns NumPy arrays.
         batched: False where ``f`` cannot take another number of samples than the forward pass; a number where it takes
             exactly so many (the last ones are padded).
-        timeout: seconds for one call of ``f``, in a thread of its own; None for any time.
+        timeout: seconds for one call of ``f``, in a thread of its own; None for any time. As many perturbed samples go
+            into a call as, by the time of the forward pass, take half of it.
         name: in messages and ``count.boxes``; None takes that of ``f``.
-        elementwise, promises: what may be assumed of a single ``f``, as ``hzo.declare`` takes it; ``"inferred"`` tests
-            at the first input what seems to hold (``hzo.infer_structure``). Parts of a list are declared one by one.
+        elementwise, promises: what may be assumed of a single ``f``, as ``hzo.declare`` takes it; ``"symmetric"``
+            besides: the Jacobian is its own transpose. ``"inferred"`` tests at the first input what seems to hold
+            (``hzo.infer_structure``). Parts of a list are declared one by one.
         parameters: ``"perturbed"``: trainable parameters of an ``f`` that is a module get a gradient, by queries.
             ``"ignored"``: neither they nor other trainable tensors that ``f`` uses get one from here; their gradient
             is your affair (the product of activity and cotangent, say).
-        tree, assume, scheme, step, mu, draws: as ``hzo.plan`` takes them. For piecewise constant ``f`` a ``step`` of
-            half its quantum, or a smoothing ``mu``.
+        tree, assume, scheme, mu, draws: as ``hzo.plan`` takes them. For piecewise constant ``f`` a ``step`` of half its
+            quantum, or a smoothing ``mu``.
+        step: length of the differences. None takes one for each element from its dtype and its surroundings. A number
+            is for all; a list has an entry for each input, a dict for each by name, and a tensor for each element of a
+            sample. ``"measured"`` tries many lengths at the first backward pass, and takes the one that suits the
+            part's own granularity: a tolerance, a quantum, a narrower dtype inside.
+        relative: steps are shares of the size of each element.
+        bounds: (low, high), where ``f`` is defined; None on one side for no bound; or such a pair for each input, as
+            for ``step``. Differences stay inside, one-sided at the edge.
+        max_error: error estimate above which a gradient is an error; None warns above 0.1 where hzo chose the steps.
+        batch_dim: ``"found"`` decides by the shapes that come out; 0; or None for a part without a batch, each of whose
+            elements is perturbed by itself.
+        integers: ``"floating"``: whole numbers and truth values come out in the input's dtype and carry a gradient;
+            ``"kept"``: they come out as they are (indices, masks), and carry none.
+        state: what ``f`` remembers from call to call. ``"found"`` looks at attributes and buffers of whatever ``f`` is
+            made of. A pair of functions ``(save, load)``, or an object with such methods, where it is elsewhere. None:
+            nothing. Queries start where the forward pass did, and the forward pass moves the state on once. Gradients
+            flow through numbers of the state from call to call, until a backward pass has been through them, or
+            ``detach_state()``.
+        on_failure: of samples that come out as NaN or infinity. ``"pass"`` hands them on, and is an error where the
+            loss depends on them; ``"raise"`` is an error at once; ``"zero"`` makes them zero, without a gradient, and
+            ``box.failed`` tells which they are. With ``"zero"`` a sample whose call raises is left out alike.
+        executor: a ``concurrent.futures.Executor``, or a function that makes one: calls of ``f`` run there, several at
+            a time. Calls whose worker is lost are asked again up to ``retries`` times. ``f`` must keep no state then.
         noise: None where ``f`` repeats, else an error. Random numbers of torch's do repeat: every query draws those of
             the forward pass, as for dropout. A simulator can do that, a chip cannot: with a noise they are noise. A
             number or ``hzo.Noise`` declares how noisy queries are, ``"measured"`` has it measured at the first backward
-            pass (``hzo.calibrate``; again after ``box.recalibrate()``). Steps, repeats and tree are then planned.
+            pass (``hzo.calibrate``; again after ``box.recalibrate()``). Steps, repeats and tree are then planned. A
+            state is no noise.
         target_cosine, budget: as ``hzo.plan`` takes them; a budget is in passes of this part.
         memory: bytes for the perturbed copies of a chunk.
 
     Cost of a backward pass: that of the plan (``box.plan_for(x)`` shows it); for a single callable of n input elements
     a sample 2 n B queries, 2 B if elementwise, with forward differences half of it. Where ``f`` repeats, a base
-    evaluation checks that it did. A first pass traces: about six runs of at most four samples. Inputs that require no
-    gradient cost nothing. Trainable parameters inside ``f`` are perturbed one by one, a query of B samples for
-    each element and direction (2 with central differences); freeze those that are not to be trained.
+    evaluation checks that it did; the first pass of a shape has one more that checks that samples are apart. Inputs
+    that require no gradient cost nothing. Trainable parameters inside ``f``, and tensors that all samples share, are
+    perturbed one by one, a query of B samples for each element and direction (2 with central differences).
 
     Raises:
         InputError: options that do not fit; a changed output shape, or one without the batch first.
         QueryError, QueryTimeoutError, NonFiniteError: what ``f`` did, and in which query.
         NondeterministicError: it gave two results for one input, and no noise is declared.
-        CoupledSamplesError: samples influence each other.
+        CoupledSamplesError: samples influence each other. DerivativeError: a second derivative was asked for.
+        StepError: the error estimate exceeds ``max_error``, or a step is lost in rounding.
         PlanError: a target that cannot be reached. Parameters and buffers are as before.
     """
-    if timeout is not None:
-        positive("timeout in seconds", timeout, "None waits for ever")
-    if not isinstance(batched, bool):
-        whole("batched, a number of samples a call,", batched, "True takes any number, False one")
-    if parameters not in ("perturbed", "ignored"):
-        raise InputError(f"expected parameters='perturbed' or 'ignored', got {parameters!r}")
-    ignores = parameters == "ignored"
-    check_step(step)
     check_smoothing(mu, draws, check_scheme(scheme), modelled=noise is not None)
-    if isinstance(noise, str) and noise != "measured":
-        raise InputError(f"expected noise to be a number, an hzo.Noise, 'measured' or None, got {noise!r}")
+    _check_options(timeout, batched, parameters, noise, max_error)
+    _one_of("on_failure", on_failure, ("pass", "raise", "zero"))
+    _one_of("integers", integers, ("floating", "kept"))
+    _one_of("batch_dim", batch_dim, ("found", 0, None))
     said = (promises,) if isinstance(promises, (str, Local)) else tuple(promises)
+    symmetric = "symmetric" in said
+    said = tuple(p for p in said if p != "symmetric")
     known = (*(("elementwise",) if elementwise else ()), *(p for p in said if p != "inferred"))
-    if (known or said) and (isinstance(f, (Chain, list, tuple))):
+    whole_plan = noise is not None or isinstance(f, (Chain, list, tuple))
+    if (known or said or symmetric) and isinstance(f, (Chain, list, tuple)):
         raise InputError("promises are made of one callable; give those of a chain one by one: hzo.declare(part, …)")
+    steps, limits = Steps(step, relative), Bounds(bounds)
+    length = float(step) if isinstance(step, (int, float)) and not isinstance(step, bool) else None
+    if whole_plan:
+        _check_single(
+            {
+                "step (other than a number)": step is not None and length is None,
+                "relative": relative,
+                "bounds": bounds is not None,
+                "max_error": max_error is not None,
+                "batch_dim": batch_dim != "found",
+                "on_failure": on_failure != "pass",
+                "executor": executor is not None,
+            }
+        )
+    if executor is not None and state not in ("found", None):
+        raise InputError(
+            "a part that runs in an executor cannot keep a state: give it and return it, f(x, state) -> (y, state)"
+        )
+    pool = None if executor is None else Pool(executor, whole("retries", retries) if retries else 0)
 
-    def guard(part: Part, of: str) -> nn.Module:
+    def guard(part: Part, of: str, last: bool) -> nn.Module:
         if isinstance(part, BlackBox):
             return part
         if not callable(part):
             raise InputError(f"expected something that can be called, got a {type(part).__name__}")
         guarded = Guarded(
-            part, of, numpy=numpy, batched=batched, timeout=timeout, ignores=ignores, noisy=noise is not None
-        )
+            part, of, numpy=numpy, batched=batched, timeout=timeout, ignores=parameters == "ignored", noisy=noise is not
+            None, state=state, floats=last and integers == "floating", pool=pool,
+        )  # fmt: skip
         module = part if isinstance(part, nn.Module) else None
         own = (*known, *(declared(module) or ()))
         # Declared, the step holds in an hzo chain, too; where noise is planned for, the error model must know of it.
-        return declare(guarded, *own, step=declared_step(module) or (step if noise is None else None))
+        return declare(guarded, *own, step=declared_step(module) or (length if noise is None else None))
 
     if isinstance(f, Chain):
         stages: nn.Module = f.model
@@ -126,15 +195,48 @@ def blackbox(
         names = [name or _name(part) for part in parts]
         if name and len(parts) > 1:
             names = [f"{name}[{k}]" for k in range(len(parts))]
-        stages = Stages([guard(part, of) for part, of in zip(parts, names, strict=True)])
-    options: dict[str, Any] = {"tree": tree, "assume": assume, "scheme": scheme, "step": step}
+        stages = Stages([guard(part, of, part is parts[-1]) for part, of in zip(parts, names, strict=True)])
+    settings = None
+    if not whole_plan and not isinstance(f, BlackBox):
+        settings = Settings(
+            steps, limits, scheme=scheme, mu=mu, draws=draws, memory=memory, integers=integers, on_failure=on_failure,
+            batch_dim=batch_dim, max_error=max_error, symmetric=symmetric,
+        )  # fmt: skip
+    options: dict[str, Any] = {"tree": tree, "assume": assume, "scheme": scheme, "step": length}
     options |= {"mu": mu, "draws": draws} if mu is not None else {}
     options |= {
         key: value for key, value in (("target_cosine", target_cosine), ("budget", budget)) if value is not None
     }
     if noise is not None and noise != "measured":
         options["noise"] = noise
-    return BlackBox(stages, options, measured=noise == "measured", inferred="inferred" in said, memory=memory)
+    return BlackBox(stages, options, settings, measured=noise == "measured", inferred="inferred" in said, memory=memory)
+
+
+def _check_options(timeout: Any, batched: Any, parameters: Any, noise: Any, max_error: Any) -> None:
+    if timeout is not None:
+        positive("timeout in seconds", timeout, "None waits for ever")
+    if not isinstance(batched, bool):
+        whole("batched, a number of samples a call,", batched, "True takes any number, False one")
+    if parameters not in ("perturbed", "ignored"):
+        raise InputError(f"expected parameters='perturbed' or 'ignored', got {parameters!r}")
+    if isinstance(noise, str) and noise != "measured":
+        raise InputError(f"expected noise to be a number, an hzo.Noise, 'measured' or None, got {noise!r}")
+    if max_error is not None:
+        positive("max_error", max_error)
+
+
+def _one_of(what: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if value not in allowed:
+        raise InputError(f"expected {what} to be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def _check_single(given: Mapping[str, bool]) -> None:
+    """Options that a box which is planned as a whole does not have."""
+    for option, there in given.items():
+        if there:
+            raise InputError(
+                f"{option} is an option of a single callable without noise=; of a list of parts make a box of each part"
+            )
 
 
 def _name(f: Any) -> str:
@@ -146,22 +248,124 @@ class BlackBox(nn.Module):
     their step hold there, and the chain's plan decides all else."""
 
     def __init__(
-        self, stages: nn.Module, options: Mapping[str, Any], *, measured: bool, inferred: bool, memory: int | None
+        self,
+        stages: nn.Module,
+        options: Mapping[str, Any],
+        settings: Settings | None,
+        *,
+        measured: bool,
+        inferred: bool,
+        memory: int | None,
     ) -> None:
         super().__init__()
         self.stages = stages
         self.options = dict(options)
+        self.settings = settings
         self.measured = measured
         self.inferred = inferred
         self.memory = memory
+        self.failed: Tensor | None = None
+        self._known: dict[Any, Any] = {}
+        self._history = History()
 
-    def forward(self, *inputs: Tensor) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._forward(args, kwargs)
+
+    def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.settings is None or counting.being_done() == counting.TRIAL_RUN:
+            return self._whole(args, kwargs)
+        guard = self._guard
+        self._know(args, kwargs)
+        call, tensors, parameters = self._call(args, kwargs)
+        wanted = [t for t in (*tensors, *parameters) if t.requires_grad]
+        state: list[Tensor] = []
+        if torch.is_grad_enabled():
+            keys, state = self._history.reaching(guard)
+            call = replace(call, state_keys=keys, names=[*call.names, *(f"state {key[-1]}" for key in keys)])
+        if not torch.is_grad_enabled() or not (wanted or state or _transformed(tensors)):
+            return self._plain(call, tensors, parameters)
+        call.on_tape = current_recorder() is not None
+        found = through(call, [*tensors, *parameters, *state])
+        self.failed = call.failed if call.failed is not None else torch.zeros(call.layout.batch, dtype=torch.bool)
+        self._history.note(call, guard, found, len(call.result_positions), _transformed(tensors))
+        return call.outputs(found[: len(call.result_positions)])
+
+    def _plain(self, call: Call, tensors: Sequence[Tensor], parameters: Sequence[Tensor]) -> Any:
+        """Without a gradient: nothing is checked, and nothing counted."""
+        if _transformed(tensors):
+            found = through(call, [*tensors, *parameters])
+        else:
+            with torch.no_grad():
+                found = call.plain([*tensors, *parameters])
+            self.failed = call.failed if call.failed is not None else torch.zeros(call.layout.batch, dtype=torch.bool)
+        return call.outputs(found)
+
+    @property
+    def _guard(self) -> Guarded:
+        (found,) = (part for part in self.stages.children() if isinstance(part, Guarded))
+        return found
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, list[Tensor], list[Tensor]]:
+        leaves, structure = flatten((args, kwargs))
+        positions = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        if not positions:
+            raise InputError("a black box needs a tensor to work on, got none")
+        guard, settings = self._guard, self.settings
+        assert settings is not None
+        names = names_of(guard.callable, args, kwargs)
+        parameters = {
+            name: p for name, p in self.stages.named_parameters() if p.requires_grad or not torch.is_grad_enabled()
+        }
+        call = Call(
+            guard,
+            self.stages,
+            self._promised(settings),
+            structure,
+            [None if k in positions else leaf for k, leaf in enumerate(leaves)],
+            positions,
+            [*(f"input {names[k]}" for k in positions), *(f"parameter {name}" for name in parameters)],
+            tuple(parameters),
+            known=self._known,
+            watched=not guard.hzo_ignores_parameters,
+        )
+        return call, [leaves[k] for k in positions], list(parameters.values())
+
+    def _promised(self, settings: Settings) -> Settings:
+        """The settings with what is promised of the part by now."""
+        if self.options["assume"] == "nothing":
+            return settings
+        guard = self._guard
+        said = declared(guard) or ()
+        if not said and not settings.symmetric:
+            return self._stepping(settings)
+        local = any(isinstance(p, Local) or p in ("tokens", "elementwise") for p in said)
+        return replace(
+            self._stepping(settings),
+            elementwise="elementwise" in said,
+            affine=self.options["assume"] == "structure" and ("affine" in said or "reindexing" in said),
+            reindexing="reindexing" in said,
+            links=(lambda value, output: declared_links(said, value, output)) if local else None,
+        )
+
+    def _stepping(self, settings: Settings) -> Settings:
+        """A step that was declared of the module itself."""
+        step = declared_step(self._guard)
+        return replace(settings, steps=Steps(step)) if settings.steps.given is None and step is not None else settings
+
+    # -- planned as a whole ---
+
+    def _whole(self, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if kwargs or not all(isinstance(item, Tensor) for item in inputs):
+            raise InputError(
+                "a box that is planned as a whole (a list of parts, noise=) takes tensors with the batch in dimension "
+                "0, by position; bind all else to the callable: functools.partial(f, option=value)"
+            )
         _check_inputs(inputs)
-        self._know(inputs)
+        self._know(inputs, {})
         if not torch.is_grad_enabled():
             return in_dtype_of(inputs, self.stages(*inputs))
         parameters = {name: p for name, p in self.stages.named_parameters() if p.requires_grad}
-        if not any(t.requires_grad for t in (*inputs, *parameters.values())):
+        if not any(t.requires_grad for t in (*inputs, *parameters.values())) and not _transformed(inputs):
             with torch.no_grad():
                 return in_dtype_of(inputs, self.stages(*inputs))
         this = Pass(
@@ -172,48 +376,86 @@ class BlackBox(nn.Module):
             tuple(t.requires_grad for t in inputs),
             tuple(parameters),
         )
-        return through(this, inputs, tuple(parameters.values()))
+        self._history.refuse([part for part in self.stages.modules() if isinstance(part, Guarded)])
+        outputs = through_planned(this, inputs, tuple(parameters.values()))
+        self._history.note_whole(this, outputs)
+        return pytree.tree_unflatten(list(outputs), this.structure)
 
-    def plan_for(self, *inputs: Tensor) -> Plan:
-        """The plan of a backward pass at inputs like these, all of them wanting a gradient. Not yet of a box whose
-        noise is measured: that is known after its first backward pass."""
-        _check_inputs(inputs)
-        self._know(inputs)
-        x = tuple(t.detach().requires_grad_(t.is_floating_point()) for t in inputs)
-        chain = traced_for(self.stages, x, strict=False)
-        return planned(chain, self.options)
+    # -- around it ---
+
+    def plan_for(self, *args: Any, **kwargs: Any) -> BoxPlan | Plan:
+        """What a backward pass at inputs like these would ask, and how long that takes; all of them want a gradient.
+
+        Runs the part once, which leaves no trace, and tests at the first input of a shape that samples are apart. Not
+        yet
+        of a box whose noise is measured: that is known after its first backward pass.
+        """
+        if self.settings is None:
+            _check_inputs(args)
+            self._know(args, {})
+            x = tuple(t.detach().requires_grad_(t.is_floating_point()) for t in args)
+            chain = traced_for(self.stages, x, strict=False)
+            return planned(chain, self.options)
+        self._know(args, kwargs)
+        with torch.no_grad():
+            call, tensors, parameters = self._call(args, kwargs)
+            wanted = [floating(t) for t in tensors] + [p.requires_grad for p in parameters]
+            return plan_of_call(call, [*tensors, *parameters], wanted)
 
     def recalibrate(self) -> None:
-        """Measure noise, gains and curvature again at the next backward pass: activities change as training goes on."""
+        """Measure noise, steps, gains and curvature again at the next backward pass: activities change as training goes
+        on."""
         forget(self.stages)
+        self._known.pop("steps", None)
+        self._known.pop("warned", None)
 
-    def _know(self, inputs: Sequence[Tensor]) -> None:
+    def detach_state(self) -> None:
+        """Let gradients of later calls end at the state that the part is in now (truncated backpropagation in time)."""
+        self._history = History()
+
+    def _know(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """What the parts must know of a forward pass before they run."""
+        tensors = [leaf for leaf in flatten((args, dict(kwargs)))[0] if isinstance(leaf, Tensor)]
+        samples = next((t.shape[0] for t in tensors if t.dim()), 1)
         # A chain that is traced through the box has no forward pass of the box's own.
-        expect(self.stages, None if counting.being_done() == counting.TRIAL_RUN else inputs[0].shape[0])
+        expect(self.stages, None if counting.being_done() == counting.TRIAL_RUN else samples)
         if self.inferred:
             for part in self.stages.modules():
                 if isinstance(part, Guarded):
-                    declare(part, *_inferred(part, inputs), step=declared_step(part))
+                    promises, symmetric = _inferred(part, tensors)
+                    declare(part, *promises, step=declared_step(part))
+                    if symmetric and self.settings is not None:
+                        self.settings = replace(self.settings, symmetric=True)
             self.inferred = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_known": {}, "_history": History(), "failed": None}
 
-def _inferred(part: Guarded, inputs: Sequence[Tensor]) -> list[Promise]:
+
+# What Dynamo looks for, as torch.compiler.disable sets it; that would import the compiler.
+BlackBox.forward._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+
+def _transformed(tensors: Sequence[Tensor]) -> bool:
+    """Whether a transform of torch.func, or forward mode, is under way."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    if forward_ad._current_level < 0:
+        return False
+    return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)  # type: ignore[no-untyped-call]
+
+
+def _inferred(part: Guarded, inputs: Sequence[Tensor]) -> tuple[list[Promise], bool]:
     """What holds near the input and far from it: a part that saturates looks affine where it does not."""
     if len(inputs) != 1:
         raise InputError("promises are inferred of parts with one input; declare those of this one: promises=(…)")
     x = inputs[0].detach()
-    found = [list(infer_structure(part, scale * x)) for scale in (1, 10, 1000)]
-    return [promise for promise in found[0] if all(promise in others for others in found[1:])]
+    found = [infer_structure(part, scale * x) for scale in (1, 10, 1000)]
+    kept = [promise for promise in found[0] if all(promise in list(others) for others in found[1:])]
+    return kept, False
 
 
 def _check_inputs(inputs: Sequence[Any]) -> None:
-    for item in inputs:
-        if not isinstance(item, Tensor):
-            raise InputError(
-                f"a black box takes tensors with the batch in dimension 0, got a {type(item).__name__}; bind all "
-                "else to the callable: functools.partial(f, option=value)"
-            )
     if not inputs:
         raise InputError("a black box needs a tensor to work on, got none")
     batch_size(tuple(inputs), {})

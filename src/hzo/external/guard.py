@@ -7,20 +7,41 @@ query met it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import copy_context
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
+from torch.utils import _pytree as pytree
 
 from hzo.errors import HzoError, InputError, NonFiniteError, QueryError, QueryTimeoutError
 from hzo.execution import RandomState, counting, devices_of, random_state, set_random_state
+from hzo.external.pool import Pool
+from hzo.external.signature import flatten
+from hzo.external.state import Saved, State, state_of
 
 _seeds = count(0x9E3779B9)  # one for every part: no two of them draw the same noise
+
+
+@dataclass
+class Memory:
+    """How a part's state stands; apart from its options, by which a traced chain is recognized.
+
+    Attributes:
+        start, end: the states that the last forward pass began with and left.
+        counters: whole numbers that a call changes matter to its result. inside: queries are being asked.
+    """
+
+    start: Saved | None = None
+    end: Saved | None = None
+    counters: bool = False
+    inside: bool = False
 
 
 class Guarded(nn.Module):
@@ -33,8 +54,11 @@ class Guarded(nn.Module):
             input is split and padded; False for as many as its caller says (``samples``).
         timeout: seconds that a call may take; None for any time.
         ignores: trainable tensors that ``f`` uses are no parameters of this module.
-        noisy: random numbers of torch's that ``f`` draws are noise, new ones in every call, out of its own stream.
+        noisy: random numbers of torch's that ``f`` draws are noise, new in every call, out of its own stream.
             Else they belong to the forward pass, and every query draws the same.
+        state: what ``f`` remembers from call to call; ``"found"`` looks for it.
+        floats: whole numbers and truth values that come out become floating, so that autograd carries a gradient.
+        pool: runs the calls elsewhere, several at a time.
     """
 
     hzo_opaque: bool | str = True
@@ -49,6 +73,9 @@ class Guarded(nn.Module):
         timeout: float | None,
         ignores: bool = False,
         noisy: bool = False,
+        state: Any = "found",
+        floats: bool = False,
+        pool: Pool | None = None,
     ) -> None:
         super().__init__()
         if ignores:
@@ -61,15 +88,41 @@ class Guarded(nn.Module):
         self.batched = batched
         self.timeout = timeout
         self.noisy = noisy
+        self.floats = floats
+        self.pool = pool
+        self._given_state = state
         self._stream: RandomState = {}
         self.samples: int | None = None  # of one call, where batched is False
         # Shapes of a sample: those that come out for those that go in.
         self._shapes: dict[tuple[torch.Size, ...], list[torch.Size]] = {}
+        self.remembers = Memory()
+        _ = self.state  # a state that cannot be read is found out at once
+
+    @property
+    def callable(self) -> Callable[..., Any]:
+        """What the user gave."""
+        found: Callable[..., Any] = self._held[0] if self.hzo_ignores_parameters else self.f
+        return found
+
+    @cached_property
+    def state(self) -> State:
+        """What ``f`` remembers."""
+        return state_of(self.callable, self._given_state, self.noisy)
+
+    # -- as one operation of a chain: tensors with the batch first, in and out ---
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         samples = inputs[0].shape[0]
         size = samples if self.batched is True else self._size()
-        results = [self._call([_rows(t, k, size) for t in inputs], size) for k in range(0, samples, size)]
+        pieces = [[_rows(t, k, size) for t in inputs] for k in range(0, samples, size)]
+        if self._moves_on:
+            with self.remembered(len(pieces)):
+                results = [self._call(piece, size) for piece in pieces]
+        else:
+            results = []
+            for piece in pieces:
+                with self.remembered(1):
+                    results.append(self._call(piece, size))
         if size == samples:
             return results[0]
         if isinstance(results[0], Tensor):
@@ -86,25 +139,72 @@ class Guarded(nn.Module):
         return int(size)
 
     def _call(self, inputs: Sequence[Tensor], samples: int) -> Tensor | tuple[Tensor, ...]:
-        copies: list[Any] = [t.detach().clone() for t in inputs]
-        if self.numpy:
-            copies = [(t.float() if t.dtype == torch.bfloat16 else t).cpu().numpy() for t in copies]
-        f = self._held[0] if self.hzo_ignores_parameters else self.f
+        result = self.run(tuple(inputs), {}, samples)
+        several = isinstance(result, (tuple, list))
+        outputs = self._checked(result if several else (result,), inputs, samples)
+        if self.floats:
+            outputs = [t if t.is_floating_point() or t.is_complex() else t.to(_floating(inputs)) for t in outputs]
+        return tuple(outputs) if several else outputs[0]
+
+    # -- one call ---
+
+    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], samples: int, *, watched: bool = False) -> Any:
+        """What ``f`` returns for copies of these arguments.
+
+        Args:
+            samples: for messages. watched: run it with gradients on, so that trainable tensors inside can be told.
+        """
+        return self.run_all([(args, kwargs, samples)], watched=watched)[0]
+
+    def run_all(
+        self, calls: Sequence[tuple[tuple[Any, ...], Mapping[str, Any], int]], *, watched: bool = False
+    ) -> list[Any]:
+        """The results of several calls that do not wait for each other, in order."""
+        given = [(self._copied(args), self._copied(kwargs)) for args, kwargs, _ in calls]
+        at = 0
         try:
-            with self._own_random_numbers(inputs) if self.noisy else nullcontext(), _same_buffers(f):
-                result = f(*copies) if self.timeout is None else within(self.timeout, f, copies)
+            if self.pool is not None:
+                limit = self.timeout
+                return [_owned(result, False) for result in self.pool.ask(self.callable, given, limit)]
+            found = []
+            for at, (args, kwargs) in enumerate(given):
+                tensors = pytree.tree_leaves((calls[at][0], calls[at][1]))
+                with self._own_random_numbers(tensors) if self.noisy else nullcontext():
+                    found.append(_owned(self._one(args, kwargs, watched), watched))
+            return found
+        except QueryTimeoutError as error:
+            samples = calls[min(at, len(calls) - 1)][2]
+            raise QueryTimeoutError(
+                f"{self}, in {counting.being_done()} ({_counted(samples)} in the call): {error}"
+            ) from error
         except HzoError as error:
             raise type(error)(f"{self}, in {counting.being_done()}: {error}") from error
         except Exception as error:
+            samples = calls[min(at, len(calls) - 1)][2]
             raise QueryError(
-                f"{self} failed in {counting.being_done()} ({samples} samples): {type(error).__name__}: {error}"
+                f"{self} failed in {counting.being_done()} ({_counted(samples)}): {type(error).__name__}: {error}"
             ) from error
-        several = isinstance(result, (tuple, list))
-        outputs = self._checked(result if several else (result,), inputs, samples)
-        return tuple(outputs) if several else outputs[0]
+
+    def _one(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], watched: bool) -> Any:
+        if self.timeout is not None:
+            return within(self.timeout, self.callable, args, kwargs, watched)
+        with torch.enable_grad() if watched else torch.no_grad():
+            return self.callable(*args, **kwargs)
+
+    def _copied(self, arguments: Any) -> Any:
+        def copied(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            made = leaf.detach().clone().resolve_conj().resolve_neg()
+            if not self.numpy:
+                return made
+            return (made.float() if made.dtype == torch.bfloat16 else made).cpu().numpy()
+
+        leaves, structure = flatten(arguments)
+        return structure.build([copied(leaf) for leaf in leaves])
 
     @contextmanager
-    def _own_random_numbers(self, inputs: Sequence[Tensor]) -> Iterator[None]:
+    def _own_random_numbers(self, inputs: Sequence[Any]) -> Iterator[None]:
         """Inside, torch's generators go on where this part left them; outside, they have not moved."""
         outside = random_state(devices_of(inputs))
         if not self._stream:
@@ -117,15 +217,65 @@ class Guarded(nn.Module):
             self._stream = random_state(devices_of(inputs))
             set_random_state(outside)
 
+    # -- state ---
+
+    @property
+    def _moves_on(self) -> bool:
+        """Whether a call now is the one that moves the state on: a forward pass, and none of the measurements."""
+        return counting.being_done() == counting.FORWARD_PASS and not self.remembers.inside
+
+    @contextmanager
+    def remembered(self, calls: int) -> Iterator[None]:
+        """What runs inside moves the state on if it is a forward pass, and else leaves it as it was."""
+        if self._moves_on:
+            self.remembers.start = self.state.save()
+            yield
+            self.remembers.end = self.state.save()
+            memory = self.remembers
+            if calls > 1 and self.state.changed(memory.start, memory.end)[0]:  # type: ignore[arg-type]
+                self.state.load(memory.start)  # type: ignore[arg-type]
+                raise InputError(
+                    f"{self} keeps a state, and its batch was split into {calls} calls (batched={self.batched}), each "
+                    "of which would move the state on; give it as many samples as it takes at once"
+                )
+            return
+        if self.remembers.inside:
+            assert self.remembers.start is not None
+            self.state.load(self.remembers.start, self.remembers.counters)
+            yield
+            return
+        now = self.state.save()
+        try:
+            yield
+        finally:
+            self.state.load(now, self.remembers.counters)
+
+    @contextmanager
+    def queries_from(self, start: Saved | None) -> Iterator[None]:
+        """Inside, every call begins with this state; afterwards the state is as it was before."""
+        now, memory = self.state.save(), self.remembers
+        kept = memory.start, memory.inside
+        memory.start, memory.inside = start or now, True
+        try:
+            yield
+        finally:
+            memory.start, memory.inside = kept
+            self.state.load(now, self.remembers.counters)
+
+    # -- what comes out ---
+
+    def tensor(self, result: Any, device: torch.device) -> Tensor:
+        """A result as a tensor."""
+        try:
+            return torch.as_tensor(result).detach().to(device=device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"{self}, in {counting.being_done()}, returned a {type(result).__name__}; expected tensors or arrays"
+            ) from error
+
     def _checked(self, results: Sequence[Any], inputs: Sequence[Tensor], samples: int) -> list[Tensor]:
         where = f"{self}, in {counting.being_done()},"
-        outputs = []
-        for result in results:
-            try:
-                # A copy: a simulator may use its memory again for the next result.
-                outputs.append(torch.as_tensor(result).detach().to(device=inputs[0].device, copy=True))
-            except (TypeError, ValueError, RuntimeError) as error:
-                raise InputError(f"{where} returned a {type(result).__name__}; expected tensors or arrays") from error
+        outputs = [self.tensor(result, inputs[0].device) for result in results]
         for output in outputs:
             if output.dim() == 0 or output.shape[0] != samples:
                 raise InputError(
@@ -147,10 +297,32 @@ class Guarded(nn.Module):
         return outputs
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_shapes": {}, "_stream": {}}
+        kept = {name: value for name, value in self.__dict__.items() if name != "state"}  # which holds on to f
+        return {**kept, "_shapes": {}, "_stream": {}, "remembers": Memory()}
 
     def __str__(self) -> str:
         return f"the black box {self.hzo_box}"
+
+
+def _owned(result: Any, watched: bool) -> Any:
+    """Copies of arrays and tensors: a simulator may use its memory again for the next result."""
+    leaves, structure = flatten(result)
+    owned = []
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            with torch.enable_grad() if watched else nullcontext():
+                owned.append(leaf.clone() if watched else leaf.detach().clone())
+        else:
+            owned.append(leaf.copy() if type(leaf).__module__ == "numpy" and hasattr(leaf, "copy") else leaf)
+    return structure.build(owned)
+
+
+def _counted(samples: int) -> str:
+    return f"{samples} sample{'' if samples == 1 else 's'}"
+
+
+def _floating(inputs: Sequence[Tensor]) -> torch.dtype:
+    return next((t.dtype for t in inputs if t.is_floating_point()), torch.get_default_dtype())
 
 
 def expect(stages: nn.Module, samples: int | None) -> None:
@@ -160,40 +332,6 @@ def expect(stages: nn.Module, samples: int | None) -> None:
             part.samples = samples
 
 
-@contextmanager
-def _same_buffers(f: Callable[..., Any]) -> Iterator[None]:
-    """Buffers that a module assigns anew in a query (a neuron that remembers its last call) are the old ones after it.
-
-    What a forward pass assigns stays. A module that reads what it remembered does not repeat, and is found out.
-    """
-    if counting.being_done() == counting.FORWARD_PASS:
-        yield
-        return
-    modules = [inner for module in _modules_of(f) for inner in module.modules()]
-    held = [(inner, dict(inner._buffers)) for inner in modules]
-    # Of a module that this one has not registered nobody else puts them back.
-    copies = [] if isinstance(f, nn.Module) else [(b, b.clone()) for inner in modules for b in inner.buffers(False)]
-    try:
-        yield
-    finally:
-        for inner, buffers in held:
-            inner._buffers.update(buffers)
-        for buffer, copy in copies:
-            if buffer.shape == copy.shape and not torch.equal(buffer, copy):
-                buffer.copy_(copy)
-
-
-def _modules_of(f: Any) -> list[nn.Module]:
-    """The modules that a callable is, is a method of, was bound to, or closes over."""
-    if isinstance(f, nn.Module):
-        return [f]
-    held = [getattr(f, "__self__", None), *(getattr(f, "args", None) or ()), getattr(f, "func", None)]
-    for cell in getattr(f, "__closure__", None) or ():
-        with suppress(ValueError):  # of a name that has no value yet
-            held.append(cell.cell_contents)
-    return [item for item in held if isinstance(item, nn.Module)]
-
-
 def _rows(tensor: Tensor, start: int, size: int) -> Tensor:
     """``size`` rows from ``start`` on; the last one again where there are fewer."""
     rows = tensor[start : start + size]
@@ -201,7 +339,13 @@ def _rows(tensor: Tensor, start: int, size: int) -> Tensor:
     return rows if not missing else torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])])
 
 
-def within(seconds: float, f: Callable[..., Any], arguments: Sequence[Any]) -> Any:
+def within(
+    seconds: float,
+    f: Callable[..., Any],
+    arguments: Sequence[Any],
+    keywords: Mapping[str, Any] | None = None,
+    watched: bool = False,
+) -> Any:
     """Call ``f`` in a thread of its own and wait for it so long.
 
     A thread cannot be stopped: what hangs there hangs on, beside a program that goes on. What must be stopped belongs
@@ -219,12 +363,13 @@ def within(seconds: float, f: Callable[..., Any], arguments: Sequence[Any]) -> A
 
     def work() -> None:
         try:
-            with ExitStack() as stack, torch.no_grad():  # a thread starts with gradients on
+            # A thread starts with gradients on.
+            with ExitStack() as stack, torch.enable_grad() if watched else torch.no_grad():
                 for device, dtype in cast:
                     stack.enter_context(torch.autocast(device, dtype=dtype))
                 for mode in modes:
                     stack.enter_context(mode)
-                answer.append(context.run(f, *arguments))
+                answer.append(context.run(f, *arguments, **(keywords or {})))
         except BaseException as raised:  # handed to the thread that waits
             error.append(raised)
 
@@ -235,7 +380,7 @@ def within(seconds: float, f: Callable[..., Any], arguments: Sequence[Any]) -> A
         raise error[0]
     if not answer:
         raise QueryTimeoutError(
-            f"no answer within {seconds:g} seconds; allow more (timeout=), or put it into a process of its own that "
-            "can be stopped (hzo.simulator)"
+            f"no answer within {seconds:g} seconds; allow more for a call (timeout=), put fewer samples into one "
+            "(batched=), or put it into a process of its own that can be stopped (hzo.simulator)"
         )
     return answer[0]

@@ -6,6 +6,7 @@ import contextlib
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePath
 from types import SimpleNamespace
 from typing import IO, Any
@@ -17,7 +18,7 @@ from hzo.external.guard import within
 _LAST_WORDS = 800  # bytes of what a process that ended had written to its standard error
 
 
-def simulator(command: Sequence[str], *, timeout: float = 60.0, outputs: int = 1) -> Simulator:
+def simulator(command: Sequence[str], *, timeout: float = 60.0, outputs: int = 1, workers: int = 1) -> Simulator:
     """Make a callable, from NumPy arrays to NumPy arrays, of a program that is started once and asked again and again.
 
     Args:
@@ -34,6 +35,7 @@ def simulator(command: Sequence[str], *, timeout: float = 60.0, outputs: int = 1
 
         timeout: seconds for one call, the start of the program included. What hangs is stopped.
         outputs: arrays that a call returns; several come as a tuple.
+        workers: copies of the program that run at once; the samples of a call are divided among them, in order.
 
     Use it as ``hzo.blackbox(hzo.simulator([...]), numpy=True)``. A program that has ended or was stopped is started
     anew by the next call; so is the copy of a simulator. Needs NumPy. Source: ours.
@@ -44,24 +46,56 @@ def simulator(command: Sequence[str], *, timeout: float = 60.0, outputs: int = 1
     """
     if isinstance(command, str) or not command:
         raise InputError(f"expected the program and its arguments as a list, ['python', 'chip.py'], got {command!r}")
-    return Simulator(tuple(command), positive("timeout in seconds", timeout), whole("outputs", outputs))
+    seconds, results = positive("timeout in seconds", timeout), whole("outputs", outputs)
+    return Simulator(tuple(command), seconds, results, whole("workers", workers))
 
 
 class Simulator:
     """Made by ``hzo.simulator``; ``close()`` ends the program, as the end of the ``with`` block of it does."""
 
-    def __init__(self, command: tuple[str, ...], timeout: float, outputs: int) -> None:
+    def __init__(self, command: tuple[str, ...], timeout: float, outputs: int, workers: int = 1) -> None:
         self.command, self.timeout, self.outputs = command, timeout, outputs
+        self.others = [Simulator(command, timeout, outputs) for _ in range(workers - 1)]
         self.__name__ = PurePath(command[-1]).name
         self._process: subprocess.Popen[bytes] | None = None
         self._complaints: IO[bytes] | None = None
 
     def __call__(self, *arrays: Any) -> Any:
+        if not self.others:
+            return self._ask(arrays)
+        samples = {a.shape[0] for a in arrays if a.ndim}
+        if len(samples) != 1:
+            shapes = [a.shape for a in arrays]
+            raise InputError(
+                f"several workers divide the samples of a call; expected arrays of one batch size, got shapes {shapes}"
+            )
+        return self._divided(arrays, samples.pop())
+
+    def _divided(self, arrays: Sequence[Any], samples: int) -> Any:
+        """Each worker a share of the samples; the first error of all is raised."""
+        from numpy import concatenate  # noqa: PLC0415  # the core does not need NumPy
+
+        workers = [self, *self.others]
+        for worker in workers:
+            worker.timeout = self.timeout
+        share = -(-samples // len(workers))
+        cuts = [(k, min(k + share, samples)) for k in range(0, samples, share)]
+        with ThreadPoolExecutor(len(cuts)) as threads:
+            asked = [
+                threads.submit(worker._ask, [a[start:stop] if a.ndim else a for a in arrays])
+                for worker, (start, stop) in zip(workers, cuts, strict=False)
+            ]
+        results = [future.result() for future in asked]
+        if self.outputs == 1:
+            return concatenate(results)
+        return tuple(concatenate(parts) for parts in zip(*results, strict=True))
+
+    def _ask(self, arrays: Sequence[Any]) -> Any:
         process = self._running()
         try:
             results = within(self.timeout, lambda: self._exchange(process, arrays), ())
         except QueryTimeoutError:
-            self.close()
+            self._end()
             raise QueryTimeoutError(
                 f"{self.command[0]} gave no answer within {self.timeout:g} seconds and was stopped; allow more "
                 "(timeout=), or find out what it waits for"
@@ -69,12 +103,17 @@ class Simulator:
         except (OSError, ValueError, EOFError) as error:
             raise QueryError(self._what_happened(process, error)) from None
         except BaseException:
-            self.close()  # what is left of an answer must not be taken for the next one
+            self._end()  # what is left of an answer must not be taken for the next one
             raise
         return results[0] if self.outputs == 1 else tuple(results)
 
     def close(self) -> None:
         """End the program, if it runs."""
+        for other in getattr(self, "others", ()):
+            other.close()
+        self._end()
+
+    def _end(self) -> None:
         process, self._process = self._process, None
         if process is not None:
             process.kill()
@@ -86,7 +125,7 @@ class Simulator:
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is not None and self._process.poll() is not None:
-            self.close()
+            self._end()
         if self._process is None:
             self._complaints = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as the program runs
             pipe = subprocess.PIPE
@@ -118,7 +157,7 @@ class Simulator:
             self._complaints.seek(max(0, size - _LAST_WORDS))
             words = self._complaints.read()
         said = words.decode(errors="replace").strip()
-        self.close()
+        self._end()
         if code is None:
             return (
                 f"{self.command[0]} wrote something else than {self.outputs} array(s) in .npy format to its standard "

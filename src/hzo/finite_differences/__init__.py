@@ -1,7 +1,8 @@
 """One vector-Jacobian product by finite differences: steps, probes, sparsity and coloring."""
 
 from hzo.finite_differences.coloring import Coloring, color, thin
-from hzo.finite_differences.probes import Probe
+from hzo.finite_differences.places import Stencil, element_scale, element_steps, stencil
+from hzo.finite_differences.probes import Probe, States, decode
 from hzo.finite_differences.random_signs import DRAWS, CrossTalk, over_signs, report_crosstalk
 from hzo.finite_differences.sparsity import (
     Link,
@@ -38,13 +39,18 @@ __all__ = [
     "Pattern",
     "Probe",
     "Scheme",
+    "States",
+    "Stencil",
     "accumulation_dtype",
     "check_scheme",
     "check_step",
     "color",
+    "decode",
     "default_step",
     "directions_per_chunk",
     "either",
+    "element_scale",
+    "element_steps",
     "estimate_vjp",
     "evaluations",
     "follow",
@@ -55,6 +61,7 @@ __all__ = [
     "report_crosstalk",
     "scale_of",
     "scaled_step",
+    "stencil",
     "stepped",
     "thin",
     "vjp_rows",

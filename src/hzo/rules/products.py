@@ -113,7 +113,7 @@ def _product(call: Call, left: int, alpha: Any = 1) -> dict[Key, Tensor]:
     return found
 
 
-def _addend(call: Call) -> dict[Key, Tensor]:
+def addend(call: Call) -> dict[Key, Tensor]:
     """The cotangent of what ``addmm`` and its kind add."""
     if not call.needs(0):
         return {}
@@ -134,7 +134,7 @@ def mm(call: Call) -> Cotangents:
 @vjp(aten.addmm.default, aten.baddbmm.default, measures=True)
 def addmm(call: Call) -> Cotangents:
     """``beta * c + alpha * a @ b``; a batch of such products in ``baddbmm``."""
-    return {**_addend(call), **_product(call, 1, call.kwargs.get("alpha", 1))}
+    return {**addend(call), **_product(call, 1, call.kwargs.get("alpha", 1))}
 
 
 @vjp(aten.addbmm.default, measures=True)
@@ -144,7 +144,7 @@ def addbmm(call: Call) -> Cotangents:
     alpha = call.kwargs.get("alpha", 1)
     batch, rows, n = a.shape
     g = call.grad.expand(batch, -1, -1)
-    found = _addend(call)
+    found = addend(call)
     if call.needs(1):
         if may_read(call, 2, 1):
             found[1] = scaled(g @ b.mH, alpha)
@@ -200,7 +200,7 @@ def mv(call: Call) -> Cotangents:
 @vjp(aten.addmv.default, measures=True)
 def addmv(call: Call) -> Cotangents:
     """``beta * c + alpha * a @ v``."""
-    return {**_addend(call), **_matrix_times_vector(call, 1, call.kwargs.get("alpha", 1))}
+    return {**addend(call), **_matrix_times_vector(call, 1, call.kwargs.get("alpha", 1))}
 
 
 def _other_vector(call: Call, key: int, to: int) -> Tensor:
@@ -235,7 +235,7 @@ def addr(call: Call) -> Cotangents:
     alpha = call.kwargs.get("alpha", 1)
     u, v = call.args[1:3]
     g = call.grad
-    found = _addend(call)
+    found = addend(call)
     step: dict[Key, Any] = {0: _zeros(call, 0, 1)}
     if call.needs(1):
         if may_read(call, 2, 1):
@@ -344,74 +344,3 @@ def _left_of_groups(call: Call, b: Tensor) -> Tensor:
     probe = torch.cat([_zeros(call, 1, n, n).fill_diagonal_(1), _zeros(call, 1, n, n)], 1).repeat(groups, 1, 1)
     seen: Tensor = call.measure({1: probe}, probe)
     return (seen[..., :n] - seen[..., n:]).contiguous()
-
-
-# ---- sparse matrices ------------------------------------------------------------------------------------------------
-
-
-@vjp(aten._sparse_addmm.default, measures=True)
-def sparse_addmm(call: Call) -> Cotangents:
-    """``beta * c + alpha * a @ b`` with a sparse ``a``, whose cotangent has the entries that it has."""
-    a, b = call.args[1:3]
-    alpha = call.kwargs.get("alpha", 1)
-    found = _addend(call)
-    if call.needs(1):
-        right = b if may_read(call, 2, 1) else right_factor(call, 1)
-        found[1] = scaled((call.grad @ right.mH).sparse_mask(a.coalesce()), alpha)
-    if call.needs(2):
-        found[2] = scaled(adjoint(a) @ call.grad, alpha)
-    return found
-
-
-@vjp(aten._sparse_mm_reduce_impl.default)
-def sparse_reduce(call: Call) -> Cotangents:
-    """Sums, means or extremes of the rows of a matrix that those of a sparse one select."""
-    a, b, reduce = call.args
-    mask = [call.needs(0), call.needs(1)]
-    found = aten._sparse_mm_reduce_impl_backward(a, call.grad, b, reduce, call.out[1], mask)
-    return {k: found[k] for k in (0, 1) if mask[k]}
-
-
-@vjp(aten._sparse_coo_tensor_with_dims_and_tensors.default)
-def sparse_from_values(call: Call) -> Cotangents:
-    """A sparse tensor from indices and values: the cotangents at these places."""
-    indices = call.args[3]
-    g = call.grad.to_dense() if call.grad.is_sparse else call.grad
-    return {4: g[tuple(indices)]}
-
-
-# ---- distances ------------------------------------------------------------------------------------------------------
-# Not affine, so that no identity measures them: what they were given is read, as that of every activation function.
-
-
-@vjp(aten._cdist_forward.default)
-def cdist(call: Call) -> Cotangents:
-    """Distances between the rows of two matrices, or of batches of them."""
-    x, y, p = call.args[:3]
-    found: dict[Key, Tensor] = {}
-    if call.needs(0):
-        found[0] = aten._cdist_backward(call.grad.contiguous(), x, y, p, call.result)
-    if call.needs(1):
-        found[1] = aten._cdist_backward(call.grad.mT.contiguous(), y, x, p, call.result.mT.contiguous())
-    return found
-
-
-@vjp(aten._euclidean_dist.default)
-def euclidean_dist(call: Call) -> Cotangents:
-    """Euclidean distances between rows, computed by a product; no slope where a distance is zero."""
-    x, y = call.args
-    distance = call.result
-    ratio = torch.where(distance == 0, torch.zeros_like(distance), call.grad / distance)
-    found: dict[Key, Tensor] = {}
-    if call.needs(0):
-        found[0] = x * ratio.sum(-1, keepdim=True) - ratio @ y
-    if call.needs(1):
-        found[1] = y * ratio.sum(-2).unsqueeze(-1) - ratio.mT @ x
-    return found
-
-
-@vjp(aten._pdist_forward.default)
-def pdist(call: Call) -> Cotangents:
-    """Distances between the rows of one matrix."""
-    p = call.arg(1, "p", 2.0)
-    return {0: aten._pdist_backward(call.grad.contiguous(), call.args[0], p, call.result)}

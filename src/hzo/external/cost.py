@@ -1,0 +1,117 @@
+"""What a backward pass through a box will ask, before it is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+from torch import Tensor
+
+from hzo.execution import counting
+from hzo.external.call import Call
+from hzo.external.sites import Method, Site, method_of, site_of
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """One input of a box: how it is perturbed, and what that costs.
+
+    Attributes:
+        name: of the input. elements: of one sample, or of the whole where it has none. how: in words.
+        directions: perturbations. queries: evaluations of one sample.
+    """
+
+    name: str
+    elements: int
+    how: str
+    directions: int
+    queries: int
+
+
+@dataclass(frozen=True)
+class BoxPlan:
+    """What one backward pass through a box asks, without the checks of a first pass; ``print`` it.
+
+    Attributes:
+        name: of the box. batch: samples of the forward pass; 1 for a part without a batch.
+        sites: the inputs. calls: of the callable, the test that it repeats included. seconds: for all of it, from the
+            time of one call here.
+    """
+
+    name: str
+    batch: int
+    sites: tuple[SitePlan, ...]
+    calls: int
+    seconds: float
+
+    @property
+    def queries(self) -> int:
+        """Evaluations of one sample at perturbed inputs."""
+        return sum(site.queries for site in self.sites)
+
+    @property
+    def coordinate_queries(self) -> int:
+        """What differences element by element would ask."""
+        return sum(2 * site.elements * self.batch for site in self.sites)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.name}: {self.queries} queries in {self.calls} calls, about {self.seconds:.3g} s a backward pass "
+            f"({self.batch} samples; element by element {self.coordinate_queries})"
+        ]
+        lines += [
+            f"  {site.name}: {site.elements} elements, {site.how}, {site.directions} directions, {site.queries} queries"
+            for site in self.sites
+        ]
+        return "\n".join(lines)
+
+
+def plan_of_call(call: Call, leaves: Sequence[Tensor], wanted: Sequence[bool]) -> BoxPlan:
+    """Run the part once, as a check, and say what its backward pass would ask for the leaves that are wanted."""
+    guard = call.guard
+    now = guard.state.save()
+    with counting.as_checks():
+        call.forward(leaves)
+        began = perf_counter()
+        with call.queries(leaves):
+            call.evaluate(leaves)
+        seconds = perf_counter() - began
+    guard.state.load(now, counters=False)
+    outputs = list(range(len(call.base)))
+    if any(call.layout.outputs):
+        outputs = [o for o in outputs if call.layout.outputs[o]]
+    sites, calls = [], 1
+    for k, flag in enumerate(wanted):
+        if not flag:
+            continue
+        site = site_of(call, leaves, k, outputs)
+        method = method_of(call, site, outputs, call.sample_shapes(outputs, site.apart))
+        draws = call.settings.draws if call.settings.mu is not None else 1
+        sites.append(
+            SitePlan(call.names[k], site.elements, _words(method), method.directions * draws, method.queries * draws)
+        )
+        calls += draws * _calls(call, site, method)
+    samples = sum(site.queries for site in sites) + call.layout.batch
+    per_sample = seconds / call.layout.batch
+    # What is folded into one call takes less than that where the part computes samples at once.
+    return BoxPlan(guard.hzo_box, call.layout.batch, tuple(sites), calls, per_sample * samples)
+
+
+def _words(method: Method) -> str:
+    how = {"coordinate": "element by element", "colored": f"by colors ({method.coloring})"}.get(method.how, method.how)
+    return f"{how}, affine: one sample for all" if method.alike else how
+
+
+def _calls(call: Call, site: Site, method: Method) -> int:
+    fixed = call.guard.batched
+    if type(fixed) is int:
+        folded = site.apart and call.folds
+        rows = method.samples * (method.directions if folded else 1)
+        return method.evaluations * -(-rows // fixed) * (1 if folded else method.directions) + (1 if method.base else 0)
+    if site.apart and call.folds and call.guard.pool is None:
+        copies = min(method.directions, call.most_copies or method.directions)
+        return method.evaluations * -(-method.directions // max(1, copies))
+    if method.alike:
+        return -(-method.directions // call.layout.batch)
+    return method.evaluations * method.directions

@@ -1,0 +1,101 @@
+"""The history of a part's state: which calls left it, so that gradients flow back through time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from hzo.errors import InputError
+from hzo.external.call import Call
+from hzo.external.guard import Guarded
+from hzo.external.state import Key, Saved
+
+
+class History:
+    """What the last call of a box left, as autograd knows it.
+
+    It ends where a backward pass has been through it (its graph is gone), where the state was reset by others, and
+    where the user says so.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: dict[Key, Tensor] = {}
+        self.call: Any = None
+        self.ends: list[tuple[Guarded, Saved, tuple[Key, ...]]] = []
+        self.stuck = False
+        self.grad_fn: Any = None
+
+    def note(self, call: Call, guard: Guarded, found: Sequence[Tensor], results: int, transformed: bool) -> None:
+        """A call has run; ``found`` are its outputs, numbers of its state behind the first ``results``."""
+        kept = History()
+        if call.moved_on and guard.remembers.end is not None:
+            if transformed and any(t.requires_grad for t in found):
+                kept.stuck = True
+            kept.call = call
+            kept.tensors = {
+                key: t for key, t in zip(call.left, found[results:], strict=True) if t.requires_grad and not transformed
+            }
+            kept.ends = [(guard, guard.remembers.end, call.moved_on)]
+            kept.stuck = kept.stuck or (call.stuck and any(t.requires_grad for t in found))
+        self.__dict__ = kept.__dict__
+        self.grad_fn = next((t.grad_fn for t in found if t.grad_fn is not None), None)
+
+    def _alive(self) -> bool:
+        """Whether a gradient may still flow back into the last call."""
+        if self.call is None or not getattr(self.call, "consumed", False):
+            return self.call is not None
+        if getattr(self.call, "on_tape", False) or self.grad_fn is None:
+            return False
+        try:
+            _ = self.grad_fn.saved_tensors
+        except RuntimeError:
+            return False
+        return True
+
+    def reaching(self, guard: Guarded) -> tuple[tuple[Key, ...], list[Tensor]]:
+        """The places of the state that still hold what the last call left, and what autograd knows them as.
+
+        Raises:
+            InputError: a gradient would have to flow through what is no number.
+        """
+        if not self.ends or not self._alive():
+            return (), []
+        (_, end, moved) = self.ends[0]
+        now = guard.state.save()
+        same = [key for key in self.tensors if guard.state.same(now, end, key)]
+        if self.stuck and all(guard.state.same(now, end, key) for key in moved if len(key) <= 3):
+            raise self._error(guard, moved)
+        return tuple(same), [self.tensors[key] for key in same]
+
+    def note_whole(self, this: Any, outputs: Sequence[Tensor]) -> None:
+        """A box that is planned as a whole has run."""
+        ends = []
+        for part, start in this.states.items():
+            if part.remembers.end is not None and (moved := part.state.changed(start, part.remembers.end)[0]):
+                ends.append((part, part.remembers.end, tuple(moved)))
+        self.ends, self.call, self.tensors = ends, this, {}
+        self.grad_fn = next((t.grad_fn for t in outputs if t.grad_fn is not None), None)
+
+    def refuse(self, parts: Sequence[Guarded]) -> None:
+        """Through a box that is planned as a whole no gradient follows a state from call to call.
+
+        Raises:
+            InputError: a part is still in the state that a call of the same graph has left it in.
+        """
+        if not self._alive():
+            return
+        for part, end, moved in self.ends:
+            if part in parts:
+                now = part.state.save()
+                if all(part.state.same(now, end, key) for key in moved if len(key) <= 3):
+                    raise self._error(part, moved)
+
+    @staticmethod
+    def _error(part: Guarded, moved: Sequence[Key]) -> InputError:
+        return InputError(
+            f"{part} keeps a state ({part.state.names(moved)}) that its last call has moved on, and the gradient "
+            "cannot follow it from call to call here. Give the state to it and have it returned, f(x, state) -> (y, "
+            "state); or let the gradient end there: box.detach_state() between the calls. A state is no noise"
+        )

@@ -1,0 +1,202 @@
+"""A box that is planned as a whole: its forward pass is a base pass of its chain, its backward pass a sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from hzo.errors import NondeterministicError
+from hzo.execution import Activities, base_pass, contained, counting, run_again, undone_on_error, with_parameters
+from hzo.external.guard import Guarded, expect
+from hzo.external.state import Saved
+from hzo.finite_differences import accumulation_dtype
+from hzo.gradients import Sweep, at_the_end, plan_of, sweep, traced_for
+from hzo.measurement import calibrate
+from hzo.planner import plan as make_plan
+from hzo.plans import Plan, schedule
+from hzo.tracing import Chain, Ref
+from hzo.tracing.recorder import close
+
+_measured: WeakKeyDictionary[Chain, Plan] = WeakKeyDictionary()
+"""Plans of chains whose noise was measured."""
+
+
+def planned(chain: Chain, options: Mapping[str, Any]) -> Plan:
+    """The plan of a box's chain: the one that followed from measuring it, if it was."""
+    return _measured.get(chain) or plan_of(chain, options)
+
+
+def forget(stages: nn.Module) -> None:
+    """Forget what was measured of these stages."""
+    for chain in [chain for chain in _measured if chain.model is stages]:
+        del _measured[chain]
+
+
+@dataclass
+class Pass:
+    """One forward pass through a box, and what its backward pass needs of it.
+
+    Attributes:
+        stages, options: of the box: what runs, and how its backward pass is planned.
+        measured: whether its noise is to be measured. memory: bytes for the perturbed copies of a chunk.
+        wanted: which inputs require a gradient. names: of the parameters that do.
+        inputs, parameters: as they were in the forward pass, whoever holds others since.
+        chain, activities: what was traced, and what its base pass left. structure: of the output. seed: of smoothing.
+        autocast: device, and the dtype that autocast computed in there, if it did. training: modes of the modules.
+        states: those that parts with a state began with. consumed: a backward pass has been through it.
+    """
+
+    stages: nn.Module
+    options: Mapping[str, Any]
+    measured: bool
+    memory: int | None
+    wanted: tuple[bool, ...]
+    names: tuple[str, ...]
+    inputs: tuple[Tensor, ...] = ()
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+    chain: Chain = field(init=False)
+    activities: Activities = field(init=False)
+    structure: Any = None
+    seed: int = 0
+    autocast: tuple[str, torch.dtype | None] = ("cpu", None)
+    training: dict[nn.Module, bool] = field(default_factory=dict)
+    states: dict[Guarded, Saved] = field(default_factory=dict)
+    consumed: bool = False
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the stages are said to give the same for the same."""
+        return not self.measured and "noise" not in self.options
+
+    def forward(self, inputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """A base pass, whose activities wait for the backward pass."""
+        return _forward(self, inputs, parameters)
+
+    def carry_back(self, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The cotangents of inputs and parameters, by a sweep."""
+        return _backward(self, cotangents)
+
+
+def _forward(this: Pass, inputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """A base pass, whose activities wait for the backward pass."""
+    device = inputs[0].device.type
+    this.autocast = device, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    this.training = {module: module.training for module in this.stages.modules()}
+    this.inputs = tuple(t.detach().requires_grad_(w) for t, w in zip(inputs, this.wanted, strict=True))
+    this.parameters = {n: p.detach().requires_grad_() for n, p in zip(this.names, parameters, strict=True)}
+
+    def run() -> None:
+        this.chain = traced_for(this.stages, this.inputs, strict=False)
+        graph = this.chain.traced
+        noisy = next((op for op in graph.operations if not op.deterministic), None)
+        if noisy is not None and this.repeats:
+            raise _two_results(noisy.name)
+        with undone_on_error([this.stages]):
+            this.activities = base_pass(graph, [t.detach() for t in this.inputs])
+            this.states = {
+                part: part.remembers.start for part in parts_of(this.stages) if part.remembers.start is not None
+            }
+            this.seed = int(torch.randint(2**62, ())) if "mu" in this.options else 0
+
+    _with_parameters(this, run)
+    values = this.activities.values
+    # Copies: what becomes of the output must not reach what is stored.
+    output = pytree.tree_map_only(Ref, lambda ref: values[ref.value].clone(), this.chain.traced.output)
+    leaves, this.structure = pytree.tree_flatten(in_dtype_of(inputs, output))
+    return tuple(leaves)
+
+
+def _backward(this: Pass, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The cotangents of inputs and parameters, by a sweep; nothing is asked where all that come in are zero."""
+    graph = this.chain.traced
+    given = pytree.tree_unflatten(list(cotangents), this.structure)
+    at_end = {v: g.to(accumulation_dtype(graph.values[v].dtype)) for v, g in at_the_end(graph, given).items()}
+    if not any(bool(g.any()) for g in at_end.values()):
+        return [None] * (len(this.wanted) + len(this.names))
+
+    this.consumed = True
+
+    def run() -> Sweep:
+        if this.measured and this.chain not in _measured:
+            of = {key: this.options[key] for key in ("assume", "scheme")}
+            with _from(this.states):
+                found = calibrate(this.chain, this.inputs, cotangent=given, **of)
+            _measured[this.chain] = make_plan(this.chain, calibration=found, **this.options)
+        plan = planned(this.chain, this.options)
+        # A sweep lets go of what it has read, and there may be another one.
+        activities = replace(this.activities, values=dict(this.activities.values))
+        with contained([this.stages]), _from(this.states):
+            for module, training in this.training.items():  # of the forward pass, too
+                module.training = training
+            expect(this.stages, this.inputs[0].shape[0])
+            if this.repeats:
+                _check_same(this)
+            return sweep(graph, plan, schedule(graph, plan), activities, at_end, memory=this.memory, seed=this.seed)
+
+    device, dtype = this.autocast  # autograd runs a backward pass outside the user's autocast
+    with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
+        found = _with_parameters(this, run)
+    at_inputs = found.cotangents.get(0, {})
+    wanted = [at_inputs.get(v) for v in graph.inputs]
+    wanted += [found.gradients[name][1] if name in found.gradients else None for name in this.names]
+    tensors = (*this.inputs, *this.parameters.values())
+    return [None if g is None else g.to(t.dtype) for t, g in zip(tensors, wanted, strict=True)]
+
+
+def parts_of(stages: nn.Module) -> list[Guarded]:
+    """The callables from outside among the stages."""
+    return [part for part in stages.modules() if isinstance(part, Guarded)]
+
+
+@contextmanager
+def _from(states: Mapping[Guarded, Saved]) -> Iterator[None]:
+    """Inside, every call of a part begins with the state that the forward pass began with."""
+    with ExitStack() as stack:
+        for part, start in states.items():
+            stack.enter_context(part.queries_from(start))
+        yield
+
+
+def _with_parameters(this: Pass, run: Callable[[], Any]) -> Any:
+    """Run with the parameters of the forward pass, whoever holds others since."""
+    now = dict(this.stages.named_parameters())
+    with with_parameters(this.stages, {id(now[name]): p for name, p in this.parameters.items()}):
+        return run()
+
+
+def _check_same(this: Pass) -> None:
+    """Run the stages once more: differences of a result that has changed since would mean nothing."""
+    graph, first = this.chain.traced, this.activities
+    again = replace(first, values=dict(first.values))
+    with counting.doing("the test that it repeats"):
+        run_again(graph, again, 0, len(graph.operations), len(graph.stages), [()] * len(graph.operations))
+    for op in graph.operations:
+        if not all(close(first.values[v], again.values[v]) for v in op.writes):
+            raise _two_results(op.name)
+
+
+def _two_results(name: str) -> NondeterministicError:
+    return NondeterministicError(
+        f"the black box {name} gave two results for the same input, and differences of its results would mean nothing. "
+        "Does it keep a state that hzo cannot see (in another process, a library, a global variable)? Give the state "
+        "to it and have it returned, f(x, state) -> (y, state), or say how it is saved and put back: "
+        "hzo.blackbox(f, state=(save, load)). Only where results differ by the noise of a measurement, new in every "
+        "reading, say so: noise='measured' has steps and repeats planned for it"
+    )
+
+
+def in_dtype_of(inputs: Sequence[Tensor], outputs: Any) -> Any:
+    """Floating outputs in the dtype of the inputs: NumPy code that computes in another one fits into the model."""
+    dtype = next((t.dtype for t in inputs if t.is_floating_point()), torch.get_default_dtype())
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != dtype else tensor
+
+    return pytree.tree_map_only(Tensor, cast, outputs)

@@ -1,0 +1,303 @@
+"""The queries of one backward pass through a part: perturbed inputs in, differences of its results out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import inf
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hzo.errors import NonFiniteError
+from hzo.execution import counting
+from hzo.external.call import Call, named_samples
+from hzo.external.sites import Method, Site, sample_shape
+from hzo.finite_differences import (
+    Probe,
+    States,
+    Stencil,
+    accumulation_dtype,
+    directions_per_chunk,
+    element_scale,
+    element_steps,
+    narrowest,
+    stencil,
+)
+
+
+class Sweep:
+    """The queries of one backward pass: what they have in common, and what they found out on the way."""
+
+    def __init__(self, call: Call, leaves: Sequence[Tensor], outputs: Sequence[int]) -> None:
+        self.call = call
+        self.leaves = [t.detach() for t in leaves]
+        self.outputs = list(outputs)
+        self.failed = None if call.failed is None else call.failed.clone()
+        if self.failed is not None and call.layout.batched and not bool(self.failed.all()):
+            good = int((~self.failed).nonzero()[0])  # what diverges takes long, and is not needed
+            for k, flag in enumerate(call.layout.leaves):
+                if flag:
+                    self.leaves[k] = self.leaves[k].clone()
+                    self.leaves[k][self.failed] = self.leaves[k][good].clone()
+        self.dead = torch.zeros(call.layout.batch, dtype=torch.bool)  # samples that diverged in a query
+        self.second = self.first = 0.0  # sums of squares: of second and of first differences
+        self.watching = False  # steps of this site are hzo's own choice, and so is their error
+        self.noted = False
+        self.measured_error = 0.0
+
+    def rows(self, site: Site) -> Tensor:
+        leaf = self.leaves[site.index]
+        return (torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf).reshape(site.rows, -1)
+
+    def widths(self, site: Site) -> list[int]:
+        bases = self._bases()
+        rows = self.call.layout.batch
+        return [bases[o].shape[1] * (rows if self._apart(o) and not site.apart else 1) for o in self.outputs]
+
+    def _bases(self) -> list[Tensor]:
+        return self.call.base
+
+    def _apart(self, output: int) -> bool:
+        return self.call.layout.outputs[output]
+
+    def base(self, site: Site) -> list[Tensor]:
+        """(rows, m) of the outputs that count, as the forward pass left them."""
+        return [self._bases()[o].reshape(site.rows, -1) for o in self.outputs]
+
+    def run(self, site: Site, moved: Tensor, sample: int | None = None) -> list[Tensor]:
+        """(copies, rows, m) of the outputs that count, for copies (copies, rows, n) of a site's rows.
+
+        Args:
+            sample: one of the batch, of which alone the copies are.
+        """
+        call, copies = self.call, len(moved)
+        counting_rows = copies * (1 if sample is not None else call.layout.batch)
+        counting.add(
+            queries=counting_rows,
+            stage_evaluations=counting_rows,
+            forward_equivalents=copies if sample is None else 0,
+            boxes=[call.guard.hzo_box],
+        )
+        if sample is not None:
+            results = self._run_rows(site, moved, sample)
+        elif site.apart and call.folds and call.guard.pool is None:
+            given = [
+                self._leaf(site, moved.flatten(0, 1)) if k == site.index
+                else t.repeat(copies, *[1] * (t.dim() - 1)) if call.layout.leaves[k] else t
+                for k, t in enumerate(self.leaves)
+            ]  # fmt: skip
+            found = call.evaluate(given, copies)
+            results = [found[o].reshape(copies, site.rows, -1) for o in self.outputs]
+        else:
+            many = [
+                [self._leaf(site, moved[c]) if k == site.index else t for k, t in enumerate(self.leaves)]
+                for c in range(copies)
+            ]
+            several = call.evaluate_all(many)
+            results = [torch.cat([r[o].reshape(1, site.rows, -1) for r in several]) for o in self.outputs]
+        self.check(site, results)
+        return results
+
+    def _run_rows(self, site: Site, moved: Tensor, sample: int) -> list[Tensor]:
+        """One sample many times, packed into calls as the part takes them."""
+        call, rows = self.call, moved.flatten(0, 1)
+        batch, fixed = call.layout.batch, not call.folds
+        size = batch if fixed else len(rows)
+        found: list[list[Tensor]] = []
+        for start in range(0, len(rows), size):
+            cut = rows[start : start + size]
+            count = len(cut)
+            if fixed and count < batch:
+                cut = torch.cat([cut, cut[-1:].expand(batch - count, -1)])
+            given = [
+                self._leaf(site, cut, len(cut)) if k == site.index
+                else t[sample : sample + 1].expand(len(cut), *t.shape[1:]) if call.layout.leaves[k] else t
+                for k, t in enumerate(self.leaves)
+            ]  # fmt: skip
+            results = call.evaluate_all([given], len(cut))[0]
+            found.append([results[o][:count].reshape(count, 1, -1) for o in self.outputs])
+        return [torch.cat(parts) for parts in zip(*found, strict=True)]
+
+    def _leaf(self, site: Site, rows: Tensor, count: int | None = None) -> Tensor:
+        """Rows as the part is given them."""
+        leaf = self.leaves[site.index]
+        shape = site.shape if not site.apart else (count if count is not None else rows.shape[0], *site.shape)
+        made = rows.reshape(shape).clone()
+        return torch.view_as_complex(made) if leaf.is_complex() else made
+
+    def check(self, site: Site, results: list[Tensor]) -> None:
+        """NaN and infinity: an error, or a sample that is left out."""
+        bad: Tensor | None = None
+        for tensor in results:
+            rows = tensor.isfinite().all(-1)
+            if not bool(rows.all()):
+                bad = ~rows if bad is None else bad | ~rows
+        if bad is None:
+            return
+        call = self.call
+        counted = self._samples_of(site, results, bad)
+        if call.settings.on_failure == "zero":
+            if counted.shape == self.dead.shape:
+                self.dead |= counted
+            elif bool(counted.any()):
+                self.dead[:] = True
+        elif bool(counted.any()):
+            which = f" for {named_samples(counted)}" if call.layout.batched else ""
+            raise NonFiniteError(
+                f"{call.guard}, in {counting.being_done()}, returned NaN or infinity{which}; check the part at this "
+                "input, keep its steps inside where it is defined (bounds=), or leave such samples out "
+                "(on_failure='zero')"
+            )
+        for tensor in results:
+            tensor.nan_to_num_(0.0, 0.0, 0.0)
+
+    def _samples_of(self, site: Site, results: Sequence[Tensor], bad: Tensor) -> Tensor:
+        """Which samples these are, but for those that carry nothing back anyway."""
+        counted, layout = bad.any(0).cpu(), self.call.layout
+        if not site.apart and layout.batched:
+            counted = torch.zeros(layout.batch, dtype=torch.bool)
+            for tensor, o in zip(results, self.outputs, strict=True):
+                if self._apart(o):
+                    counted |= ~tensor.reshape(len(tensor), layout.batch, -1).isfinite().all(-1).all(0).cpu()
+        for without in (self.failed, self.ignored):
+            if without is not None and counted.shape == without.shape:
+                counted = counted & ~without.cpu()
+        return counted
+
+    ignored: Tensor | None = None  # samples whose cotangent is zero
+
+    # -- steps ---
+
+    def stencil(self, site: Site, rows: Tensor, step: Any, bounds: tuple[Any, Any]) -> Stencil:
+        """The places of a site's differences around ``rows``."""
+        call, settings = self.call, self.call.settings
+        where = site.name
+        window = settings.mu is not None
+        steps: Tensor | float
+        if isinstance(step, str):
+            window = True
+            steps = call.known["steps"][call.names[site.index]][0] * element_scale(rows)
+        elif step is None and settings.mu is not None:
+            steps = settings.mu
+        elif step is None:
+            steps = element_steps(rows, settings.scheme, where, self.precision(site))
+        else:
+            window = True
+            steps = self.expanded(site, step, rows)
+            if settings.steps.relative:
+                steps = steps * element_scale(rows)
+        low, high = (None if b is None else self.expanded(site, b, rows) for b in bounds)
+        return stencil(rows, steps, settings.scheme, where, low=low, high=high, window=window)
+
+    def precision(self, site: Site) -> torch.dtype:
+        found = [site.dtype, *(t.dtype for t in self.base(site) if t.dtype.is_floating_point)]
+        if self.call.autocast[1] is not None:
+            found.append(self.call.autocast[1])
+        return narrowest(found)
+
+    def expanded(self, site: Site, value: Any, rows: Tensor) -> Tensor:
+        """(1 or rows, n): a number or a tensor of a sample's shape, for every number of a site."""
+        tensor = torch.as_tensor(value, dtype=torch.float64).to(rows.device)
+        shape = sample_shape(site)
+        whole = torch.broadcast_to(tensor, shape) if tensor.dim() <= len(shape) else tensor
+        if site.pairs == 2:
+            whole = whole.unsqueeze(-1).expand(*shape, 2)
+        return whole.reshape(1, -1).to(accumulation_dtype(rows.dtype))
+
+    # -- differences ---
+
+    def differences(
+        self, site: Site, method: Method, rows: Tensor, places: Stencil, moved_base: list[Tensor] | None
+    ) -> Iterator[tuple[int, int, list[Tensor], Tensor | None, list[Tensor] | None, Tensor | None]]:
+        """For chunks of directions: (start, stop, differences, weights, other differences, other weights).
+
+        Differences are (directions, rows, m) for each output that counts; weights (rows, n) belong to elements.
+        """
+        call, settings = self.call, self.call.settings
+        sample = 0 if method.alike else None
+        base = [b[:1] for b in self.base(site)] if method.alike else moved_base or self.base(site)
+        wide = torch.float64 if any(t.dtype == torch.float64 for t in (rows, *base)) else torch.float32
+        base = [b.to(wide) for b in base]
+        upper, lower = places.upper, places.lower
+        if method.alike:
+            rows, upper, lower = rows[:1], upper[:1], lower[:1]
+        up, down = (_states(site, method, t) for t in (rows, rows))
+        width = sum(self.widths(site)) // (site.rows if method.alike else 1)
+        size = (3 * rows.numel() * rows.element_size()) + 5 * max(1, width) * len(rows) * 8
+        chunk = directions_per_chunk(size, settings.memory, rows.device)
+        if call.most_copies is not None and not method.alike:
+            chunk = min(chunk, call.most_copies)
+        one_place = settings.scheme == "forward" or method.alike
+        start = 0
+        while start < method.directions:
+            stop = min(start + chunk, method.directions)
+            asked = f"queries {start + 1} to {stop} of {method.directions} that move {site.name}"
+            try:
+                with counting.doing(f"{asked} up"):
+                    above = [t.to(wide) for t in self.run(site, up(start, stop, upper), sample)]
+                if one_place:
+                    below = None
+                else:
+                    with counting.doing(f"{asked} down"):
+                        below = [t.to(wide) for t in self.run(site, down(start, stop, lower), sample)]
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if stop - start == 1 or not (
+                    isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+                ):
+                    raise
+                chunk = (stop - start) // 2  # the work of this chunk is done again in halves
+                up, down = (_states(site, method, t) for t in (rows, rows))
+                continue
+            if below is None:
+                yield start, stop, [a - b for a, b in zip(above, base, strict=True)], None, None, None
+            elif places.paired:
+                if moved_base is None:
+                    self._note(above, below, base)
+                yield start, stop, [a - b for a, b in zip(above, below, strict=True)], places.weight, None, None
+            else:
+                yield (
+                    start,
+                    stop,
+                    [a - b for a, b in zip(above, base, strict=True)],
+                    places.weight,
+                    [a - b for a, b in zip(below, base, strict=True)],
+                    places.other,
+                )
+            start = stop
+
+    def _note(self, above: Sequence[Tensor], below: Sequence[Tensor], base: Sequence[Tensor]) -> None:
+        """Second differences beside first ones: of a smooth part they are smaller by a step, of noise as large."""
+        if not self.watching:
+            return
+        self.noted = True
+        for a, b, c in zip(above, below, base, strict=True):
+            kept = slice(None) if a.numel() < 2**22 else slice(0, 1)
+            first, second = a[kept] - b[kept], a[kept] + b[kept] - 2 * c
+            self.first += float(first.double().square().sum())
+            self.second += float(second.double().square().sum())
+
+    @property
+    def error(self) -> float:
+        """Estimate of the relative error: granularity (rounding, a quantum, a tolerance) or curvature within a step."""
+        if not self.noted:
+            return 0.0
+        return (self.second / self.first) ** 0.5 if self.first else inf
+
+
+def _states(site: Site, method: Method, rows: Tensor) -> Any:
+    """A function (start, stop, moved rows) -> (directions, rows, n)."""
+    if method.how == "elementwise":
+
+        def moved(start: int, stop: int, values: Tensor) -> Tensor:
+            if site.pairs == 1:
+                return values.unsqueeze(0)
+            found = rows.repeat(stop - start, 1, 1)
+            for k in range(start, stop):
+                found[k - start, :, k::2] = values[:, k::2]
+            return found
+
+        return moved
+    coordinate = Probe("coordinate", site.elements)
+    probe = coordinate if method.coloring is None else Probe("colored", site.elements, coloring=method.coloring)
+    return States(probe, rows).moved
