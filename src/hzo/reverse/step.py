@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hzo.errors import InputError, NonFiniteError, TapeError
 from hzo.reverse.walk import sweep
+from hzo.rules.registry import LEAN
 from hzo.tape import Recorder, Tape, current_recorder
 from hzo.tape.surroundings import recording
 
@@ -26,18 +27,21 @@ class RecordedStep:
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
+        self._swept = False
 
     @property
     def tape(self) -> Tape:
         """The calls that were recorded."""
         return self._recorder.tape
 
-    def backward(self, loss: Tensor, *, scale: float | Tensor = 1.0) -> None:
+    def backward(self, loss: Tensor, *, scale: float | Tensor = 1.0, retain_graph: bool = False) -> None:
         """Add the gradient of the loss to ``.grad``, as ``loss.backward()`` would, without autograd's engine.
 
         Args:
             loss: a tensor made inside the recording: a number, or one a sample, of which the mean is taken.
             scale: factor on the gradients, for a ``GradScaler``.
+            retain_graph: keep what the tape holds, for another loss of the same recording; otherwise it goes as the
+                sweep passes.
 
         All or nothing: on an error no ``.grad`` has changed.
 
@@ -46,15 +50,25 @@ class RecordedStep:
             TapeError: the gradient leads through something that was not recorded.
         """
         factor = float(scale)
-        gradients = self.gradients(loss)
+        gradients = self.gradients(loss, retain_graph=retain_graph)
         accumulate([(leaf, g * factor if factor != 1 else g) for leaf, g in gradients])
 
-    def gradients(self, loss: Tensor) -> Gradients:
+    def gradients(self, loss: Tensor, *, retain_graph: bool = False) -> Gradients:
         """The gradient of the loss for every leaf that requires one; ``.grad`` is left alone. Errors as ``backward``."""
+        if self._swept:
+            raise TapeError(
+                "this recording was swept before, and what it held is gone; say retain_graph=True the first time, or "
+                "add the losses up"
+            )
         value = self._value_of_loss(loss)
-        with torch.no_grad():
+        hooks = self._hooks()
+        self._swept = not retain_graph
+        if self._swept:
+            self._recorder.release()
+        # What autocast chose was recorded; the sweep's own products are taken as they are.
+        with torch.no_grad(), torch.autocast(loss.device.type, enabled=False):
             seed = torch.full_like(loss, 1 / max(loss.numel(), 1))
-            found = sweep(self.tape, {value: seed}, self._hooks())
+            found = sweep(self.tape, {value: seed}, hooks, free=not retain_graph)
         leaves: dict[int, tuple[Tensor, Tensor]] = {}
         for v, g in found.items():  # one tensor may stand for two leaves, where autograd was told to forget in between
             leaf = self.tape.leaves[v]
@@ -182,7 +196,7 @@ def record(*modules: nn.Module, keep: bool = False) -> Iterator[RecordedStep]:
 
     Cost: one forward pass, and some microseconds a call. Source: ours.
     """
-    recorder = Recorder(keep)
+    recorder = Recorder(keep, lean=LEAN)
     recorder.undo.remember_modules(inner for module in modules for inner in module.modules())
     try:
         with recording(recorder):

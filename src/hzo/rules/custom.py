@@ -19,8 +19,7 @@ def _backward(call: Call) -> Cotangents:
     for value, grad in zip(call.op.writes, call.grads, strict=True):
         if grad is None and value is not None:
             about = call.tape.values[value]
-            like = call.tape.tensors[value]
-            grad = torch.zeros(about.shape, dtype=about.dtype, device=None if like is None else like.device)
+            grad = torch.zeros(about.shape, dtype=about.dtype, device=about.device)
         grads.append(grad)  # type: ignore[arg-type]
     result = function.carry_back(grads)
     found: dict[Key, Any] = {}

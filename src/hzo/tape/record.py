@@ -9,7 +9,8 @@ constant when a recorded call reads it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from hzo.tape.aliases import Geometry, constant_content, geometry_of, pass_through, read_window, write_window
-from hzo.tape.functions import out_of_place
+from hzo.tape.functions import OutOfPlace, out_of_place
 from hzo.tape.operations import Operation, Value, ref
 from hzo.tape.tape import Tape
 from hzo.tape.undo import Undo
@@ -38,6 +39,8 @@ _SHAPES_ALONE = frozenset(
         "new_zeros", "new_ones", "new_full", "new_empty_strided",
     )
 )  # fmt: skip
+
+_CANDIDATES = 16  # as many results are looked at together
 
 
 @dataclass(frozen=True)
@@ -86,12 +89,20 @@ class Recorder(TorchDispatchMode):
     Args:
         keep: keep the content of every value, also where code writes over it: for plans that run operations again.
             Without, what PyTorch's own derivatives would save is kept, which is all that rules read.
+        lean: operators whose rules read no more than PyTorch's own derivative saves. What only they touch, and nobody
+            else holds any more, is let go while the recording runs.
     """
 
-    def __init__(self, keep: bool = False) -> None:
+    def __init__(self, keep: bool = False, lean: Collection[Any] = ()) -> None:
         super().__init__()
         self.tape = Tape()
         self._keep_all = keep
+        self.hold_all = False  # while autograd does not tell what it saves
+        self._lean = frozenset() if keep else frozenset(lean)
+        self._candidates: list[int] = []  # results of lean calls that nothing is known to need
+        self._needed: set[int] = set()  # values that some other call touches
+        self._results_of_last: tuple[int | None, ...] = ()
+        self.hooked: list[Tensor] = []  # tensors with hooks
         self._alive: list[Tensor] = []  # whose ids are in use
         self._saved: set[int] = set()  # values whose content must survive a write
         self._unpacked: list[int] = []  # values that autograd asked back, for a derivative inside the model
@@ -104,6 +115,7 @@ class Recorder(TorchDispatchMode):
         self._contents: dict[int, int] = {}  # storage -> value of its content, once windows of it were written to
         self._stale: set[int] = set()  # ids whose value must be read from that content
         self._passed: set[int] = set()  # ids whose content changed under no_grad
+        self._dropped: set[int] = set()  # ids that are free again
         self._fresh: set[int] = set()  # storages of constants that were made meanwhile
         self._resolved: set[int] = set()  # ids of copies of lazy conjugates, which PyTorch makes below autograd
         self.undo = Undo()
@@ -114,7 +126,7 @@ class Recorder(TorchDispatchMode):
         """A value for what ``tensor`` holds now."""
         tape = self.tape
         index = len(tape.values)
-        tape.values.append(Value(tensor.shape, tensor.dtype, requires, producer, weight))
+        tape.values.append(Value(tensor.shape, tensor.dtype, tensor.device, requires, producer, weight))
         tape.tensors.append(tensor)
         key = id(tensor)
         tape._index[key] = index
@@ -133,7 +145,13 @@ class Recorder(TorchDispatchMode):
 
     def seen(self) -> list[Tensor]:
         """The tensors that have had a value."""
-        return self._alive
+        return [*self.hooked, *self._alive]
+
+    def release(self) -> None:
+        """The recording is over: only the tape holds what it recorded."""
+        self._alive, self._objects, self.hooked = [], {}, []
+        self._storages, self._detached = {}, {}
+        self.tape._index = {}
 
     def settle(self, tensor: Tensor) -> None:
         """A new value of this tensor is about to be written: what was said of its old content holds no more."""
@@ -235,8 +253,12 @@ class Recorder(TorchDispatchMode):
         result = func(*args, **kwargs)
         op = self.operation(func, refs, named)
         op.writes = self._results(op, result)
+        self._results_of_last = op.writes
+        if self._lean:
+            self._let_go(op)
         if func is aten.clone.default and (args[0].is_conj() or args[0].is_neg()):
             self._resolved.add(id(result))
+            self._needed.update(v for v in op.writes if v is not None)
         return result
 
     def _results(self, op: Operation, result: Any) -> tuple[int | None, ...]:
@@ -293,17 +315,65 @@ class Recorder(TorchDispatchMode):
                 self._frozen.add(id(tensor))
                 self._alive.append(tensor)
 
+    def _let_go(self, op: Operation) -> None:
+        """Every now and then: forget what lean calls made, autograd did not save, and the user's code has dropped."""
+        target = op.target.func if isinstance(op.target, OutOfPlace) else op.target
+        if target not in self._lean or self.hold_all:
+            self._needed.update(op.reads())
+            return
+        self._candidates.extend(v for v in op.writes if v is not None)
+        if len(self._candidates) < _CANDIDATES:
+            return
+        tape, last = self.tape, set(op.writes)
+        kept: list[int] = []
+        for v in self._candidates:
+            tensor = tape.tensors[v]
+            if tensor is None or v in self._needed or v in self._saved or tensor._is_view():
+                continue  # a view takes no memory of its own
+            # The tape holds it, the list of those alive, perhaps the one by id, and this; one more is the call's argument.
+            held = 5 if id(tensor) in self._objects else 4
+            if sys.getrefcount(tensor) > held or v in last or tape._index.get(id(tensor)) != v:
+                kept.append(v)
+                continue
+            tape.tensors[v] = None
+            self._dropped.add(id(tensor))
+            del tape._index[id(tensor)]
+        self._candidates = kept
+        if self._dropped:
+            noted = [t for t in self._alive[: self._registered] if id(t) not in self._dropped]
+            self._alive = noted + [t for t in self._alive[self._registered :] if id(t) not in self._dropped]
+            self._registered = len(noted)
+            for keys in self._storages.values():
+                keys[:] = [key for key in keys if key not in self._dropped]
+            for key in self._dropped:
+                self._objects.pop(key, None)
+                self._detached.pop(key, None)
+            for ids in (self._frozen, self._stale, self._passed, self._resolved):
+                ids -= self._dropped
+            self._dropped.clear()
+
     # -- what autograd saves ------------------------------------------------------------------------------------------
 
     def pack(self, tensor: Tensor) -> Any:
         """What autograd saves is on the tape already: it keeps the number of the value."""
-        key = id(tensor)
-        index = self._detached.get(key)
-        if index is None:
-            index = self.tape._index.get(key) if not tensor.requires_grad or tensor.is_leaf else None
-            if index is None or key in self._stale or key in self._passed:
-                index = self.read(tensor)
+        index = self._packed(tensor)
         self._saved.add(index)
+        return index
+
+    def _packed(self, tensor: Tensor) -> int:
+        key = id(tensor)
+        if key not in self.tape._index:
+            for index in self._results_of_last:  # a result comes as another object with the same content
+                result = None if index is None else self.tape.tensors[index]
+                if index is not None and result is not None and _looks_like(result, tensor):
+                    if result.data_ptr() == tensor.data_ptr() and key not in self._detached:
+                        return index
+        index = self._detached.get(key)
+        if index is not None:
+            return index
+        index = self.tape._index.get(key) if not tensor.requires_grad or tensor.is_leaf else None
+        if index is None or key in self._stale or key in self._passed:
+            index = self.read(tensor)
         return index
 
     def unpack(self, index: int) -> Tensor:
@@ -337,6 +407,9 @@ class Recorder(TorchDispatchMode):
             self._changed(written)
             op = self.operation(about.functional, self._refs(args), self._named(kwargs))
             op.writes = self._results(op, result)
+            self._results_of_last = op.writes
+            if self._lean:
+                self._let_go(op)
             return result
         refs, named = self._refs(args), self._named(kwargs)
         shared = {id(t): self._content_before(t) for t in written}
@@ -355,7 +428,9 @@ class Recorder(TorchDispatchMode):
             writes.append(self._result(tensor, op.index, weight))
             self._stale.discard(id(tensor))
             self._passed.discard(id(tensor))
-        op.writes = tuple(writes)
+        op.writes = self._results_of_last = tuple(writes)
+        if self._lean:
+            self._let_go(op)
         for tensor in written:
             content = shared.get(id(tensor))
             if content is not None:
@@ -469,7 +544,7 @@ class Recorder(TorchDispatchMode):
         about = self.tape.values[content]
         new = len(self.tape.values)
         requires = about.requires or self.tape.values[window].requires
-        self.tape.values.append(Value(about.shape, about.dtype, requires, op.index, False))
+        self.tape.values.append(Value(about.shape, about.dtype, about.device, requires, op.index, False))
         self.tape.tensors.append(None)
         op.writes = (new,)
         if self._keep_all:

@@ -79,10 +79,12 @@ def _replace() -> None:
     _originals["hooks"] = torch.autograd.graph.disable_saved_tensors_hooks
     _originals["backward_hook"] = module_hooks.BackwardHook
     _originals.update({name: getattr(torch._VF, name) for name in _RECURRENT})
+    _originals["register_hook"] = Tensor.register_hook
     _originals["optimized"] = torch._C._get_graph_executor_optimize()
     function.apply = classmethod(_apply)  # type: ignore[assignment, method-assign]
     torch.autograd.graph.disable_saved_tensors_hooks = _without_hooks  # type: ignore[assignment]
     module_hooks.BackwardHook = _recorded_hook(_originals["backward_hook"])  # type: ignore[misc]
+    Tensor.register_hook = _register_hook  # type: ignore[method-assign]
     for name in _RECURRENT:
         setattr(torch._VF, name, _step_by_step(name))
     # TorchScript's executor would differentiate by itself what it has seen often enough.
@@ -93,6 +95,7 @@ def _put_back() -> None:
     torch.autograd.Function.apply = _originals["apply"]  # type: ignore[method-assign]
     torch.autograd.graph.disable_saved_tensors_hooks = _originals["hooks"]
     module_hooks.BackwardHook = _originals["backward_hook"]  # type: ignore[misc]
+    Tensor.register_hook = _originals["register_hook"]  # type: ignore[method-assign]
     for name in _RECURRENT:
         setattr(torch._VF, name, _originals[name])
     torch._C._set_graph_executor_optimize(_originals["optimized"])
@@ -134,11 +137,21 @@ def _without_hooks(message: str) -> Iterator[None]:
             yield
         return
     torch._C._autograd._pop_saved_tensors_default_hooks()
+    outer, recorder.hold_all = recorder.hold_all, True  # autograd does not tell what it saves
     try:
         with _originals["hooks"](message):
             yield
     finally:
+        recorder.hold_all = outer
         torch._C._autograd._push_saved_tensors_default_hooks(*_hooks(recorder))
+
+
+def _register_hook(self: Tensor, hook: Callable[[Tensor], Any]) -> Any:
+    """A hook of a tensor runs when the sweep comes by, whoever has forgotten the tensor by then."""
+    recorder = current_recorder()
+    if recorder is not None:
+        recorder.hooked.append(self)
+    return _originals["register_hook"](self, hook)
 
 
 _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")

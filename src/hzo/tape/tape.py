@@ -16,7 +16,7 @@ class Tape:
 
     Attributes:
         operations: calls in order. values: what they read and made; a leaf was there before the recording.
-        tensors: what each value held. None for content that nobody reads (see ``Recorder``), which a rule must not.
+        tensors: what each value held. None for content that no rule reads (see ``Recorder``), and behind a sweep.
         leaves: the tensors that a gradient is for, by value.
     """
 
