@@ -1,4 +1,4 @@
-"""One training step, recorded and differentiated: ``with hzo.record() as tape: loss = …``, then ``tape.backward(loss)``."""
+"""One training step, recorded and differentiated: ``hzo.record()``, then ``tape.backward(loss)``."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class RecordedStep:
         accumulate([(leaf, g * factor if factor != 1 else g) for leaf, g in gradients])
 
     def gradients(self, loss: Tensor, *, retain_graph: bool = False) -> Gradients:
-        """The gradient of the loss for every leaf that requires one; ``.grad`` is left alone. Errors as ``backward``."""
+        """The gradient of the loss for every leaf that requires one; ``.grad`` is left alone. Errors: ``backward``."""
         if self._swept:
             raise TapeError(
                 "this recording was swept before, and what it held is gone; say retain_graph=True the first time, or "
@@ -92,7 +92,7 @@ class RecordedStep:
         if not bool(loss.detach().isfinite().all()):
             raise NonFiniteError(f"the loss is {_shown(loss)}; {self._where_it_began()}")
         value = self._recorder.read(loss) if loss.requires_grad else None
-        if value is None or self.tape.values[value].producer < 0 and value not in self.tape.leaves:
+        if value is None or (self.tape.values[value].producer < 0 and value not in self.tape.leaves):
             if value is not None and self.tape.values[value].foreign is not None:
                 raise InputError(
                     "this loss was not made inside the recording; compute it within the with block of hzo.record()"
@@ -162,7 +162,7 @@ def accumulate(gradients: Iterable[tuple[Tensor, Tensor]]) -> None:
             else:
                 made.append((leaf, torch.add(dense, before), True))
         for leaf, dense, new in made:
-            if new:
+            if new or leaf.grad is None:
                 leaf.grad = dense
             else:
                 leaf.grad += dense

@@ -1,4 +1,4 @@
-"""Which rule a call has: that of the table, or what PyTorch's tags and decompositions say of an operator without one."""
+"""Which rule a call has: that of the table, or what PyTorch's tags and decompositions say of it."""
 
 from __future__ import annotations
 
@@ -66,4 +66,3 @@ LEAN = frozenset(
     )
 )  # fmt: skip
 """Operators whose rules are tried to read no more than PyTorch's own derivative saves, so that the rest may go."""
-

@@ -33,7 +33,7 @@ def write_window(content: Tensor, window: Tensor, size: Sequence[int], stride: S
     return result
 
 
-def pass_through(old: Tensor, new: Tensor) -> Tensor:
+def pass_through(old: Tensor, new: Tensor) -> Tensor:  # noqa: ARG001
     """``new`` as the value, with ``old`` as its path: what a write under ``no_grad`` does for autograd."""
     return new.clone()
 

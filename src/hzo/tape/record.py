@@ -1,8 +1,8 @@
 """Recording: every call of an ATen operator that autograd would differentiate becomes an operation of the tape.
 
-The recorder is a dispatch mode: it sees calls below autograd, in the order in which they run, whatever was written above
-them (layers, functionals, TorchScript, ``vmap``, in-place code). What is constant is what autograd says is constant: a
-call without an argument that requires a gradient, or under ``no_grad``, runs and leaves no trace, and its result is a
+The recorder is a dispatch mode: it sees calls below autograd, in the order in which they run, whatever was written
+above them (layers, functionals, TorchScript, ``vmap``, in-place code). What is constant is what autograd says is
+constant: a call without an argument that requires a gradient, or under ``no_grad``, runs and leaves no trace, and its result is a
 constant when a recorded call reads it.
 """
 
@@ -83,7 +83,7 @@ def _operator(func: Any) -> _Operator:
     return about
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Writes a tape while it is active; made and entered by ``hzo.record``.
 
     Args:
@@ -94,7 +94,7 @@ class Recorder(TorchDispatchMode):
     """
 
     def __init__(self, keep: bool = False, lean: Collection[Any] = ()) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.tape = Tape()
         self._keep_all = keep
         self.hold_all = False  # while autograd does not tell what it saves
@@ -330,7 +330,7 @@ class Recorder(TorchDispatchMode):
             tensor = tape.tensors[v]
             if tensor is None or v in self._needed or v in self._saved or tensor._is_view():
                 continue  # a view takes no memory of its own
-            # The tape holds it, the list of those alive, perhaps the one by id, and this; one more is the call's argument.
+            # The tape holds it, the list of those alive, perhaps the one by id, this; one more is the call's argument.
             held = 5 if id(tensor) in self._objects else 4
             if sys.getrefcount(tensor) > held or v in last or tape._index.get(id(tensor)) != v:
                 kept.append(v)
@@ -349,7 +349,7 @@ class Recorder(TorchDispatchMode):
                 self._objects.pop(key, None)
                 self._detached.pop(key, None)
             for ids in (self._frozen, self._stale, self._passed, self._resolved):
-                ids -= self._dropped
+                ids.difference_update(self._dropped)
             self._dropped.clear()
 
     # -- what autograd saves ------------------------------------------------------------------------------------------
@@ -365,9 +365,10 @@ class Recorder(TorchDispatchMode):
         if key not in self.tape._index:
             for index in self._results_of_last:  # a result comes as another object with the same content
                 result = None if index is None else self.tape.tensors[index]
-                if index is not None and result is not None and _looks_like(result, tensor):
-                    if result.data_ptr() == tensor.data_ptr() and key not in self._detached:
-                        return index
+                if index is None or result is None or key in self._detached or not _looks_like(result, tensor):
+                    continue
+                if result.data_ptr() == tensor.data_ptr():
+                    return index
         index = self._detached.get(key)
         if index is not None:
             return index
@@ -453,7 +454,7 @@ class Recorder(TorchDispatchMode):
             # Detached aliases of a value are read through the value.
 
     def _keep_saved_copy(self) -> None:
-        """Autograd saves a copy of what a call in place is about to change, where its derivative needs it: keep that."""
+        """Autograd saves a copy of what a call in place will change, where its derivative needs it: keep that."""
         last = self.tape.operations[-1] if self.tape.operations else None
         if last is not None and last.target is aten.clone.default:
             (copied,) = last.reads()
