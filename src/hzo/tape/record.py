@@ -2,8 +2,8 @@
 
 The recorder is a dispatch mode: it sees calls below autograd, in the order in which they run, whatever was written
 above them (layers, functionals, TorchScript, ``vmap``, in-place code). What is constant is what autograd says is
-constant: a call without an argument that requires a gradient, or under ``no_grad``, runs and leaves no trace, and its result is a
-constant when a recorded call reads it.
+constant: a call without an argument that requires a gradient, or under ``no_grad``, runs and leaves no trace, and its
+result is a constant when a recorded call reads it.
 """
 
 from __future__ import annotations
