@@ -201,8 +201,8 @@ def main() -> None:
         found[name] = row
         print(
             f"{name:38s} time {row['time over backprop']:5.2f}x   memory {row['peak memory over backprop']:5.2f}x   "
-            f"recording {row['recording, microseconds a call']:4.0f} us a call, {row['recording over backprop']:.0%} of "
-            f"backprop   1 - cosine {row['1 - cosine']:.0e}",
+            f"recording {row['recording, microseconds a call']:4.0f} us a call, {row['recording over backprop']:.0%} "
+            f"of backprop   1 - cosine {row['1 - cosine']:.0e}",
             flush=True,
         )
     write(options.out, rounds=options.rounds, networks=found)
