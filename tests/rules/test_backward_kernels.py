@@ -46,6 +46,8 @@ INSIDE = {
     "leaky_relu": (lambda x: F.leaky_relu(x, 0.2), "leaky_relu_backward"),
     "leaky_relu in place": (lambda x: F.leaky_relu(x * 1, 0.2, inplace=True), "leaky_relu_backward"),
     "rrelu": (F.rrelu, "rrelu_with_noise_backward"),
+    "rrelu, training": (lambda x: F.rrelu(x, training=True), "rrelu_with_noise_backward"),
+    "rrelu, in place": (lambda x: F.rrelu(x * 1, training=True, inplace=True), "rrelu_with_noise_backward"),
     "hardtanh": (lambda x: F.hardtanh(x, -0.7, 1.2), "hardtanh_backward"),
     "hardswish": (F.hardswish, "hardswish_backward"),
     "hardshrink": (F.hardshrink, "hardshrink_backward"),

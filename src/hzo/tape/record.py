@@ -26,6 +26,8 @@ from hzo.tape.undo import Undo
 
 aten = torch.ops.aten
 
+_DRAWS_NOISE = (aten.rrelu_with_noise.default, aten.rrelu_with_noise_.default)
+
 # Writes that the schema does not declare.
 _HIDDEN_WRITES: dict[Any, tuple[int, ...]] = {
     aten.native_batch_norm.default: (3, 4),
@@ -404,7 +406,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return result
         if not about.in_place:  # statistics that a layer keeps, noise that a call draws: read as they are afterwards
             self._before_write(written)
-            result = func(*args, **kwargs)
+            result = self._drawn(func, args, kwargs)
             self._changed(written)
             op = self.operation(about.functional, self._refs(args), self._named(kwargs))
             op.writes = self._results(op, result)
@@ -416,7 +418,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         shared = {id(t): self._content_before(t) for t in written}
         self._keep_saved_copy()
         self._before_write(written)
-        result = func(*args, **kwargs)
+        result = self._drawn(func, args, kwargs)
         op = self.operation(about.functional, refs, named)
         values = self.tape.values
         weight = all(values[v].weight for v in op.reads())
@@ -436,6 +438,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             content = shared.get(id(tensor))
             if content is not None:
                 self._put(content, tensor)
+        return result
+
+    def _drawn(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a call that writes. The noise that it draws autograd saves before, and means what it is afterwards."""
+        noise = self.tape._index.get(id(args[1])) if func in _DRAWS_NOISE else None
+        result = func(*args, **kwargs)
+        if noise is not None:
+            self.tape.tensors[noise] = args[1]
         return result
 
     def _before_write(self, written: list[Tensor]) -> None:
