@@ -119,7 +119,7 @@ class RecordedStep:
         index = self.tape._index
         found: dict[int, Callable[[Tensor], Tensor]] = {}
         for tensor in self._recorder.seen():
-            if tensor.is_leaf or not (tensor._backward_hooks or tensor.retains_grad):
+            if not (tensor._backward_hooks or tensor.retains_grad) or tensor.is_leaf:
                 continue
             value = index.get(id(tensor))
             if value is not None:

@@ -116,6 +116,8 @@ class _Walk:
                     "does after some runs with autograd); flush what it has compiled, "
                     "scripted._debug_flush_compilation_cache(), or train by hzo from the start"
                 )
+            if foreign is not None and foreign.startswith("a "):
+                raise TapeError(f"the gradient leads into {foreign}; call clone() on the view before it is written to")
             if foreign is not None:
                 raise TapeError(
                     f"the gradient leads into {foreign}, which ran before the recording began, in another thread, or "

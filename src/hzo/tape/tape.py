@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hzo.errors import TapeError
+from hzo.tape.absent import Absent
 from hzo.tape.operations import Operation, Ref, Value
 
 
@@ -56,7 +57,7 @@ class Tape:
     def without_content(self, value: int) -> Tensor:
         """A tensor of a value's shape and dtype that takes no memory; computing with it is an error."""
         about = self.values[value]
-        return torch.empty(about.shape, dtype=about.dtype, device="meta")
+        return Absent(torch.empty(about.shape, dtype=about.dtype, device="meta"))
 
     def value_of(self, tensor: Tensor) -> int | None:
         """The value that a tensor of the recorded code holds; None for one that the recording never saw."""
