@@ -68,8 +68,9 @@ class Memory:
         self.tape = recorder.tape
         self.stale: set[int] = set()
         self.passed: set[int] = set()
+        self.noted = 0  # how many of the recorder's tensors were looked at
         self._objects: dict[int, Seen] = {}
-        self._new: list[int] = []  # ids whose storages were not noted yet
+        self._where: dict[int, int] = {}  # id -> storage
         self._storages: dict[int, dict[int, None]] = {}  # storage -> ids of tensors in it, in order
         self._held: dict[int, list[int]] = {}  # storage -> values whose content lies in it
         self._values = 0  # how many of the tape's values were looked at
@@ -78,24 +79,30 @@ class Memory:
 
     # -- who is there -------------------------------------------------------------------------------------------------
 
-    def track(self, tensor: Tensor) -> None:
-        """Note a tensor by its id for as long as it lives."""
+    def track(self, tensor: Tensor) -> int:
+        """Note a tensor by its id for as long as it lives; the storage that it lies in."""
         key = id(tensor)
-        if key not in self._objects:
+        storage = self._where.get(key)
+        if storage is None:
+            storage = self._where[key] = storage_of(tensor)
             self._objects[key] = Seen(tensor, self._forget)
-            self._new.append(key)
+            self._storages.setdefault(storage, {})[key] = None
+        return storage
 
     def forget(self, key: int) -> None:
         """A tensor was freed: its id may come again, for another."""
         self._objects.pop(key, None)
         self._contents.pop(key, None)
+        storage = self._where.pop(key, None)
+        if storage is not None:
+            self._storages[storage].pop(key, None)
         self.stale.discard(key)
         self.passed.discard(key)
 
     def release(self) -> None:
         """The recording is over."""
-        self._objects, self._storages, self._held, self._contents = {}, {}, {}, {}
-        self._new = []
+        self._objects, self._where, self._storages, self._held, self._contents = {}, {}, {}, {}, {}
+        self.noted = 0
 
     def tensor(self, key: int) -> Tensor | None:
         """The tensor with this id, if it lives."""
@@ -103,27 +110,23 @@ class Memory:
         return None if seen is None else seen()
 
     def register(self) -> None:
-        """Note the storages of all tensors; done when a write makes it matter."""
-        for key in self._new:
-            tensor = self.tensor(key)
-            if tensor is not None:
-                self._storages.setdefault(storage_of(tensor), {})[key] = None
-        self._new.clear()
+        """Note where all tensors lie; done when a write makes it matter."""
+        alive = self._recorder_now().alive
+        for tensor in alive[self.noted :]:
+            self.track(tensor)
+        self.noted = len(alive)
         for value in range(self._values, len(self.tape.tensors)):
             held = self.tape.tensors[value]
             if held is not None:
-                self._held.setdefault(storage_of(held), []).append(value)
+                self._held.setdefault(self.track(held), []).append(value)
         self._values = len(self.tape.tensors)
 
     def sharing(self, tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Ids and tensors that lie in the same storage, this one included."""
         storage = storage_of(tensor)
-        keys = self._storages.get(storage, {})
-        for key in [*keys]:
+        for key in [*self._storages.get(storage, ())]:
             other = self.tensor(key)
-            if other is None or storage_of(other) != storage:  # freed; an id and an address may have come again
-                del keys[key]
-            else:
+            if other is not None and storage_of(other) == storage:  # it may have been given another one
                 yield key, other
 
     def root_of(self, tensor: Tensor) -> Tensor:

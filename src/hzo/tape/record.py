@@ -136,14 +136,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._needed: set[int] = set()  # values that some other call touches
         self._results_of_last: tuple[int | None, ...] = ()
         self.hooked: list[Tensor] = []  # tensors with hooks
-        self._alive: list[Tensor] = []  # whose ids are in use
+        self.alive: list[Tensor] = []  # whose ids are in use
         self._saved: set[int] = set()  # values whose content must survive a write
         self._unpacked: list[int] = []  # values that autograd asked back, for a derivative inside the model
         self._unpacking: tuple[int, int] | None = None  # what autograd asked back last: id of its tensor, value
         self._detached: dict[int, int] = {}  # id of a tensor that autograd detached -> the value behind it
         self._frozen: set[int] = set()  # ids of views of parameters that are not trained
-        self._packed_ids: set[int] = set()  # ids of detached tensors that autograd saved
-        self._copies: list[tuple[int, int]] = []  # tensors that were just cloned, and their copies, by id
+        self._packed_ids: dict[int, int] = {}  # id and address of what autograd saved under another object
+        self._copies: list[tuple[Tensor, Tensor]] = []  # tensors that were just cloned, and their copies
         self._fresh: set[int] = set()  # storages of constants that were made meanwhile
         self._resolved: set[int] = set()  # ids of copies of lazy conjugates, which PyTorch makes below autograd
         self.undo = Undo()
@@ -165,16 +165,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def keep_alive(self, tensor: Tensor) -> None:
         """Note a tensor by its id, which must not come again for another."""
-        self._alive.append(tensor)
-        self.memory.track(tensor)
+        self.alive.append(tensor)
 
     def forget(self, key: int) -> None:
         """A tensor was freed all the same: its id may come again, for another."""
         self.memory.forget(key)
         self.tape._index.pop(key, None)
         self._detached.pop(key, None)
-        for ids in (self._frozen, self._packed_ids, self._resolved):
-            ids.discard(key)
+        self._frozen.discard(key)
+        self._resolved.discard(key)
 
     def read(self, tensor: Tensor) -> int:
         """The value that a tensor holds now."""
@@ -188,11 +187,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def seen(self) -> list[Tensor]:
         """The tensors that have had a value."""
-        return [*self.hooked, *self._alive]
+        return [*self.hooked, *self.alive]
 
     def release(self) -> None:
         """The recording is over: only the tape holds what it recorded."""
-        self._alive, self.hooked = [], []
+        self.alive, self.hooked = [], []
         self._detached, self.tape._index = {}, {}
         self.memory.release()
 
@@ -220,7 +219,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._passed.discard(key)
         if tensor.requires_grad:
             self.tape.leaves[new] = tensor
-        if key in self._packed_ids:
+        if self._packed_ids and self._packed_ids.get(key) == tensor.data_ptr():
             self._saved.add(new)
         return new
 
@@ -274,7 +273,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 or (bool(self._resolved) and any(id(t) in self._resolved for t in _tensors(args)))
             )
         )
-        copies, self._copies = self._copies, []
+        copies = self._copies
+        if copies:
+            self._copies = []
         if about.writes:
             generator = kwargs.get("generator")
             if generator is not None:
@@ -314,7 +315,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _clone(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], differentiable: bool, copies: list[tuple[int, int]]
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], differentiable: bool, copies: list[tuple[Tensor, Tensor]]
     ) -> Any:
         """A copy. Autograd makes one of what a call in place is about to change, and to read a lazy conjugate."""
         func = aten.clone.default
@@ -327,9 +328,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._needed.add(self.tape._index[id(result)])
             if self.tape._index[id(source)] in self._saved:
                 self._saved.add(self.tape._index[id(result)])
-        self._copies = [*copies, (id(source), id(result))]
-        self.keep_alive(source)
-        self.keep_alive(result)
+        self._copies = [*copies, (source, result)]
         return result
 
     def _restrided(
@@ -424,7 +423,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             del tape._index[id(tensor)]
         self._candidates = kept
         if dropped:
-            self._alive = [t for t in self._alive if id(t) not in dropped]
+            noted = [t for t in self.alive[: self.memory.noted] if id(t) not in dropped]
+            self.alive = noted + [t for t in self.alive[self.memory.noted :] if id(t) not in dropped]
+            self.memory.noted = len(noted)
+            for key in dropped:
+                self._detached.pop(key, None)
+            for ids in (self._frozen, self._resolved):
+                ids.difference_update(dropped)
 
     # -- what autograd saves ------------------------------------------------------------------------------------------
 
@@ -444,8 +449,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     index = v
         if index is None:
             return self.read(tensor)
-        self._packed_ids.add(key)  # it may be a detached tensor of the user's, and be read as a constant next
-        self.memory.track(tensor)
+        self._packed_ids[key] = tensor.data_ptr()  # it may be the user's own, and be read as a constant next
         return index
 
     def unpack(self, index: int) -> Tensor:
@@ -465,7 +469,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         differentiable: bool,
-        copies: list[tuple[int, int]],
+        copies: list[tuple[Tensor, Tensor]],
     ) -> Any:
         """A call that changes some of its arguments."""
         written = [
@@ -553,17 +557,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.undo.remember(tensor)
             for key in keys:
                 self._detached.pop(key, None)
-                self._packed_ids.discard(key)
+                self._packed_ids.pop(key, None)
             self.memory.before_write(tensor, self._saved)
 
-    def _keep_saved_copies(self, written: list[Tensor], copies: list[tuple[int, int]]) -> None:
+    def _keep_saved_copies(self, written: list[Tensor], copies: list[tuple[Tensor, Tensor]]) -> None:
         """Where its derivative needs what a call in place is about to change, autograd saves a copy: keep that."""
         index, tensors = self.tape._index, self.tape.tensors
         for source, copy in copies:
-            saved = index.get(copy)
-            if saved in self._saved and any(source == id(t) for t in written):
-                self._saved.add(index[source])
-                tensors[index[source]] = tensors[saved]
+            saved = index.get(id(copy))
+            if saved is not None and saved in self._saved and any(source is t for t in written):
+                self._saved.add(index[id(source)])
+                tensors[index[id(source)]] = tensors[saved]
 
     def _after_hidden_write(self, written: list[Tensor]) -> None:
         self.memory.register()
