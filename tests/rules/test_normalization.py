@@ -116,6 +116,12 @@ def test_group_norm(shape, groups, weights):
     check(lambda x: F.group_norm(x, groups), leaves[:1])
 
 
+def test_group_norm_of_constant_images_channels_last():
+    """PyTorch's kernel must not be asked for less than it can give."""
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64).to(memory_format=torch.channels_last)
+    check(lambda g, b: F.group_norm(x, 2, g, b), leaves_of((4,), (4,)), weights=(0, 1))
+
+
 def test_layer_norm_of_one_element():
     """It returns its bias, whatever the input."""
     x, w, b = leaves_of((2, 3, 1), (1,), (1,))

@@ -165,6 +165,15 @@ class Memory:
         self._make_content(root)
         return True
 
+    def before_declared_write(self, tensor: Tensor) -> bool:
+        """As ``content_before``, for a write that ran unseen and that autograd was told of behind it."""
+        self.register()
+        root = self.root_of(tensor)
+        for key, other in self.sharing(tensor):
+            if self.root_of(other) is root:
+                self.passed.discard(key)
+        return self.content_before(tensor)
+
     def after_write(self, tensor: Tensor, put: bool) -> None:
         """After a write that autograd saw: the family reads anew, others keep their path."""
         root = self.root_of(tensor)
