@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from hzo.distributed import averaged, forward_of, refuse_wrappers
 from hzo.errors import InputError, NonFiniteError
 from hzo.reverse.step import Gradients, RecordedStep, record
 
@@ -34,9 +35,10 @@ def recorded_loss(
         if isinstance(tensor, Tensor) and tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise NonFiniteError("the input x holds NaN or infinity; clean the data before training on it")
     x, y = pytree.tree_map_only(Tensor, _as_data, (x, y))
+    refuse_wrappers(model)
     args, kwargs = call_arguments(x)
     modules = [m for m in (model, loss_fn) if isinstance(m, nn.Module)]
-    with record(*modules, keep=keep) as step:
+    with forward_of(model), record(*modules, keep=keep) as step:
         output = model(*args, **kwargs)
         loss = loss_fn(output) if y is None else loss_fn(output, y)
         if not isinstance(loss, Tensor):
@@ -62,7 +64,7 @@ def gradients_of(
     """
     step, loss = recorded_loss(model, loss_fn, x, y)
     try:
-        return step.gradients(loss), loss.detach().mean()
+        return averaged(model, step.gradients(loss)), loss.detach().mean()
     except BaseException:
         step.undo()
         raise

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from hzo.errors import InputError, NonFiniteError, TapeError
+from hzo.errors import DistributedError, InputError, NonFiniteError, TapeError
 from hzo.reverse.walk import sweep
 from hzo.rules.registry import LEAN
 from hzo.tape import Recorder, Tape, current_recorder
@@ -59,6 +59,12 @@ class RecordedStep:
             raise TapeError(
                 "this recording was swept before, and what it held is gone; say retain_graph=True the first time, or "
                 "add the losses up"
+            )
+        if self._recorder.wrappers:
+            raise DistributedError(
+                f"{type(self._recorder.wrappers[0]).__name__} ran inside the recording, whose gradients are averaged "
+                "over the processes by hooks of autograd; call hzo.backward(wrapped_model, loss_fn, x, y), which "
+                "averages as they would, or record inside wrapped_model.no_sync() and average .grad yourself"
             )
         value = self._value_of_loss(loss)
         hooks = self._hooks()

@@ -135,6 +135,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._candidates: list[int] = []  # results of lean calls that nothing is known to need
         self._needed: set[int] = set()  # values that some other call touches
         self._results_of_last: tuple[int | None, ...] = ()
+        self.wrappers: list[nn.Module] = []  # of distributed training, whose hooks average gradients
         self.hooked: list[Tensor] = []  # tensors with hooks
         self.alive: list[Tensor] = []  # whose ids are in use
         self._saved: set[int] = set()  # values whose content must survive a write

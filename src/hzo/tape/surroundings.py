@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules import module
 
 from hzo.errors import TapeError
@@ -80,11 +80,13 @@ def _replace() -> None:
     _originals["backward_hook"] = _module_hooks.BackwardHook
     _originals.update({name: getattr(torch._VF, name) for name in _RECURRENT})
     _originals["register_hook"] = Tensor.register_hook
+    _originals["wrapper"] = nn.parallel.DistributedDataParallel.forward
     _originals["optimized"] = torch._C._get_graph_executor_optimize()
     function.apply = classmethod(_apply)  # type: ignore[assignment, method-assign]
     torch.autograd.graph.disable_saved_tensors_hooks = _without_hooks  # type: ignore[assignment]
     _module_hooks.BackwardHook = _recorded_hook(_originals["backward_hook"])
     Tensor.register_hook = _register_hook  # type: ignore[method-assign]
+    nn.parallel.DistributedDataParallel.forward = _wrapped_forward  # type: ignore[method-assign]
     for name in _RECURRENT:
         setattr(torch._VF, name, _step_by_step(name))
     # TorchScript's executor would differentiate by itself what it has seen often enough.
@@ -96,6 +98,7 @@ def _put_back() -> None:
     torch.autograd.graph.disable_saved_tensors_hooks = _originals["hooks"]
     _module_hooks.BackwardHook = _originals["backward_hook"]
     Tensor.register_hook = _originals["register_hook"]  # type: ignore[method-assign]
+    nn.parallel.DistributedDataParallel.forward = _originals["wrapper"]  # type: ignore[method-assign]
     for name in _RECURRENT:
         setattr(torch._VF, name, _originals[name])
     torch._C._set_graph_executor_optimize(_originals["optimized"])
@@ -152,6 +155,14 @@ def _register_hook(self: Tensor, hook: Callable[[Tensor], Any]) -> Any:
     if recorder is not None:
         recorder.hooked.append(self)
     return _originals["register_hook"](self, hook)
+
+
+def _wrapped_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """A model spread over processes says so to the recording: its gradients would be averaged by hooks of autograd."""
+    recorder = current_recorder()
+    if recorder is not None and self.require_backward_grad_sync:
+        recorder.wrappers.append(self)
+    return _originals["wrapper"](self, *args, **kwargs)
 
 
 _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
