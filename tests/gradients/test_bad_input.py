@@ -254,8 +254,10 @@ def test_step_lost_in_rounding_of_a_narrow_dtype(dtype):
 
 def test_nothing_to_train(unit):
     model = network().requires_grad_(False)
-    with pytest.raises(PlanError, match="no parameter of this chain requires a gradient"):
+    with pytest.raises(InputError, match="nothing that requires a gradient has a part in this loss"):
         hzo.backward(model, F.cross_entropy, unit.x, unit.y)
+    with pytest.raises(PlanError, match="no parameter of this chain requires a gradient"):
+        hzo.plan(hzo.trace(model, unit.x))
 
 
 def test_parameters_without_a_shape(unit):

@@ -3,8 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from hzo.reverse import record
+from support.chip import Chip
 from support.tape_oracle import check, leaves_of
 
 aten = torch.ops.aten
@@ -44,6 +46,8 @@ INSIDE = {
     "leaky_relu": (lambda x: F.leaky_relu(x, 0.2), "leaky_relu_backward"),
     "leaky_relu in place": (lambda x: F.leaky_relu(x * 1, 0.2, inplace=True), "leaky_relu_backward"),
     "rrelu": (F.rrelu, "rrelu_with_noise_backward"),
+    "rrelu, training": (lambda x: F.rrelu(x, training=True), "rrelu_with_noise_backward"),
+    "rrelu, in place": (lambda x: F.rrelu(x * 1, training=True, inplace=True), "rrelu_with_noise_backward"),
     "hardtanh": (lambda x: F.hardtanh(x, -0.7, 1.2), "hardtanh_backward"),
     "hardswish": (F.hardswish, "hardswish_backward"),
     "hardshrink": (F.hardshrink, "hardshrink_backward"),
@@ -163,3 +167,21 @@ def test_a_penalty_on_the_gradient():
         return (slope.norm(2, dim=1) - 1) ** 2
 
     check(penalty, leaves_of((5, 4), (4, 6), (6, 1)), weights=(1, 2))
+
+
+def test_a_slope_that_is_a_weight_is_not_read():
+    """The chip holds it; its parameter is full of NaN."""
+    x, g = leaves_of((3, 4), (3, 4))
+    slope = nn.Parameter(torch.rand(4, dtype=torch.float64))
+
+    def loss():
+        (inner,) = torch.autograd.grad(F.prelu(x, slope), x, g, create_graph=True)
+        return inner.square().sum()
+
+    expected = torch.autograd.grad(loss(), g)[0]
+    operators = (aten._prelu_kernel.default, aten._prelu_kernel_backward.default)
+    with Chip({operator: lambda result: result for operator in operators}, [slope]) as chip, record() as step:
+        total = loss()
+    with chip:
+        found = {id(leaf): c for leaf, c in step.gradients(total)}
+    assert torch.allclose(found[id(g)], expected)

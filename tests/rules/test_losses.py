@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hzo.reverse import record
+from support.by_hand import by_hand
 from support.chip import Chip
 from support.tape_oracle import check, leaves_of
 
@@ -212,6 +213,18 @@ def test_ctc_loss(reduction, zero_infinity):
     check(lambda x: F.ctc_loss(x.log_softmax(1), targets[0], (6,), (3,), reduction=reduction), leaves_of((6, 5)))
     if zero_infinity:  # a target that is too long
         check(lambda x: function(x, (6, 2), (3, 3)), leaves_of((6, 2, 5)))
+
+
+@pytest.mark.parametrize("zero_infinity", [False, True])
+def test_ctc_loss_of_cudnn(zero_infinity):
+    """Its kernel returns the gradient of every sample's loss."""
+    x, gradient, g = torch.randn(6, 2, 5, requires_grad=True), torch.randn(6, 2, 5), torch.tensor([2.0, 3.0])
+    args = (x, torch.tensor([1, 2]), (6, 6), (1, 1), 0, True, zero_infinity)
+    found = by_hand(aten._cudnn_ctc_loss.default, args, [torch.tensor([1.0, 0.0]), gradient], [g, None])
+    expected = gradient * g[:, None]
+    if zero_infinity:
+        expected[:, 1] = 0
+    assert torch.equal(found[0], expected)
 
 
 def test_adaptive_log_softmax():

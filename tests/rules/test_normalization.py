@@ -116,6 +116,19 @@ def test_group_norm(shape, groups, weights):
     check(lambda x: F.group_norm(x, groups), leaves[:1])
 
 
+def test_group_norm_of_constant_images_channels_last():
+    """PyTorch's kernel must not be asked for less than it can give: autograd's own backward crashes here."""
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    found = []
+    for form in (torch.contiguous_format, torch.channels_last):
+        scale, shift = (nn.Parameter(torch.ones(4, dtype=torch.float64)) for _ in range(2))
+        with record() as step:
+            loss = F.group_norm(x.contiguous(memory_format=form), 2, scale, shift).pow(3).sum()
+        step.backward(loss)
+        found.append((scale.grad, shift.grad))
+    torch.testing.assert_close(found[0], found[1])
+
+
 def test_layer_norm_of_one_element():
     """It returns its bias, whatever the input."""
     x, w, b = leaves_of((2, 3, 1), (1,), (1,))

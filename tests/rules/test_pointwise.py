@@ -26,6 +26,7 @@ SHARE = values(1e-6, 0.1, 0.5, 0.9, 0.999)
 ABOVE_ONE = values(1.001, 1.5, 3.0, 20.0)
 
 UNARY = {
+    "_standard_gamma": (torch._standard_gamma, POSITIVE),
     "abs": (torch.abs, WIDE),
     "acos": (torch.acos, UNIT),
     "acosh": (torch.acosh, ABOVE_ONE),
@@ -264,6 +265,12 @@ DROPOUTS = {
 def test_random_calls_keep_what_they_drew(name):
     function, shape = DROPOUTS[name]
     check(function, leaves_of(shape))
+
+
+def test_samples_that_carry_a_gradient_to_their_distribution():
+    gamma = torch.distributions.Gamma
+    check(lambda a, b: gamma(a, b).rsample((5,)), leaves_of((3,), (3,), positive=True))
+    check(lambda a, b: torch.distributions.Normal(a, b).rsample((2,)), leaves_of((3,), (3,), positive=True))
 
 
 # ---- complex numbers -------------------------------------------------------------------------------------------------

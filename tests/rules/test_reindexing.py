@@ -140,6 +140,7 @@ CASES = [
     ("aten.replication_pad2d.default", lambda x: F.pad(x, (2, 1, 0, 5), "replicate"), [(1, 2, 3, 4)]),
     ("aten.replication_pad3d.default", lambda x: F.pad(x, (1, 1, 0, 1, 2, 1), "replicate"), [(1, 2, 3, 2, 4)]),
     ("aten.slice.Tensor", lambda x: F.pad(x, (1, 2, 1, 0), "circular"), [(1, 2, 3, 4)]),
+    ("aten.alias_copy.default", torch.alias_copy, [(2, 3)]),
     ("aten.lift.default", aten.lift, [(2,)]),
     ("aten.lift_fresh.default", aten.lift_fresh, [(2,)]),
 ]  # fmt: skip

@@ -35,8 +35,9 @@ def check(function, leaves, *, tolerance=1e-9, weights=(), calls=None, seed=3):
         for r in results if isinstance(results, (tuple, list)) else (results,):
             if not isinstance(r, Tensor) or not r.requires_grad:
                 continue
-            r = torch.view_as_real(r.resolve_conj()) if r.is_complex() else r
-            total = total + (r * torch.randn(r.shape, generator=generator, dtype=torch.float64).to(r.dtype)).sum()
+            real = torch.view_as_real(r.resolve_conj()) if r.is_complex() else r
+            weights = torch.randn(real.shape, generator=generator, dtype=torch.float64)
+            total = total + (real * weights.to(real.dtype)).sum()
         return total
 
     torch.manual_seed(seed)
@@ -60,6 +61,7 @@ def check(function, leaves, *, tolerance=1e-9, weights=(), calls=None, seed=3):
         assert got is not None or not g.any(), f"leaf {k} has no gradient"
         if got is None:
             continue
-        assert got.shape == g.shape and got.dtype == g.dtype
+        assert got.shape == g.shape
+        assert got.dtype == g.dtype
         error = float((got - g).abs().max()) / max(float(g.abs().max()), 1e-6) if g.numel() else 0.0
         assert error <= tolerance, f"leaf {k} is off by {error:.1e}"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from hzo.distributed import averaged, forward_of, refuse_wrappers
 from hzo.errors import InputError, NonFiniteError
 from hzo.reverse.step import Gradients, RecordedStep, record
 
@@ -34,15 +35,16 @@ def recorded_loss(
         if isinstance(tensor, Tensor) and tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise NonFiniteError("the input x holds NaN or infinity; clean the data before training on it")
     x, y = pytree.tree_map_only(Tensor, _as_data, (x, y))
+    refuse_wrappers(model)
     args, kwargs = call_arguments(x)
     modules = [m for m in (model, loss_fn) if isinstance(m, nn.Module)]
-    with record(*modules, keep=keep) as step:
+    with forward_of(model), record(*modules, keep=keep) as step:
         output = model(*args, **kwargs)
         loss = loss_fn(output) if y is None else loss_fn(output, y)
         if not isinstance(loss, Tensor):
             raise InputError(
-                f"expected loss_fn to return a tensor (one number, or one a sample), got {type(loss).__name__}; a score "
-                "without a derivative goes through hzo.smoothed"
+                f"expected loss_fn to return a tensor (one number, or one a sample), got {type(loss).__name__}; a "
+                "score without a derivative goes through hzo.smoothed"
             )
     return step, loss
 
@@ -62,7 +64,7 @@ def gradients_of(
     """
     step, loss = recorded_loss(model, loss_fn, x, y)
     try:
-        return step.gradients(loss), loss.detach().mean()
+        return averaged(model, step.gradients(loss)), loss.detach().mean()
     except BaseException:
         step.undo()
         raise
@@ -74,6 +76,4 @@ def named(gradients: Gradients, model: nn.Module, loss_fn: Any) -> dict[str, Ten
     names = [*model.named_parameters()]
     if isinstance(loss_fn, nn.Module):
         names += [(f"loss_fn.{name}", p) for name, p in loss_fn.named_parameters()]
-    return {
-        name: torch.empty_like(p, requires_grad=False).copy_(found[id(p)]) for name, p in names if id(p) in found
-    }
+    return {name: torch.empty_like(p, requires_grad=False).copy_(found[id(p)]) for name, p in names if id(p) in found}

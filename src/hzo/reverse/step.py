@@ -1,4 +1,4 @@
-"""One training step, recorded and differentiated: ``with hzo.record() as tape: loss = …``, then ``tape.backward(loss)``."""
+"""One training step, recorded and differentiated: ``hzo.record()``, then ``tape.backward(loss)``."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from hzo.errors import InputError, NonFiniteError, TapeError
+from hzo.errors import DistributedError, InputError, NonFiniteError, TapeError
 from hzo.reverse.walk import sweep
+from hzo.rules.registry import LEAN
 from hzo.tape import Recorder, Tape, current_recorder
 from hzo.tape.surroundings import recording
 
@@ -26,18 +27,21 @@ class RecordedStep:
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
+        self._swept = False
 
     @property
     def tape(self) -> Tape:
         """The calls that were recorded."""
         return self._recorder.tape
 
-    def backward(self, loss: Tensor, *, scale: float | Tensor = 1.0) -> None:
+    def backward(self, loss: Tensor, *, scale: float | Tensor = 1.0, retain_graph: bool = False) -> None:
         """Add the gradient of the loss to ``.grad``, as ``loss.backward()`` would, without autograd's engine.
 
         Args:
             loss: a tensor made inside the recording: a number, or one a sample, of which the mean is taken.
             scale: factor on the gradients, for a ``GradScaler``.
+            retain_graph: keep what the tape holds, for another loss of the same recording; otherwise it goes as the
+                sweep passes.
 
         All or nothing: on an error no ``.grad`` has changed.
 
@@ -46,15 +50,31 @@ class RecordedStep:
             TapeError: the gradient leads through something that was not recorded.
         """
         factor = float(scale)
-        gradients = self.gradients(loss)
+        gradients = self.gradients(loss, retain_graph=retain_graph)
         accumulate([(leaf, g * factor if factor != 1 else g) for leaf, g in gradients])
 
-    def gradients(self, loss: Tensor) -> Gradients:
-        """The gradient of the loss for every leaf that requires one; ``.grad`` is left alone. Errors as ``backward``."""
+    def gradients(self, loss: Tensor, *, retain_graph: bool = False) -> Gradients:
+        """The gradient of the loss for every leaf that requires one; ``.grad`` is left alone. Errors: ``backward``."""
+        if self._swept:
+            raise TapeError(
+                "this recording was swept before, and what it held is gone; say retain_graph=True the first time, or "
+                "add the losses up"
+            )
+        if self._recorder.wrappers:
+            raise DistributedError(
+                f"{type(self._recorder.wrappers[0]).__name__} ran inside the recording, whose gradients are averaged "
+                "over the processes by hooks of autograd; call hzo.backward(wrapped_model, loss_fn, x, y), which "
+                "averages as they would, or record inside wrapped_model.no_sync() and average .grad yourself"
+            )
         value = self._value_of_loss(loss)
-        with torch.no_grad():
+        hooks = self._hooks()
+        self._swept = not retain_graph
+        if self._swept:
+            self._recorder.release()
+        # What autocast chose was recorded; the sweep's own products are taken as they are.
+        with torch.no_grad(), torch.autocast(loss.device.type, enabled=False):
             seed = torch.full_like(loss, 1 / max(loss.numel(), 1))
-            found = sweep(self.tape, {value: seed}, self._hooks())
+            found = sweep(self.tape, {value: seed}, hooks, free=not retain_graph)
         leaves: dict[int, tuple[Tensor, Tensor]] = {}
         for v, g in found.items():  # one tensor may stand for two leaves, where autograd was told to forget in between
             leaf = self.tape.leaves[v]
@@ -78,7 +98,7 @@ class RecordedStep:
         if not bool(loss.detach().isfinite().all()):
             raise NonFiniteError(f"the loss is {_shown(loss)}; {self._where_it_began()}")
         value = self._recorder.read(loss) if loss.requires_grad else None
-        if value is None or self.tape.values[value].producer < 0 and value not in self.tape.leaves:
+        if value is None or (self.tape.values[value].producer < 0 and value not in self.tape.leaves):
             if value is not None and self.tape.values[value].foreign is not None:
                 raise InputError(
                     "this loss was not made inside the recording; compute it within the with block of hzo.record()"
@@ -105,7 +125,7 @@ class RecordedStep:
         index = self.tape._index
         found: dict[int, Callable[[Tensor], Tensor]] = {}
         for tensor in self._recorder.seen():
-            if tensor.is_leaf or not (tensor._backward_hooks or tensor.retains_grad):
+            if not (tensor._backward_hooks or tensor.retains_grad) or tensor.is_leaf:
                 continue
             value = index.get(id(tensor))
             if value is not None:
@@ -148,7 +168,7 @@ def accumulate(gradients: Iterable[tuple[Tensor, Tensor]]) -> None:
             else:
                 made.append((leaf, torch.add(dense, before), True))
         for leaf, dense, new in made:
-            if new:
+            if new or leaf.grad is None:
                 leaf.grad = dense
             else:
                 leaf.grad += dense
@@ -182,7 +202,7 @@ def record(*modules: nn.Module, keep: bool = False) -> Iterator[RecordedStep]:
 
     Cost: one forward pass, and some microseconds a call. Source: ours.
     """
-    recorder = Recorder(keep)
+    recorder = Recorder(keep, lean=LEAN)
     recorder.undo.remember_modules(inner for module in modules for inner in module.modules())
     try:
         with recording(recorder):

@@ -12,18 +12,21 @@ from hzo.errors import TapeError
 from hzo.execution import counting
 from hzo.rules.base import Call, Cotangents, Engine, Key
 from hzo.rules.fallback import flat_results
-from hzo.rules.registry import find_rule
+from hzo.rules.registry import LEAN, find_rule
 from hzo.tape import Operation, Recorder, Tape
 from hzo.tape.operations import Ref
 from hzo.tape.surroundings import recording
 
 
-def sweep(tape: Tape, seeds: dict[int, Tensor], hooks: dict[int, Callable[[Tensor], Tensor]]) -> dict[int, Tensor]:
+def sweep(
+    tape: Tape, seeds: dict[int, Tensor], hooks: dict[int, Callable[[Tensor], Tensor]], *, free: bool = False
+) -> dict[int, Tensor]:
     """Carry cotangents from some values back through all operations.
 
     Args:
         seeds: the cotangents to begin with, by value.
         hooks: for some values, what replaces their cotangent once it is complete.
+        free: let go what the tape holds as soon as nothing reads it any more.
 
     Returns what reached the leaves, by value. Cost: one rule an operation on the path; where a rule measures a weight,
     the queries that it needs.
@@ -32,9 +35,27 @@ def sweep(tape: Tape, seeds: dict[int, Tensor], hooks: dict[int, Callable[[Tenso
         TapeError: the path leads through a function that was not recorded.
     """
     walk = _Walk(tape, dict(seeds), hooks)
+    last_reads = _last_reads(tape) if free else {}
     for op in reversed(tape.operations):
         walk.through(op)
+        if free:
+            for v in (*(w for w in op.writes if w is not None), *last_reads.get(op.index, ())):
+                tape.tensors[v] = None
     return walk.leaves()
+
+
+def _last_reads(tape: Tape) -> dict[int, list[int]]:
+    """By operation the constants that no operation before it reads: those that a sweep needs no longer behind it."""
+    first: dict[int, int] = {}
+    values, leaves = tape.values, tape.leaves
+    for op in tape.operations:
+        for v in op.reads():
+            if values[v].producer < 0 and v not in leaves:
+                first.setdefault(v, op.index)
+    found: dict[int, list[int]] = {}
+    for v, index in first.items():
+        found.setdefault(index, []).append(v)
+    return found
 
 
 class _Walk:
@@ -72,6 +93,8 @@ class _Walk:
         about = self.tape.values[value]
         if grad is None or not about.requires:
             return
+        if grad.shape != about.shape:  # an operand that was broadcast
+            grad = grad.sum_to_size(about.shape)
         if grad.dtype != about.dtype:
             grad = grad.real if grad.is_complex() and not about.dtype.is_complex else grad
             grad = grad.to(about.dtype)
@@ -93,6 +116,8 @@ class _Walk:
                     "does after some runs with autograd); flush what it has compiled, "
                     "scripted._debug_flush_compilation_cache(), or train by hzo from the start"
                 )
+            if foreign is not None and foreign.startswith("a "):
+                raise TapeError(f"the gradient leads into {foreign}; call clone() on the view before it is written to")
             if foreign is not None:
                 raise TapeError(
                     f"the gradient leads into {foreign}, which ran before the recording began, in another thread, or "
@@ -129,7 +154,7 @@ def _again(call: Call, function: Callable[..., Any]) -> Cotangents:
 
     args = [fill(k, a) for k, a in enumerate(call.args)]
     kwargs = {k: fill(k, a) for k, a in call.kwargs.items()}
-    recorder = Recorder()
+    recorder = Recorder(lean=LEAN)
     with recording(recorder):
         for key, k, made in leaves:
             value = recorder.read(made)

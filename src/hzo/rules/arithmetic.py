@@ -72,9 +72,15 @@ def shown(
     if size and size[0] == 1:
         probe = torch.tensor(constants, dtype=dtype, device=device).view(-1, *[1] * (len(size) - 1))
         probe = probe.expand(len(constants), *size[1:])
-        return list(call.measure({of: probe, **replaced}, probe).split(1))
+        seen = _first(call.measure({of: probe, **replaced}, probe))
+        return [seen[k : k + 1] for k in range(len(constants))]
     probes = [torch.full(size, c, dtype=dtype, device=device) for c in constants]
-    return [call.measure({of: probe, **replaced}, probe) for probe in probes]
+    return [_first(call.measure({of: probe, **replaced}, probe)) for probe in probes]
+
+
+def _first(results: Any) -> Tensor:
+    first: Tensor = results[0] if isinstance(results, tuple) else results
+    return first
 
 
 def factor(call: Call, of: Key, by: Key, fixed: Mapping[Key, float] | None = None) -> Any:

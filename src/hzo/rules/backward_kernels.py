@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hzo.rules.arithmetic import conj
+from hzo.rules.arithmetic import conj, factor
 from hzo.rules.base import Call, Cotangents, Key, unbroadcast, vjp
 
 aten = torch.ops.aten
@@ -144,13 +144,15 @@ def rrelu_backward(call: Call) -> Cotangents:
     return {0: aten.rrelu_with_noise_backward(call.grad, *call.args[1:-1], False)}
 
 
-@vjp(aten._prelu_kernel_backward.default)
+@vjp(aten._prelu_kernel_backward.default, measures=True)
 def prelu_backward(call: Call) -> Cotangents:
     """Cotangents of operand and slope."""
     inner, x, slope = call.args
     of_operand, of_slope = call.grads
     zero = torch.zeros((), dtype=x.dtype, device=x.device)
     below = x <= 0
+    if of_operand is not None and call.needs(0):
+        slope = factor(call, 0, 2, {1: -1})
     found: dict[Key, Tensor] = {}
     if call.needs(0):
         found[0] = zero.expand(x.shape) if of_operand is None else torch.where(below, of_operand * slope, of_operand)
@@ -159,7 +161,7 @@ def prelu_backward(call: Call) -> Cotangents:
     if call.needs(1) and of_slope is not None:
         found[1] = torch.where(below, inner * of_slope, 0)
     if call.needs(2) and of_operand is not None:
-        found[2] = unbroadcast(torch.where(below, inner * of_operand, 0), slope)
+        found[2] = unbroadcast(torch.where(below, inner * of_operand, 0), call.args[2])
     return found
 
 

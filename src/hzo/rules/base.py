@@ -1,9 +1,10 @@
 """What a rule is: the vector-Jacobian product (VJP) of one ATen operator, for each of its operands.
 
-A rule is a function from a ``Call`` to the cotangents of the operands. It reads what the step left on the tape: operands
-and results, no more of them than PyTorch's own derivative saves. **No weight is read to carry a cotangent to an
-activation**: where one operand of a product is a weight (``call.weight(k)``), the rule runs the operator again on small
-inputs of its own (``call.measure``) and takes the Jacobian from what came back; those runs are queries and counted.
+A rule is a function from a ``Call`` to the cotangents of the operands. It reads what the step left on the tape:
+operands and results, no more of them than PyTorch's own derivative saves. **No weight is read to carry a cotangent to
+an activation**: where one operand of a product is a weight (``call.weight(k)``), the rule runs the operator again on
+small inputs of its own (``call.measure``) and takes the Jacobian from what came back; those runs are queries and
+counted.
 """
 
 from __future__ import annotations

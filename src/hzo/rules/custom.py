@@ -17,11 +17,11 @@ def _backward(call: Call) -> Cotangents:
     assert isinstance(function, CustomFunction)
     grads: list[Tensor] = []
     for value, grad in zip(call.op.writes, call.grads, strict=True):
-        if grad is None and value is not None:
+        if grad is not None:
+            grads.append(grad)
+        elif value is not None:
             about = call.tape.values[value]
-            like = call.tape.tensors[value]
-            grad = torch.zeros(about.shape, dtype=about.dtype, device=None if like is None else like.device)
-        grads.append(grad)  # type: ignore[arg-type]
+            grads.append(torch.zeros(about.shape, dtype=about.dtype, device=about.device))
     result = function.carry_back(grads)
     found: dict[Key, Any] = {}
     for key, grad in enumerate(result[: len(call.args)]):

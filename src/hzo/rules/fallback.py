@@ -1,13 +1,14 @@
 """What happens to a call without a rule of its own: a measured slope, PyTorch's decomposition, or queries.
 
-In this order. An operator that PyTorch tags ``pointwise`` has one slope per element, which two runs measure. Another one
-that PyTorch knows a decomposition of is recorded again, as the calls it consists of. What is left is perturbed element
-by element, and ``print(plan)`` says what that costs.
+In this order. An operator that PyTorch tags ``pointwise`` has one slope per element, which two runs measure. Another
+one that PyTorch knows a decomposition of is recorded again, as the calls it consists of. What is left is perturbed
+element by element, and ``print(plan)`` says what that costs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -32,14 +33,15 @@ def fallback(target: Any) -> tuple[Rule, str]:
 
 
 def element_steps(x: Tensor, power: float = 1 / 3) -> Tensor:
-    """A finite-difference step for each element: in proportion to its own size, and where it is small to its surroundings.
+    """A finite-difference step for each element: in proportion to its size, or where small to its surroundings.
 
     The surroundings are the median size of the elements that are not zero, which outliers and masks do not move.
     """
     size = x.abs()
     present = size[(size > 0) & size.isfinite()]
     scale = present.median() if present.numel() else size.new_ones(())
-    return torch.finfo(x.dtype).eps ** power * torch.maximum(size.nan_to_num(posinf=0), scale)
+    steps: Tensor = torch.finfo(x.dtype).eps ** power * torch.maximum(size.nan_to_num(posinf=0), scale)
+    return steps
 
 
 def _operands(call: Call) -> Iterator[tuple[Key, int | None, Tensor]]:
@@ -93,9 +95,7 @@ def _by_slope(call: Call) -> Cotangents:
 
 
 def _decomposition(target: Any) -> Callable[..., Any] | None:
-    from torch._decomp import decomposition_table  # imports much, and few calls come here
-
-    table: dict[Any, Callable[..., Any]] = decomposition_table
+    table: dict[Any, Callable[..., Any]] = import_module("torch._decomp").decomposition_table  # few calls come here
     found = table.get(target)
     if found is not None and getattr(found, "__module__", "").startswith("torch._decomp"):  # not of PyTorch's prims
         return found

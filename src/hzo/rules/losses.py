@@ -149,3 +149,14 @@ def ctc_loss(call: Call) -> Cotangents:
     loss, alpha = call.out
     carried = aten._ctc_loss_backward(call.grad, log_probs, targets, inputs, lengths, loss, alpha, blank, zero_infinity)
     return {0: carried}
+
+
+@vjp(aten._cudnn_ctc_loss.default, aten._cudnn_ctc_loss.Tensor)
+def cudnn_ctc_loss(call: Call) -> Cotangents:
+    """The same by cuDNN, which computes the gradient with the loss: its second result."""
+    loss, gradient = call.out
+    assert loss is not None
+    assert gradient is not None
+    carried = gradient * call.grad[:, None]
+    zero_infinity = call.args[6]
+    return {0: carried.masked_fill((loss == 0)[:, None], 0) if zero_infinity else carried}

@@ -45,7 +45,7 @@ def _acosh(g: Tensor, x: Tensor) -> Tensor:
 
 def _angle(g: Tensor, z: Tensor) -> Tensor:
     if not z.is_complex():
-        return torch.zeros_like(z)
+        return torch.zeros_like(g)
     square = torch.view_as_real(z).square().sum(-1)
     return (1j * g * z / square).masked_fill(square == 0, 0)
 
@@ -102,7 +102,7 @@ FROM_RESULT: dict[Any, Callable[[Tensor, Tensor], Tensor]] = {
 
 def _sgn(g: Tensor, x: Tensor, y: Tensor) -> Tensor:
     if not x.is_complex():
-        return torch.zeros_like(x)
+        return torch.zeros_like(g)
     size = x.abs()
     radial = torch.view_as_real(g * y.conj())[..., 0]
     return ((g - radial * y) / size).masked_fill(size == 0, 0)
@@ -117,6 +117,7 @@ def _i1e(g: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 
 FROM_BOTH: dict[Any, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    aten._standard_gamma.default: lambda g, x, y: g * aten._standard_gamma_grad(x, y),  # of the sample by its shape
     aten.sgn.default: _sgn,
     aten.special_erfcx.default: lambda g, x, y: g * (2 * x * y - 2 / _SQRT_PI),
     aten.special_i0e.default: lambda g, x, y: g * (torch.special.i1e(x) - x.sgn() * y),

@@ -61,7 +61,7 @@ def permute(call: Call) -> Cotangents:
     return {0: call.grad.permute(order)}
 
 
-@vjp(aten.lift.default, aten.lift_fresh.default)
+@vjp(aten.lift.default, aten.lift_fresh.default, aten.alias_copy.default)
 def lift(call: Call) -> Cotangents:
     """The tensor itself."""
     return {0: call.grad}

@@ -1,4 +1,4 @@
-"""What in-place code on views means without side effects: three functions between a storage's content and its windows.
+"""What in-place code on views means without side effects: functions between the content of a storage and its windows.
 
 A tape is in single-assignment form. Where several tensors share memory and one of them is written to, the content of
 the storage becomes a value of its own, one-dimensional: ``write_window`` puts what was written into it, and a tensor
@@ -21,6 +21,25 @@ def geometry_of(tensor: Tensor) -> Geometry:
     return tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset())
 
 
+def overlaps_itself(size: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether two elements of a window may be one in memory; says yes for some rare windows that do not overlap."""
+    reach = 0
+    for length, step in sorted(zip(size, stride, strict=True), key=lambda pair: pair[1]):
+        if length > 1:
+            if step <= reach:
+                return True
+            reach += step * (length - 1)
+    return False
+
+
+def extent(geometry: Geometry) -> int:
+    """How many elements a storage has at least in which this window lies."""
+    size, stride, offset = geometry
+    if 0 in size:
+        return 0
+    return offset + 1 + sum(step * (length - 1) for length, step in zip(size, stride, strict=True))
+
+
 def read_window(content: Tensor, size: Sequence[int], stride: Sequence[int], offset: int) -> Tensor:
     """A copy of the elements that a window of a storage shows."""
     return content.as_strided(size, stride, offset).clone()
@@ -33,11 +52,42 @@ def write_window(content: Tensor, window: Tensor, size: Sequence[int], stride: S
     return result
 
 
-def pass_through(old: Tensor, new: Tensor) -> Tensor:
+def pass_through(old: Tensor, new: Tensor) -> Tensor:  # noqa: ARG001
     """``new`` as the value, with ``old`` as its path: what a write under ``no_grad`` does for autograd."""
     return new.clone()
 
 
-def constant_content(size: int, like: Tensor) -> Tensor:
-    """The content of a storage in which nothing carries a gradient yet."""
-    return torch.zeros(size, dtype=like.dtype, device=like.device)
+def restride(
+    x: Tensor, around: Tensor, layout: Geometry, size: Sequence[int], stride: Sequence[int], offset: int
+) -> Tensor:
+    """``as_strided`` of a tensor that lies in its storage as ``layout`` says.
+
+    Args:
+        around: what the result showed; of elements that lie outside of ``x``, which are constants.
+    """
+    inside = mask_of(layout, (tuple(size), tuple(stride), offset), x.device).as_strided(size, stride, offset)
+    content = spread(x, layout, (tuple(size), tuple(stride), offset))
+    return torch.where(inside, content.as_strided(size, stride, offset), around)
+
+
+def restride_scatter(
+    x: Tensor, window: Tensor, layout: Geometry, size: Sequence[int], stride: Sequence[int], offset: int
+) -> Tensor:
+    """``as_strided_scatter`` into a tensor that lies in its storage as ``layout`` says."""
+    content = spread(x, layout, (tuple(size), tuple(stride), offset))
+    content.as_strided(size, stride, offset).copy_(window)
+    return content.as_strided(*layout).clone()
+
+
+def spread(x: Tensor, layout: Geometry, other: Geometry) -> Tensor:
+    """A storage of zeros in which ``x`` lies as ``layout`` says, large enough for another window as well."""
+    content = x.new_zeros(max(extent(layout), extent(other)))
+    content.as_strided(*layout).copy_(x)
+    return content
+
+
+def mask_of(layout: Geometry, other: Geometry, device: torch.device) -> Tensor:
+    """Which elements of a storage that is large enough for both windows lie in the first."""
+    mask = torch.zeros(max(extent(layout), extent(other)), dtype=torch.bool, device=device)
+    mask.as_strided(*layout).fill_(True)
+    return mask

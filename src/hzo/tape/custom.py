@@ -77,7 +77,13 @@ class CustomFunction:
         """Append the call whose results these are; ``before``: the values of the arguments when it was made."""
         outputs = [t for t in (result if isinstance(result, (tuple, list)) else (result,)) if isinstance(t, Tensor)]
         nodes = [t.grad_fn for t in outputs if t.grad_fn is not None and hasattr(t.grad_fn, "_forward_cls")]
+        memory = recorder.memory
+        written = {id(t): memory.before_declared_write(t) for t in outputs if any(t is a for a in args)}
         if not nodes:
+            for tensor in outputs:
+                if id(tensor) in written and tensor.requires_grad:  # autograd hides the node behind one of its own
+                    recorder.foreign(tensor, "a custom Function that writes to a view")
+                    memory.after_write(tensor, written[id(tensor)])
             return
         node = nodes[0]
         refs = tuple(
@@ -90,6 +96,8 @@ class CustomFunction:
             made = tensor.grad_fn is node
             recorder.settle(tensor)
             writes.append(recorder.new_value(tensor, made, op.index if made else -1, False))
+            if id(tensor) in written:
+                memory.after_write(tensor, written[id(tensor)])
         op.writes = tuple(writes)
 
 

@@ -34,18 +34,27 @@ class Value:
     """A tensor at one moment: what an operation made, or what was there before the recording began.
 
     Attributes:
-        shape, dtype: of the tensor.
+        shape, dtype, device: of the tensor.
         requires: whether autograd would carry a gradient to it.
         producer: index of the operation that made it; -1 for a leaf.
         weight: whether it was computed from parameters alone; no weight is read to carry a cotangent to an activation.
         foreign: the name of the autograd function behind it, where that was not recorded.
     """
 
-    __slots__ = ("dtype", "foreign", "producer", "requires", "shape", "weight")
+    __slots__ = ("device", "dtype", "foreign", "producer", "requires", "shape", "weight")
 
-    def __init__(self, shape: torch.Size, dtype: torch.dtype, requires: bool, producer: int, weight: bool) -> None:
+    def __init__(
+        self,
+        shape: torch.Size,
+        dtype: torch.dtype,
+        device: torch.device,
+        requires: bool,
+        producer: int,
+        weight: bool,
+    ) -> None:
         self.shape = shape
         self.dtype = dtype
+        self.device = device
         self.requires = requires
         self.producer = producer
         self.weight = weight

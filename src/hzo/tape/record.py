@@ -1,15 +1,15 @@
 """Recording: every call of an ATen operator that autograd would differentiate becomes an operation of the tape.
 
-The recorder is a dispatch mode: it sees calls below autograd, in the order in which they run, whatever was written above
-them (layers, functionals, TorchScript, ``vmap``, in-place code). What is constant is what autograd says is constant: a
-call without an argument that requires a gradient, or under ``no_grad``, runs and leaves no trace, and its result is a
-constant when a recorded call reads it.
+The recorder is a dispatch mode: it sees calls below autograd, in the order in which they run, whatever was written
+above them (layers, functionals, TorchScript, ``vmap``, in-place code). What is constant is what autograd says is
+constant: a call without an argument that requires a gradient, or under ``no_grad``, runs and leaves no trace, and its
+result is a constant when a recorded call reads it.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
-from hzo.tape.aliases import Geometry, constant_content, geometry_of, pass_through, read_window, write_window
-from hzo.tape.functions import out_of_place
+from hzo.tape.aliases import geometry_of, overlaps_itself, pass_through, restride, restride_scatter
+from hzo.tape.foreach import on_lists, singles
+from hzo.tape.functions import OutOfPlace, out_of_place
+from hzo.tape.memory import Memory, storage_of
 from hzo.tape.operations import Operation, Value, ref
 from hzo.tape.tape import Tape
 from hzo.tape.undo import Undo
 
 aten = torch.ops.aten
+_CONJUGATE, _NEGATIVE = torch._C.DispatchKey.Conjugate, torch._C.DispatchKey.Negative
 
 # Writes that the schema does not declare.
 _HIDDEN_WRITES: dict[Any, tuple[int, ...]] = {
@@ -39,6 +42,13 @@ _SHAPES_ALONE = frozenset(
     )
 )  # fmt: skip
 
+_CANDIDATES = 16  # as many results are looked at together
+
+
+_DRAWS_NOISE = (aten.rrelu_with_noise.default, aten.rrelu_with_noise_.default)
+
+_LAYOUTS = frozenset(("t_", "transpose_", "swapaxes_", "swapdims_", "squeeze_", "unsqueeze_", "as_strided_"))
+
 
 @dataclass(frozen=True)
 class _Operator:
@@ -49,6 +59,9 @@ class _Operator:
     view: bool
     detach: bool
     constant: bool  # reads shapes alone: its result carries no gradient
+    layout: bool  # changes how a tensor lies in memory, and no content
+    restrides: bool  # reads memory beside its operand
+    on_lists: bool  # does one thing to each tensor of a list
     functional: Callable[..., Any]
 
 
@@ -64,6 +77,7 @@ def _operator(func: Any) -> _Operator:
             writes.append(argument.name if argument.kwarg_only else k)
         elif alias is not None:
             view = True
+    name = func._schema.name.partition("::")[2]
     returns = func._schema.returns
     in_place = func not in _HIDDEN_WRITES and (
         not returns or any(r.alias_info is not None and r.alias_info.is_write for r in returns)
@@ -73,40 +87,69 @@ def _operator(func: Any) -> _Operator:
         in_place,
         view and not writes,
         func is aten.detach.default,
-        func._schema.name.partition("::")[2] in _SHAPES_ALONE,
+        name in _SHAPES_ALONE,
+        name in _LAYOUTS,
+        name.startswith("as_strided"),
+        on_lists(func),
         out_of_place(func, tuple(writes)) if writes else func,
     )
     _OPERATORS[func] = about
     return about
 
 
-class Recorder(TorchDispatchMode):
+def _about(func: Any) -> _Operator:
+    return _OPERATORS.get(func) or _operator(func)
+
+
+def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an operator below autograd.
+
+    Operators made of others may use lazy conjugates, which PyTorch does not resolve inside a dispatch mode (their
+    results are wrong there, seen with ``linalg.pinv`` in 2.13): for complex operands it is told to.
+    """
+    for argument in args:
+        if isinstance(argument, Tensor) and argument.is_complex():
+            include = torch._C._dispatch_tls_local_include_set()
+            exclude = torch._C._dispatch_tls_local_exclude_set().remove(_CONJUGATE).remove(_NEGATIVE)
+            with torch._C._ForceDispatchKeyGuard(include, exclude):
+                return func(*args, **kwargs)
+    return func(*args, **kwargs)
+
+
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Writes a tape while it is active; made and entered by ``hzo.record``.
 
     Args:
         keep: keep the content of every value, also where code writes over it: for plans that run operations again.
             Without, what PyTorch's own derivatives would save is kept, which is all that rules read.
+        lean: operators whose rules read no more than PyTorch's own derivative saves. What only they touch, and nobody
+            else holds any more, is let go while the recording runs.
     """
 
-    def __init__(self, keep: bool = False) -> None:
-        super().__init__()
+    def __init__(self, keep: bool = False, lean: Collection[Any] = ()) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
         self.tape = Tape()
-        self._keep_all = keep
-        self._alive: list[Tensor] = []  # whose ids are in use
+        self.keeps_all = keep
+        self.hold_all = False  # while autograd does not tell what it saves
+        self._lean = frozenset() if keep else frozenset(lean)
+        self._candidates: list[int] = []  # results of lean calls that nothing is known to need
+        self._needed: set[int] = set()  # values that some other call touches
+        self._results_of_last: tuple[int | None, ...] = ()
+        self.wrappers: list[nn.Module] = []  # of distributed training, whose hooks average gradients
+        self.hooked: list[Tensor] = []  # tensors with hooks
+        self.alive: list[Tensor] = []  # whose ids are in use
         self._saved: set[int] = set()  # values whose content must survive a write
         self._unpacked: list[int] = []  # values that autograd asked back, for a derivative inside the model
         self._unpacking: tuple[int, int] | None = None  # what autograd asked back last: id of its tensor, value
         self._detached: dict[int, int] = {}  # id of a tensor that autograd detached -> the value behind it
         self._frozen: set[int] = set()  # ids of views of parameters that are not trained
-        self._storages: dict[int, list[int]] = {}  # storage -> ids of tensors with values, in order
-        self._objects: dict[int, Tensor] = {}  # id -> the tensor
-        self._registered = 0
-        self._contents: dict[int, int] = {}  # storage -> value of its content, once windows of it were written to
-        self._stale: set[int] = set()  # ids whose value must be read from that content
-        self._passed: set[int] = set()  # ids whose content changed under no_grad
+        self._packed_ids: dict[int, int] = {}  # id and address of what autograd saved under another object
+        self._copies: list[tuple[Tensor, Tensor]] = []  # tensors that were just cloned, and their copies
         self._fresh: set[int] = set()  # storages of constants that were made meanwhile
         self._resolved: set[int] = set()  # ids of copies of lazy conjugates, which PyTorch makes below autograd
         self.undo = Undo()
+        self.memory = Memory(self)
+        self._stale, self._passed = self.memory.stale, self.memory.passed
 
     # -- values -------------------------------------------------------------------------------------------------------
 
@@ -114,12 +157,24 @@ class Recorder(TorchDispatchMode):
         """A value for what ``tensor`` holds now."""
         tape = self.tape
         index = len(tape.values)
-        tape.values.append(Value(tensor.shape, tensor.dtype, requires, producer, weight))
+        tape.values.append(Value(tensor.shape, tensor.dtype, tensor.device, requires, producer, weight))
         tape.tensors.append(tensor)
         key = id(tensor)
         tape._index[key] = index
-        self._alive.append(tensor)
+        self.keep_alive(tensor)
         return index
+
+    def keep_alive(self, tensor: Tensor) -> None:
+        """Note a tensor by its id, which must not come again for another."""
+        self.alive.append(tensor)
+
+    def forget(self, key: int) -> None:
+        """A tensor was freed all the same: its id may come again, for another."""
+        self.memory.forget(key)
+        self.tape._index.pop(key, None)
+        self._detached.pop(key, None)
+        self._frozen.discard(key)
+        self._resolved.discard(key)
 
     def read(self, tensor: Tensor) -> int:
         """The value that a tensor holds now."""
@@ -133,7 +188,13 @@ class Recorder(TorchDispatchMode):
 
     def seen(self) -> list[Tensor]:
         """The tensors that have had a value."""
-        return self._alive
+        return [*self.hooked, *self.alive]
+
+    def release(self) -> None:
+        """The recording is over: only the tape holds what it recorded."""
+        self.alive, self.hooked = [], []
+        self._detached, self.tape._index = {}, {}
+        self.memory.release()
 
     def settle(self, tensor: Tensor) -> None:
         """A new value of this tensor is about to be written: what was said of its old content holds no more."""
@@ -142,17 +203,16 @@ class Recorder(TorchDispatchMode):
 
     def _read_anew(self, tensor: Tensor, index: int | None) -> int:
         key = id(tensor)
-        if key in self._stale and _storage(tensor) in self._contents:
-            return self._read_window(tensor)
+        if key in self._stale and self.memory.has_content(tensor):
+            return self.memory.read_window(tensor)
         if key in self._passed and index is not None:
             self._passed.discard(key)
             return self._passed_through(tensor, index)
-        if index is not None and tensor.requires_grad and not tensor.is_leaf and not self.tape.values[index].requires:
-            return self._foreign(tensor)
-        if index is None and tensor.requires_grad and not tensor.is_leaf:
-            return self._unknown(tensor)
-        if index is None and self._contents and _storage(tensor) in self._contents and tensor.requires_grad:
-            return self._read_window(tensor)
+        if tensor.requires_grad and not tensor.is_leaf:
+            if index is None:
+                return self._unknown(tensor)
+            if not self.tape.values[index].requires:
+                return self.foreign(tensor)
         # A leaf: a parameter, an input, a constant; or what autograd detached in the meantime.
         weight = isinstance(tensor, nn.Parameter) or key in self._frozen
         new = self.new_value(tensor, tensor.requires_grad, -1, weight)
@@ -160,6 +220,8 @@ class Recorder(TorchDispatchMode):
         self._passed.discard(key)
         if tensor.requires_grad:
             self.tape.leaves[new] = tensor
+        if self._packed_ids and self._packed_ids.get(key) == tensor.data_ptr():
+            self._saved.add(new)
         return new
 
     def _unknown(self, tensor: Tensor) -> int:
@@ -168,21 +230,17 @@ class Recorder(TorchDispatchMode):
             known = self.tape.tensors[index]
             if known is not None and known.data_ptr() == tensor.data_ptr() and _looks_like(known, tensor):
                 self.tape._index[id(tensor)] = index
-                self._alive.append(tensor)
+                self.keep_alive(tensor)
                 return index
-        storage = _storage(tensor)
-        if storage in self._contents:
-            return self._read_window(tensor)
-        self._register()
-        if any(self.tape.values[self.tape._index[key]].requires for key in self._storages.get(storage, ())):
-            self._contents[storage] = self._content(tensor, storage)
-            return self._read_window(tensor)
-        return self._foreign(tensor)
+        if self.memory.has_content(tensor) or self.memory.reconstruct(tensor):
+            return self.memory.read_window(tensor)
+        return self.foreign(tensor)
 
-    def _foreign(self, tensor: Tensor) -> int:
+    def foreign(self, tensor: Tensor, what: str = "") -> int:
+        """A value whose history is not on the tape: a gradient that leads there is an error."""
         index = self.new_value(tensor, True, -1, False)
-        function = tensor.grad_fn
-        self.tape.values[index].foreign = "an unknown function" if function is None else type(function).__name__
+        function = "an unknown function" if tensor.grad_fn is None else type(tensor.grad_fn).__name__
+        self.tape.values[index].foreign = what or function
         return index
 
     def operation(
@@ -216,28 +274,76 @@ class Recorder(TorchDispatchMode):
                 or (bool(self._resolved) and any(id(t) in self._resolved for t in _tensors(args)))
             )
         )
+        copies = self._copies
+        if copies:
+            self._copies = []
         if about.writes:
             generator = kwargs.get("generator")
             if generator is not None:
                 self.undo.remember_generator(generator)
-            return self._write(func, about, args, kwargs, differentiable)
-        if not differentiable:
-            result = func(*args, **kwargs)
-            if about.view:
-                if isinstance(args[0], Tensor):
-                    self._constant_view(args[0], result)
-            elif isinstance(result, Tensor):
-                self._fresh.add(_storage(result))
-            elif result is not None:
-                self._fresh.update(_storage(t) for t in _tensors(result))
-            return result
-        refs, named = self._refs(args), self._named(kwargs)
-        result = func(*args, **kwargs)
-        op = self.operation(func, refs, named)
-        op.writes = self._results(op, result)
-        if func is aten.clone.default and (args[0].is_conj() or args[0].is_neg()):
-            self._resolved.add(id(result))
+            if differentiable and about.on_lists:
+                for single in singles(func, args, kwargs):
+                    self._write(single[0], _about(single[0]), single[1], single[2], True, copies)
+                return None
+            return self._write(func, about, args, kwargs, differentiable, copies)
+        if func is aten.clone.default:
+            return self._clone(args, kwargs, differentiable, copies)
+        if differentiable:
+            return self._call(func, about, args, kwargs)
+        result = _run(func, args, kwargs)
+        if about.view:
+            if isinstance(args[0], Tensor):
+                self._constant_view(args[0], result)
+        elif isinstance(result, Tensor):
+            self._fresh.add(storage_of(result))
+        elif result is not None:
+            self._fresh.update(storage_of(t) for t in _tensors(result))
         return result
+
+    def _call(self, func: Any, about: _Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call that autograd differentiates and that writes to nothing."""
+        if about.on_lists:
+            return [
+                self._call(single[0], _about(single[0]), single[1], single[2]) for single in singles(func, args, kwargs)
+            ]
+        refs, named = self._refs(args), self._named(kwargs)
+        result = _run(func, args, kwargs)
+        op = self._restrided(func, refs, args, kwargs, result) if about.restrides else self.operation(func, refs, named)
+        op.writes = self._results(op, result)
+        self._results_of_last = op.writes
+        if self._lean:
+            self._let_go(op)
+        return result
+
+    def _clone(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], differentiable: bool, copies: list[tuple[Tensor, Tensor]]
+    ) -> Any:
+        """A copy. Autograd makes one of what a call in place is about to change, and to read a lazy conjugate."""
+        func = aten.clone.default
+        source: Tensor = args[0]
+        result: Tensor = self._call(func, _about(func), args, kwargs) if differentiable else _run(func, args, kwargs)
+        if not differentiable:
+            self._fresh.add(storage_of(result))
+        elif source.is_conj() or source.is_neg():
+            self._resolved.add(id(result))
+            self._needed.add(self.tape._index[id(result)])
+            if self.tape._index[id(source)] in self._saved:
+                self._saved.add(self.tape._index[id(result)])
+        self._copies = [*copies, (source, result)]
+        return result
+
+    def _restrided(
+        self, func: Any, refs: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor
+    ) -> Operation:
+        """``as_strided`` reads memory: on the tape it says how its operand lay there."""
+        source = args[0]
+        given = dict(zip([a.name for a in func._schema.arguments], args, strict=False)) | kwargs
+        layout, offset = geometry_of(source), given.get("storage_offset")
+        window = tuple(given["size"]), tuple(given["stride"]), layout[2] if offset is None else int(offset)
+        if "src" in given:
+            return self.operation(restride_scatter, (refs[0], refs[1], layout, *window), {})
+        seen = result.detach()
+        return self.operation(restride, (refs[0], ref(self.new_value(seen, False, -1, True)), layout, *window), {})
 
     def _results(self, op: Operation, result: Any) -> tuple[int | None, ...]:
         values = self.tape.values
@@ -276,12 +382,12 @@ class Recorder(TorchDispatchMode):
         unpacking, self._unpacking = self._unpacking, None
         if unpacking is not None and unpacking[0] == key:  # autograd gives it its history back, also that of a leaf
             self.tape._index[id(result)] = unpacking[1]
-            self._alive.append(result)
+            self.keep_alive(result)
             return result
         behind = self._detached.get(key, self.tape._index.get(key))
         if behind is not None:
             self._detached[id(result)] = behind
-            self._alive.append(result)
+            self.keep_alive(result)
         elif isinstance(args[0], nn.Parameter) or key in self._frozen:
             self._constant_view(args[0], result)
         return result
@@ -291,19 +397,60 @@ class Recorder(TorchDispatchMode):
         if isinstance(source, nn.Parameter) or id(source) in self._frozen:
             for tensor in _tensors(result):
                 self._frozen.add(id(tensor))
-                self._alive.append(tensor)
+                self.keep_alive(tensor)
+
+    def _let_go(self, op: Operation) -> None:
+        """Every now and then: forget what lean calls made, autograd did not save, and the user's code has dropped."""
+        target = op.target.func if isinstance(op.target, OutOfPlace) else op.target
+        if target not in self._lean or self.hold_all:
+            self._needed.update(op.reads())
+            return
+        self._candidates.extend(v for v in op.writes if v is not None)
+        if len(self._candidates) < _CANDIDATES:
+            return
+        tape, last = self.tape, set(op.writes)
+        kept: list[int] = []
+        dropped: set[int] = set()
+        for v in self._candidates:
+            tensor = tape.tensors[v]
+            if tensor is None or v in self._needed or v in self._saved or tensor._is_view():
+                continue  # a view takes no memory of its own
+            # Known by the tape, by the list of tensors that are alive, and here; one more is the call's argument.
+            if sys.getrefcount(tensor) > 4 or v in last or tape._index.get(id(tensor)) != v:
+                kept.append(v)
+                continue
+            tape.tensors[v] = None
+            dropped.add(id(tensor))
+            del tape._index[id(tensor)]
+        self._candidates = kept
+        if dropped:
+            noted = [t for t in self.alive[: self.memory.noted] if id(t) not in dropped]
+            self.alive = noted + [t for t in self.alive[self.memory.noted :] if id(t) not in dropped]
+            self.memory.noted = len(noted)
+            for key in dropped:
+                self._detached.pop(key, None)
+            for ids in (self._frozen, self._resolved):
+                ids.difference_update(dropped)
 
     # -- what autograd saves ------------------------------------------------------------------------------------------
 
     def pack(self, tensor: Tensor) -> Any:
         """What autograd saves is on the tape already: it keeps the number of the value."""
+        index = self._packed(tensor)
+        self._saved.add(index)
+        return index
+
+    def _packed(self, tensor: Tensor) -> int:
         key = id(tensor)
         index = self._detached.get(key)
+        if index is None and key not in self.tape._index:
+            for v in self._results_of_last:  # a result comes as another object with the same content
+                result = None if v is None else self.tape.tensors[v]
+                if result is not None and _looks_like(result, tensor) and result.data_ptr() == tensor.data_ptr():
+                    index = v
         if index is None:
-            index = self.tape._index.get(key) if not tensor.requires_grad or tensor.is_leaf else None
-            if index is None or key in self._stale or key in self._passed:
-                index = self.read(tensor)
-        self._saved.add(index)
+            return self.read(tensor)
+        self._packed_ids[key] = tensor.data_ptr()  # it may be the user's own, and be read as a constant next
         return index
 
     def unpack(self, index: int) -> Tensor:
@@ -317,7 +464,13 @@ class Recorder(TorchDispatchMode):
     # -- writes -------------------------------------------------------------------------------------------------------
 
     def _write(
-        self, func: Any, about: _Operator, args: tuple[Any, ...], kwargs: dict[str, Any], differentiable: bool
+        self,
+        func: Any,
+        about: _Operator,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        differentiable: bool,
+        copies: list[tuple[Tensor, Tensor]],
     ) -> Any:
         """A call that changes some of its arguments."""
         written = [
@@ -325,174 +478,108 @@ class Recorder(TorchDispatchMode):
             for slot in about.writes
             for tensor in _tensors(args[slot] if isinstance(slot, int) and slot < len(args) else kwargs.get(str(slot)))
         ]
-        self._register()
+        if about.layout:
+            return self._relayout(func, about, args, kwargs, written[0], differentiable)
         if not differentiable:
             self._before_write(written)
-            result = func(*args, **kwargs)
-            self._changed(written)
+            result = _run(func, args, kwargs)
+            self._after_hidden_write(written)
             return result
         if not about.in_place:  # statistics that a layer keeps, noise that a call draws: read as they are afterwards
             self._before_write(written)
-            result = func(*args, **kwargs)
-            self._changed(written)
+            result = self._drawn(func, args, kwargs)
+            self._after_hidden_write(written)
             op = self.operation(about.functional, self._refs(args), self._named(kwargs))
             op.writes = self._results(op, result)
+            self._results_of_last = op.writes
+            if self._lean:
+                self._let_go(op)
             return result
         refs, named = self._refs(args), self._named(kwargs)
-        shared = {id(t): self._content_before(t) for t in written}
-        self._keep_saved_copy()
+        self.memory.register()
+        shared = [self.memory.content_before(t) for t in written]
+        self._keep_saved_copies(written, copies)
         self._before_write(written)
-        result = func(*args, **kwargs)
+        result = self._drawn(func, args, kwargs)
         op = self.operation(about.functional, refs, named)
         values = self.tape.values
         weight = all(values[v].weight for v in op.reads())
-        writes: list[int | None] = []
-        for tensor in _tensors(result):
-            if all(tensor is not w for w in written):
-                writes.append(self._result(tensor, op.index, weight))
-        for tensor in written:
-            self._changed_aliases(tensor, stale=True)
-            writes.append(self._result(tensor, op.index, weight))
-            self._stale.discard(id(tensor))
-            self._passed.discard(id(tensor))
-        op.writes = tuple(writes)
-        for tensor in written:
-            content = shared.get(id(tensor))
-            if content is not None:
-                self._put(content, tensor)
+        results = [t for t in _tensors(result) if all(t is not w for w in written)] + written
+        op.writes = tuple([self._result(t, op.index, weight) for t in results])
+        self._results_of_last = op.writes
+        for tensor, put in zip(written, shared, strict=True):
+            if overlaps_itself(tensor.shape, tensor.stride()):
+                self.foreign(tensor, "a write to a view that shows memory several times")
+            self.memory.after_write(tensor, put)
+        if self._lean:
+            self._let_go(op)
+        return result
+
+    def _drawn(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a call that writes. The noise that it draws autograd saves before, and means what it is afterwards."""
+        noise = self.tape._index.get(id(args[1])) if func in _DRAWS_NOISE else None
+        result = _run(func, args, kwargs)
+        if noise is not None:
+            self.tape.tensors[noise] = args[1]
+        return result
+
+    def _relayout(
+        self, func: Any, about: _Operator, args: tuple[Any, ...], kwargs: dict[str, Any], tensor: Tensor, record: bool
+    ) -> Any:
+        """A call that gives a tensor another shape in the same memory."""
+        refs = self._refs(args) if record else ()
+        self.memory.register()
+        self.memory.before_relayout(tensor)
+        layout = geometry_of(tensor)
+        result = func(*args, **kwargs)
+        for key, _ in self.memory.sharing(tensor):
+            self._detached.pop(key, None)
+        if not record:
+            self.tape._index.pop(id(tensor), None)
+            self.settle(tensor)
+            return result
+        if about.restrides:
+            shown = ref(self.new_value(tensor.detach(), False, -1, True))
+            op = self.operation(restride, (refs[0], shown, layout, *geometry_of(tensor)), {})
+        else:
+            op = self.operation(about.functional, refs, self._named(kwargs))
+        op.writes = (self._result(tensor, op.index, self.tape.values[refs[0].value].weight),)
         return result
 
     def _before_write(self, written: list[Tensor]) -> None:
         """Keep what must survive of the content that is about to change."""
-        tensors, index = self.tape.tensors, self.tape._index
+        self.memory.register()
+        index, values = self.tape._index, self.tape.values
         for tensor in written:
-            storage = _storage(tensor)
-            keys = self._aliases(tensor)
-            if storage not in self._fresh and all(self.tape.values[index[key]].producer < 0 for key in keys):
+            keys = [key for key, _ in self.memory.sharing(tensor)]
+            if storage_of(tensor) not in self._fresh and all(
+                values[index[key]].producer < 0 for key in keys if key in index
+            ):
                 self.undo.remember(tensor)
             for key in keys:
-                value = index[key]
-                held = tensors[value]
-                if held is not None and held is self._objects[key]:
-                    tensors[value] = held.clone() if self._keep_all or value in self._saved else None
-            # Detached aliases of a value are read through the value.
+                self._detached.pop(key, None)
+                self._packed_ids.pop(key, None)
+            self.memory.before_write(tensor, self._saved)
 
-    def _keep_saved_copy(self) -> None:
-        """Autograd saves a copy of what a call in place is about to change, where its derivative needs it: keep that."""
-        last = self.tape.operations[-1] if self.tape.operations else None
-        if last is not None and last.target is aten.clone.default:
-            (copied,) = last.reads()
-            (copy,) = last.writes
-            if copy is not None and copy in self._saved:
-                self.tape.tensors[copied] = self.tape.tensors[copy]
+    def _keep_saved_copies(self, written: list[Tensor], copies: list[tuple[Tensor, Tensor]]) -> None:
+        """Where its derivative needs what a call in place is about to change, autograd saves a copy: keep that."""
+        index, tensors = self.tape._index, self.tape.tensors
+        for source, copy in copies:
+            saved = index.get(id(copy))
+            if saved is not None and saved in self._saved and any(source is t for t in written):
+                self._saved.add(index[id(source)])
+                tensors[index[id(source)]] = tensors[saved]
 
-    def _changed(self, written: list[Tensor]) -> None:
-        """A write that autograd does not see: constants are read anew, what carries a gradient keeps its path."""
+    def _after_hidden_write(self, written: list[Tensor]) -> None:
+        self.memory.register()
         for tensor in written:
-            self._changed_aliases(tensor, stale=False)
-            key = id(tensor)
-            if key in self.tape._index:
-                self._forget(key)
-
-    def _forget(self, key: int) -> None:
-        if self.tape.values[self.tape._index[key]].requires and self._objects[key].requires_grad:
-            self._passed.add(key)
-        else:
-            del self.tape._index[key]
-
-    def _changed_aliases(self, tensor: Tensor, stale: bool) -> None:
-        for key in self._aliases(tensor):
-            if key == id(tensor) or key not in self.tape._index:
-                continue
-            if stale:
-                self._stale.add(key)
-            else:
-                self._forget(key)
+            self.memory.after_hidden_write(tensor)
 
     def _passed_through(self, tensor: Tensor, old: int) -> int:
         constant = self.new_value(tensor, False, -1, False)
         op = self.operation(pass_through, (ref(old), ref(constant)), {})
         new = self.new_value(tensor, True, op.index, self.tape.values[old].weight)
         op.writes = (new,)
-        return new
-
-    # -- storages -----------------------------------------------------------------------------------------------------
-
-    def _register(self) -> None:
-        """Note the storages of all tensors with values; done when a write makes it matter."""
-        for tensor in self._alive[self._registered :]:
-            key = id(tensor)
-            self._objects[key] = tensor
-            keys = self._storages.setdefault(_storage(tensor), [])
-            if key not in keys:
-                keys.append(key)
-        self._registered = len(self._alive)
-
-    def _aliases(self, tensor: Tensor) -> list[int]:
-        """Ids of the tensors with values that share the memory of this one, itself included."""
-        return [key for key in self._storages.get(_storage(tensor), ()) if key in self.tape._index]
-
-    def _content_before(self, tensor: Tensor) -> int | None:
-        """The content of the storage as a value, where other tensors may look into it; None where nobody else does."""
-        storage = _storage(tensor)
-        if storage in self._contents:
-            return storage
-        others = [key for key in self._aliases(tensor) if key != id(tensor)]
-        whole = tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
-        if not others and whole and tensor._base is None:
-            return None
-        self._contents[storage] = self._content(tensor, storage)
-        return storage
-
-    def _content(self, tensor: Tensor, storage: int) -> int:
-        """A value for the whole content of a storage: its windows that carry a gradient, put into a constant."""
-        size = tensor.untyped_storage().nbytes() // tensor.element_size()
-        content = constant_content(0 if not self._keep_all else size, tensor)
-        if self._keep_all:
-            content.copy_(tensor.detach().as_strided((size,), (1,), 0))
-        value = self.new_value(content, False, -1, False)
-        self.tape.values[value].shape = torch.Size((size,))
-        if not self._keep_all:
-            self.tape.tensors[value] = None
-        for key in self._storages.get(storage, ()):
-            index = self.tape._index.get(key)
-            if index is None or key in self._stale or not self.tape.values[index].requires:
-                continue
-            window = self._objects[key]
-            if window.dtype == tensor.dtype and 0 not in window.stride():
-                value = self._replace(value, self.read(window), geometry_of(window))
-        return value
-
-    def _replace(self, content: int, window: int, geometry: Geometry) -> int:
-        size, stride, offset = geometry
-        op = self.operation(write_window, (ref(content), ref(window), size, stride, offset), {})
-        about = self.tape.values[content]
-        new = len(self.tape.values)
-        requires = about.requires or self.tape.values[window].requires
-        self.tape.values.append(Value(about.shape, about.dtype, requires, op.index, False))
-        self.tape.tensors.append(None)
-        op.writes = (new,)
-        if self._keep_all:
-            before, put = self.tape.tensors[content], self.tape.tensors[window]
-            if before is not None and put is not None:
-                self.tape.tensors[new] = write_window(before, put.detach(), size, stride, offset)
-        return new
-
-    def _put(self, storage: int, tensor: Tensor) -> None:
-        """After a write: the storage's content has this window replaced."""
-        self._contents[storage] = self._replace(
-            self._contents[storage], self.tape._index[id(tensor)], geometry_of(tensor)
-        )
-
-    def _read_window(self, tensor: Tensor) -> int:
-        content = self._contents[_storage(tensor)]
-        size, stride, offset = geometry_of(tensor)
-        if tensor.dtype != self.tape.values[content].dtype:
-            return self._foreign(tensor)
-        op = self.operation(read_window, (ref(content), size, stride, offset), {})
-        new = self.new_value(tensor, tensor.requires_grad, op.index, False)
-        op.writes = (new,)
-        self._stale.discard(id(tensor))
         return new
 
 
@@ -502,12 +589,6 @@ def current_recorder() -> Recorder | None:
         if isinstance(mode, Recorder):
             return mode
     return None
-
-
-def _storage(tensor: Tensor) -> int:
-    with contextlib.suppress(NotImplementedError, RuntimeError):
-        return int(tensor.untyped_storage()._cdata)
-    return -id(tensor)  # no storage to share: sparse tensors and wrappers
 
 
 def _looks_like(a: Tensor, b: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """What surrounds a recording: autograd and the libraries above it, told to let the tape see what they do.
 
-Each context below changes one thing that would hide calls from the tape, and puts it back. Those that replace a function
-of PyTorch's for all threads act only in threads that record.
+Each context below changes one thing that would hide calls from the tape, and puts it back. Those that replace a
+function of PyTorch's for all threads act only in threads that record.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint
-from torch import Tensor
-from torch.nn.modules import module as module_hooks
+from torch import Tensor, nn
+from torch.nn.modules import module
 
 from hzo.errors import TapeError
 from hzo.tape.custom import CustomFunction, NodeHooks
 from hzo.tape.record import Recorder, current_recorder
 
 _lock = threading.RLock()
-_recording = 0  # threads that record at the moment
+_recording = [0]  # threads that record at the moment
 _originals: dict[str, Any] = {}
+_module_hooks: Any = module  # where torch.nn.Module finds its BackwardHook
 
 
 @contextlib.contextmanager
@@ -59,17 +60,16 @@ def _hooks(recorder: Recorder) -> tuple[Callable[[Tensor], Any], Callable[[Any],
 @contextlib.contextmanager
 def _patched() -> Iterator[None]:
     """The replacements, as long as any thread records."""
-    global _recording
     with _lock:
-        if _recording == 0:
+        if _recording[0] == 0:
             _replace()
-        _recording += 1
+        _recording[0] += 1
     try:
         yield
     finally:
         with _lock:
-            _recording -= 1
-            if _recording == 0:
+            _recording[0] -= 1
+            if _recording[0] == 0:
                 _put_back()
 
 
@@ -77,12 +77,16 @@ def _replace() -> None:
     function = torch.autograd.Function
     _originals["apply"] = function.__dict__["apply"]
     _originals["hooks"] = torch.autograd.graph.disable_saved_tensors_hooks
-    _originals["backward_hook"] = module_hooks.BackwardHook
+    _originals["backward_hook"] = _module_hooks.BackwardHook
     _originals.update({name: getattr(torch._VF, name) for name in _RECURRENT})
+    _originals["register_hook"] = Tensor.register_hook
+    _originals["wrapper"] = nn.parallel.DistributedDataParallel.forward
     _originals["optimized"] = torch._C._get_graph_executor_optimize()
     function.apply = classmethod(_apply)  # type: ignore[assignment, method-assign]
     torch.autograd.graph.disable_saved_tensors_hooks = _without_hooks  # type: ignore[assignment]
-    module_hooks.BackwardHook = _recorded_hook(_originals["backward_hook"])  # type: ignore[misc]
+    _module_hooks.BackwardHook = _recorded_hook(_originals["backward_hook"])
+    Tensor.register_hook = _register_hook  # type: ignore[method-assign]
+    nn.parallel.DistributedDataParallel.forward = _wrapped_forward  # type: ignore[method-assign]
     for name in _RECURRENT:
         setattr(torch._VF, name, _step_by_step(name))
     # TorchScript's executor would differentiate by itself what it has seen often enough.
@@ -92,7 +96,9 @@ def _replace() -> None:
 def _put_back() -> None:
     torch.autograd.Function.apply = _originals["apply"]  # type: ignore[method-assign]
     torch.autograd.graph.disable_saved_tensors_hooks = _originals["hooks"]
-    module_hooks.BackwardHook = _originals["backward_hook"]  # type: ignore[misc]
+    _module_hooks.BackwardHook = _originals["backward_hook"]
+    Tensor.register_hook = _originals["register_hook"]  # type: ignore[method-assign]
+    nn.parallel.DistributedDataParallel.forward = _originals["wrapper"]  # type: ignore[method-assign]
     for name in _RECURRENT:
         setattr(torch._VF, name, _originals[name])
     torch._C._set_graph_executor_optimize(_originals["optimized"])
@@ -134,11 +140,29 @@ def _without_hooks(message: str) -> Iterator[None]:
             yield
         return
     torch._C._autograd._pop_saved_tensors_default_hooks()
+    outer, recorder.hold_all = recorder.hold_all, True  # autograd does not tell what it saves
     try:
         with _originals["hooks"](message):
             yield
     finally:
+        recorder.hold_all = outer
         torch._C._autograd._push_saved_tensors_default_hooks(*_hooks(recorder))
+
+
+def _register_hook(self: Tensor, hook: Callable[[Tensor], Any]) -> Any:
+    """A hook of a tensor runs when the sweep comes by, whoever has forgotten the tensor by then."""
+    recorder = current_recorder()
+    if recorder is not None:
+        recorder.hooked.append(self)
+    return _originals["register_hook"](self, hook)
+
+
+def _wrapped_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """A model spread over processes says so to the recording: its gradients would be averaged by hooks of autograd."""
+    recorder = current_recorder()
+    if recorder is not None and self.require_backward_grad_sync:
+        recorder.wrappers.append(self)
+    return _originals["wrapper"](self, *args, **kwargs)
 
 
 _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
@@ -166,7 +190,7 @@ def _step_by_step(name: str) -> Callable[..., Any]:
 def _recorded_hook(original: type[Any]) -> type[Any]:
     """Backward hooks of modules hang on a Function of PyTorch's; the tape keeps them with its operation."""
 
-    class RecordedBackwardHook(original):  # type: ignore[misc, valid-type]
+    class RecordedBackwardHook(original):  # type: ignore[misc]
         def _apply_on_tensors(self, fn: Callable[[Any], None], args: Any) -> Any:
             recorder = current_recorder()
             if recorder is None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hzo.errors import TapeError
+from hzo.tape.absent import Absent
 from hzo.tape.operations import Operation, Ref, Value
 
 
@@ -16,7 +17,7 @@ class Tape:
 
     Attributes:
         operations: calls in order. values: what they read and made; a leaf was there before the recording.
-        tensors: what each value held. None for content that nobody reads (see ``Recorder``), which a rule must not.
+        tensors: what each value held. None for content that no rule reads (see ``Recorder``), and behind a sweep.
         leaves: the tensors that a gradient is for, by value.
     """
 
@@ -56,7 +57,7 @@ class Tape:
     def without_content(self, value: int) -> Tensor:
         """A tensor of a value's shape and dtype that takes no memory; computing with it is an error."""
         about = self.values[value]
-        return torch.empty(about.shape, dtype=about.dtype, device="meta")
+        return Absent(torch.empty(about.shape, dtype=about.dtype, device="meta"))
 
     def value_of(self, tensor: Tensor) -> int | None:
         """The value that a tensor of the recorded code holds; None for one that the recording never saw."""
@@ -72,4 +73,3 @@ class Tape:
     def __str__(self) -> str:
         lines = [f"%{k} = leaf {self.values[k]!r}" for k, v in enumerate(self.values) if v.producer < 0]
         return "\n".join(lines + [repr(op) for op in self.operations])
-

@@ -23,7 +23,8 @@ class Undo:
         self._generators: dict[int, tuple[torch.Generator, Tensor]] = {}
         self._modules: list[tuple[nn.Module, bool, dict[str, Any], dict[str, Any]]] = []
         self._torch = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+        used = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        self._cuda = torch.cuda.get_rng_state_all() if used else []
         self._python = random.getstate()
         numpy = sys.modules.get("numpy")
         self._numpy = None if numpy is None else numpy.random.get_state()

@@ -13,7 +13,8 @@ def main() -> None:
     """Run the command line; the console script and ``python -m hzo`` enter here."""
     try:
         commands = importlib.import_module("hzo_lab.cli.commands")
-        importlib.import_module("hzo_lab.cli.reproduce_command")  # adds itself
+        for name in ("reproduce_command", "zoo_command"):  # each adds itself
+            importlib.import_module(f"hzo_lab.cli.{name}")
     except ModuleNotFoundError as missing:
         package = (missing.name or "").partition(".")[0]
         if package not in _EXTRA:

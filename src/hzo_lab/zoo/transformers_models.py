@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hzo_lab.zoo.case import Case, NotBuiltError, mean_square
+from hzo_lab.zoo.case import Case, NotBuiltError, distance_to_waves
 from hzo_lab.zoo.imports import library
 from hzo_lab.zoo.shrinking import shrunk
 from hzo_lab.zoo.transformers_inputs import LABELS, make_inputs, with_image
@@ -168,7 +168,7 @@ def _attempt(kind: str, head: str, class_name: str, dtype: torch.dtype, variant:
     def call() -> Tensor:
         out = model(**given)
         loss = getattr(out, "loss", None)
-        return loss.sum() if isinstance(loss, Tensor) else mean_square(out)
+        return loss.sum() if isinstance(loss, Tensor) else distance_to_waves(out)
 
     loss = call()
     if not loss.requires_grad:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hzo.errors import TapeError
 from hzo_lab.zoo import engine, registry, trial
-from hzo_lab.zoo.case import Case, NotBuiltError
+from hzo_lab.zoo.case import Case, NotBuiltError, distance_to_waves
 from hzo_lab.zoo.command import main
 from hzo_lab.zoo.comparison import compare, tolerance
 from hzo_lab.zoo.registry import Family
@@ -246,3 +246,11 @@ def test_sizes_shrink_together():
     assert after["vision_config"] == {"image_size": 32, "patch_size": 8, "depths": [2, 2, 2, 2], "num_channels": 3}
     assert after["hidden_dropout"] == 0.1
     assert after["use_cache"] is True
+
+
+@pytest.mark.parametrize("last", [nn.LayerNorm(6), nn.Softmax(-1)], ids=["layer norm", "softmax"])
+def test_the_loss_of_a_model_without_one_depends_on_normalized_outputs(last):
+    first = nn.Linear(3, 6).double()
+    model = nn.Sequential(first, last.double())
+    distance_to_waves((model(torch.randn(4, 3, dtype=torch.float64)), {"unused": [torch.ones(2)]})).backward()
+    assert first.weight.grad.norm() > 1e-2

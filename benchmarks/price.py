@@ -1,0 +1,212 @@
+"""What a gradient from the tape costs beside backprop's: time, memory, the share of recording, on favourable and
+unfavourable networks.
+
+    python benchmarks/price.py [--rounds 7] [--only resnet20,gpt] [--out results/benchmarks/price.json]
+
+Interleaved rounds in one process, one thread, float32; medians. Peak memory is that of a process of its own for each
+network and method, above what it held before its first gradient.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import hzo
+from hzo_lab.training.models import build
+from record import write
+
+Problem = tuple[nn.Module, Callable[[nn.Module], Tensor]]
+"""A model, and its loss on a fixed batch."""
+
+
+class Block(nn.Module):
+    """A transformer block with causal attention."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.before, self.between = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        q, k, v = self.qkv(self.before(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
+        return x + self.down(F.gelu(self.up(self.between(x))))
+
+
+class Gpt(nn.Module):
+    """A language model of ``depth`` blocks."""
+
+    def __init__(self, depth: int, width: int, heads: int, words: int, length: int) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(words, width), nn.Embedding(length, width)
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, words)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.words(tokens) + self.places(torch.arange(tokens.shape[1]))
+        return self.head(self.norm(self.blocks(x)))
+
+
+def resnet20(batch: int) -> Problem:
+    x, y = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
+    return build("resnet20", (3, 32, 32), 10), lambda m: F.cross_entropy(m(x), y)
+
+
+def gpt(depth: int, width: int, batch: int, length: int, words: int = 200) -> Problem:
+    tokens = torch.randint(words, (batch, length))
+    model = Gpt(depth, width, 4, words, length)
+    return model, lambda m: F.cross_entropy(m(tokens).flatten(0, 1), tokens.flatten())
+
+
+def mlp(width: int, batch: int) -> Problem:
+    x = torch.randn(batch, width)
+    model = nn.Sequential(*(layer for _ in range(16) for layer in (nn.Linear(width, width), nn.ReLU())))
+    return model, lambda m: m(x).square().mean()
+
+
+def lstm() -> Problem:
+    x = torch.randn(32, 20, 64)
+    return nn.LSTM(64, 64, batch_first=True), lambda m: m(x)[0].square().mean()
+
+
+PROBLEMS: dict[str, Callable[[], Problem]] = {
+    "ResNet-20, batch 128": lambda: resnet20(128),
+    "ResNet-20, batch 8": lambda: resnet20(8),
+    "GPT 4x128, 16x64 tokens": lambda: gpt(4, 128, 16, 64),
+    "GPT 12x256, 4x128 tokens": lambda: gpt(12, 256, 4, 128),
+    "GPT 1x64, 50,257 words, 4x128 tokens": lambda: gpt(1, 64, 4, 128, 50257),
+    "MLP 16x512, batch 128": lambda: mlp(512, 128),
+    "MLP 16x64, batch 64": lambda: mlp(64, 64),
+    "LSTM 64, 20 steps, batch 32": lstm,
+}
+
+
+def by_backprop(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> None:
+    loss(model).backward()
+
+
+def by_hzo(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> None:
+    with hzo.record() as step:
+        value = loss(model)
+    step.backward(value)
+
+
+METHODS = {"backprop": by_backprop, "hzo": by_hzo}
+
+
+def seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def flat_gradient(model: nn.Module) -> Tensor:
+    return torch.cat([p.grad.double().flatten() for p in model.parameters() if p.grad is not None])
+
+
+def measure(name: str, rounds: int) -> dict[str, float]:
+    torch.manual_seed(0)
+    model, loss = PROBLEMS[name]()
+    times: dict[str, list[float]] = {"backprop": [], "hzo": [], "forward": [], "recorded forward": []}
+    gradients = {}
+
+    def forward() -> None:
+        loss(model)
+
+    calls = 0
+
+    def recorded() -> None:
+        nonlocal calls
+        with hzo.record() as step:
+            loss(model)
+        calls = len(step.tape.operations)
+
+    with hzo.count_queries() as count:
+        model.zero_grad()
+        first = seconds(lambda: by_hzo(model, loss))
+    for _ in range(rounds):
+        for method, run in METHODS.items():
+            model.zero_grad()
+            times[method].append(seconds(lambda run=run: run(model, loss)))
+            gradients[method] = flat_gradient(model)
+        times["forward"].append(seconds(forward))
+        times["recorded forward"].append(seconds(recorded))
+    median = {key: statistics.median(values) for key, values in times.items()}
+    a, b = gradients["hzo"], gradients["backprop"]
+    recording = median["recorded forward"] - median["forward"]
+    return {
+        "time over backprop": median["hzo"] / median["backprop"],
+        "backprop, seconds": median["backprop"],
+        "first gradient, seconds": first,
+        "calls": calls,
+        "recording, microseconds a call": 1e6 * recording / calls,
+        "recording over backprop": recording / median["backprop"],
+        "1 - cosine": 1 - float(a @ b) / math.sqrt(float(a @ a) * float(b @ b)),
+        "queries": count.queries,
+    }
+
+
+def peak_of(name: str, method: str) -> float:
+    """MiB above what the process held, over three gradients in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, __file__, "--peak", name, method], capture_output=True, text=True, check=True
+    )
+    return float(done.stdout)
+
+
+def print_peak(name: str, method: str) -> None:
+    torch.manual_seed(0)
+    model, loss = PROBLEMS[name]()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(3):
+        model.zero_grad()
+        METHODS[method](model, loss)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", default="", help="parts of names, with commas between")
+    parser.add_argument("--out", type=Path, default=Path("results/benchmarks/price.json"))
+    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.peak:
+        print_peak(*options.peak)
+        return
+    found = {}
+    for name in PROBLEMS:
+        if options.only and not any(part.lower() in name.lower() for part in options.only.split(",")):
+            continue
+        row = measure(name, options.rounds)
+        peaks = {method: peak_of(name, method) for method in METHODS}
+        row["peak memory over backprop"] = peaks["hzo"] / peaks["backprop"]
+        found[name] = row
+        print(
+            f"{name:38s} time {row['time over backprop']:5.2f}x   memory {row['peak memory over backprop']:5.2f}x   "
+            f"recording {row['recording, microseconds a call']:4.0f} us a call, {row['recording over backprop']:.0%} "
+            f"of backprop   1 - cosine {row['1 - cosine']:.0e}",
+            flush=True,
+        )
+    write(options.out, rounds=options.rounds, networks=found)
+
+
+if __name__ == "__main__":
+    main()
