@@ -138,7 +138,8 @@ class Memory:
 
     def before_write(self, tensor: Tensor, saved: Container[int]) -> None:
         """Values keep what they held, where that was saved or everything is kept."""
-        keeps_all = self._recorder_now().keeps_all
+        recorder = self._recorder_now()
+        keeps_all = recorder.keeps_all or recorder.hold_all
         storage = storage_of(tensor)
         for value in self._held.pop(storage, ()):
             held = self.tape.tensors[value]
