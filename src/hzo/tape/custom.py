@@ -86,10 +86,15 @@ class CustomFunction:
                     memory.after_write(tensor, written[id(tensor)])
             return
         node = nodes[0]
-        refs = tuple(
-            ref(before[id(a)]) if id(a) in before else ref(recorder.read(a)) if isinstance(a, Tensor) else _plain(a)
-            for a in args
-        )
+
+        def place(argument: Any) -> Any:
+            if id(argument) in before:
+                return ref(before[id(argument)])
+            if id(argument) in written:  # a constant until now
+                return ref(recorder.new_value(argument, False, -1, False))
+            return ref(recorder.read(argument)) if isinstance(argument, Tensor) else _plain(argument)
+
+        refs = tuple(map(place, args))
         op = recorder.operation(CustomFunction(node, len(args)), refs, {})
         writes: list[int | None] = []
         for tensor in outputs:

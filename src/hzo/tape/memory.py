@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Container, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from hzo.errors import TapeError
 from hzo.tape.aliases import geometry_of, overlaps_itself, pass_through, read_window, write_window
-from hzo.tape.operations import Value, ref
-
-if TYPE_CHECKING:
-    from hzo.tape.record import Recorder
+from hzo.tape.operations import Operation, Value, ref
+from hzo.tape.tape import Tape
 
 aten = torch.ops.aten
 _FIX_WEAKREF = getattr(Tensor, "_fix_weakref", None)
@@ -55,6 +53,30 @@ def _gone(seen: weakref.ref[Tensor]) -> None:
         forget(seen.key)
 
 
+class Writer(Protocol):
+    """What writes the tape: the recorder, as far as it concerns the memory of tensors."""
+
+    tape: Tape
+    keeps_all: bool
+    hold_all: bool
+    alive: list[Tensor]
+
+    def forget(self, key: int) -> None:
+        """The tensor with this id was freed."""
+
+    def read(self, tensor: Tensor) -> int:
+        """The value that a tensor holds now."""
+
+    def new_value(self, tensor: Tensor, requires: bool, producer: int, weight: bool) -> int:
+        """A value for what a tensor holds now."""
+
+    def foreign(self, tensor: Tensor, what: str = "") -> int:
+        """A value of which nothing is known but that a gradient would lead into it."""
+
+    def operation(self, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation:
+        """Append an operation."""
+
+
 class Memory:
     """Families of tensors, and the contents of storages that were written to.
 
@@ -63,7 +85,7 @@ class Memory:
         passed: ids of tensors whose content changed without autograd's knowledge.
     """
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: Writer) -> None:
         self._recorder = weakref.ref(recorder)
         self.tape = recorder.tape
         self.stale: set[int] = set()
@@ -138,7 +160,8 @@ class Memory:
 
     def before_write(self, tensor: Tensor, saved: Container[int]) -> None:
         """Values keep what they held, where that was saved or everything is kept."""
-        keeps_all = self._recorder_now().keeps_all
+        recorder = self._recorder_now()
+        keeps_all = recorder.keeps_all or recorder.hold_all
         storage = storage_of(tensor)
         for value in self._held.pop(storage, ()):
             held = self.tape.tensors[value]
@@ -361,7 +384,7 @@ class Memory:
         op.writes = (new,)
         return new
 
-    def _recorder_now(self) -> Recorder:
+    def _recorder_now(self) -> Writer:
         recorder = self._recorder()
         assert recorder is not None
         return recorder

@@ -290,6 +290,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._clone(args, kwargs, differentiable, copies)
         if differentiable:
             return self._call(func, about, args, kwargs)
+        return self._constant(func, about, args, kwargs)
+
+    def _constant(self, func: Any, about: _Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call that autograd does not differentiate and that writes to nothing: no trace of it."""
+        if func is aten._efficientzerotensor.default:  # forward mode: calls with these go below autograd, and unseen
+            func = aten.zeros.default
         result = _run(func, args, kwargs)
         if about.view:
             if isinstance(args[0], Tensor):
