@@ -112,7 +112,10 @@ class _Part(torch.autograd.Function):
             ]
             outputs = through(whole, folded)
             batch = layout.batch
-            call.slices = [whole.part(v * batch, (v + 1) * batch) for v in range(size)]
+            if whole.base:
+                call.slices = [whole.part(v * batch, (v + 1) * batch) for v in range(size)]
+            else:  # another vmap has divided it further
+                call.whole = whole
             return tuple(t.reshape(size, batch, *t.shape[1:]) for t in outputs), (0,) * len(outputs)
         call.slices = [inner]
         for v in range(1, size):
@@ -344,6 +347,12 @@ def _mapped(
             for v in range(size)
         ]
         return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
+    flags = spec.call.layout.leaves
+    if spec.call.whole is not None and any(dim is not None for dim in point) and all(flags[k] for k in spec.wanted):
+        front = [_folded(t, dim, size) if flags[k] else t for k, (t, dim) in enumerate(zip(leaves, point, strict=True))]
+        rest = [_folded(t, dim, size) for t, dim in zip(given, vectors, strict=True)]
+        results = function.apply(replace(spec, call=spec.call.whole), *front, *rest)
+        return tuple(t.reshape(size, -1, *t.shape[1:]) for t in results), (0,) * len(results)
     if any(dim is not None for dim in point):
         raise DerivativeError(
             f"torch.vmap over the inputs of {spec.call.guard} does not fit the forward pass that it was called with; "

@@ -6,6 +6,7 @@ whole (planned.py): stops between the parts, steps and repeats against noise.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -266,7 +267,11 @@ class BlackBox(nn.Module):
         self._history = History()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._forward(args, kwargs)
+        if "torch._dynamo" not in sys.modules:
+            return self._forward(args, kwargs)
+        if not _uncompiled:
+            _uncompiled.append(torch.compiler.disable(BlackBox._forward))  # type: ignore[no-untyped-call]
+        return _uncompiled[0](self, args, kwargs)
 
     def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.settings is None or counting.being_done() == counting.TRIAL_RUN:
@@ -407,6 +412,12 @@ class BlackBox(nn.Module):
         self._known.pop("steps", None)
         self._known.pop("warned", None)
 
+    def close(self) -> None:
+        """Shut down the executor that a function made for this box; the next call makes another one."""
+        for part in self.stages.modules():
+            if isinstance(part, Guarded) and part.pool is not None:
+                part.pool.close()
+
     def detach_state(self) -> None:
         """Let gradients of later calls end at the state that the part is in now (truncated backpropagation in time)."""
         self._history = History()
@@ -427,8 +438,9 @@ class BlackBox(nn.Module):
         return {**self.__dict__, "_known": {}, "_history": History(), "failed": None}
 
 
-# What Dynamo looks for, as torch.compiler.disable sets it; that would import the compiler.
-BlackBox.forward._torchdynamo_disable = True  # type: ignore[attr-defined]
+_uncompiled: list[Callable[..., Any]] = []
+"""The forward pass of a box out of the compiler's sight: its calls are Python's, and a compiled model breaks its graph
+here. Made where there is a compiler; importing it takes seconds."""
 
 
 def _transformed(tensors: Sequence[Tensor]) -> bool:

@@ -123,6 +123,7 @@ class Call:
     consumed: bool = False  # a backward pass has been through it
     on_tape: bool = False
     slices: list[Call] = field(default_factory=list)  # under vmap, the calls that stand for this one
+    whole: Call | None = None  # under several, the one into whose batch all slices went
 
     @property
     def count(self) -> int:
@@ -168,6 +169,7 @@ class Call:
         layout = self.known.get(key)
         if layout is not None:
             batch, sample = layout.batch, layout.leaves
+        self._check_bounds(leaves)
         self.random = randomness([device])
         began = perf_counter()
         with self._parameters(leaves), self._remembered(batch):
@@ -208,6 +210,27 @@ class Call:
         if tensor.is_floating_point() or self.settings.integers == "floating":
             return tensor.to(dtype)
         return tensor
+
+    def _check_bounds(self, leaves: Sequence[Tensor]) -> None:
+        """An error where an argument lies outside of what the part is said to be defined for."""
+        if self.settings.bounds.given is None:
+            return
+        moving = [k for k in range(self.count) if leaves[k].is_floating_point()]
+        names = [self.names[k].removeprefix("input ") for k in moving]
+        # Bounds of elements are of a sample's shape, or of the whole where there is none.
+        shapes = [tuple(leaves[k].shape) for k in moving]
+        for k, (low, high) in zip(moving, self.settings.bounds.of(names, shapes), strict=True):
+            leaf = leaves[k].double()
+            for bound, outside in ((low, torch.lt), (high, torch.gt)):
+                if bound is None:
+                    continue
+                wrong = outside(leaf, torch.as_tensor(bound, dtype=torch.float64, device=leaf.device))
+                if bool(wrong.any()):
+                    edges = " to ".join("no bound" if b is None else f"{b}" for b in (low, high))
+                    raise InputError(
+                        f"{self.names[k]} of {self.guard} holds {float(leaf[wrong][0]):.6g}, outside its bounds, "
+                        f"{edges}; clamp it before the part, or widen bounds="
+                    )
 
     def plain(self, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """What the part returns, without what a backward pass would need."""
@@ -345,15 +368,16 @@ class Call:
                 return layout
             except CoupledSamplesError as found:
                 error = error or found
-            except QueryError as found:  # a shared tensor that was repeated as if it had samples
+            except (QueryError, InputError) as found:  # a shared tensor that was repeated as if it had samples
                 error = error or found
         assert error is not None
         flat = all(t.dim() <= 1 for t in (*leaves[: self.count], *outputs))
         if isinstance(error, CoupledSamplesError) and flat and self.settings.batch_dim == "found":
             return nothing  # a vector of parameters, that happens to be as long as the result
+        unsure = isinstance(error, (QueryError, InputError)) and self.settings.batch_dim == "found"
+        if unsure and self.guard.batched is True and not self._apart_in_one_size(leaves, outputs, trials[0], apart):
+            return nothing  # it takes one number of rows, and they are no samples
         if type(error) is QueryError and self.guard.batched is True:
-            if self.settings.batch_dim == "found" and not self._apart_in_one_size(leaves, outputs, trials[0], apart):
-                return nothing  # it takes one number of rows, and they are no samples
             raise QueryError(
                 f"{error}. Does it take the samples of a forward pass and no other number? Then say so: "
                 "hzo.blackbox(f, batched=False), or batched=32; or batch_dim=None where it has no batch at all. If it "
@@ -471,7 +495,9 @@ class Call:
 
     def _folds(self, layout: Layout) -> bool:
         """Whether several perturbed batches may be put into one call."""
-        return layout.batched and self.guard.batched is not False and not self.draws and not self.moved_on
+        return (
+            layout.batched and self.guard.batched is not False and not (self.draws or self.moved_on or self.state_keys)
+        )
 
     @property
     def folds(self) -> bool:

@@ -95,7 +95,7 @@ class Guarded(nn.Module):
         self.samples: int | None = None  # of one call, where batched is False
         # Shapes of a sample: those that come out for those that go in.
         self._shapes: dict[tuple[torch.Size, ...], list[torch.Size]] = {}
-        self.remembers = Memory()
+        self.remembers = Memory(counters=noisy)  # no repeat of a noisy part would show that they matter
         _ = self.state  # a state that cannot be read is found out at once
 
     @property
@@ -298,7 +298,7 @@ class Guarded(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {name: value for name, value in self.__dict__.items() if name != "state"}  # which holds on to f
-        return {**kept, "_shapes": {}, "_stream": {}, "remembers": Memory()}
+        return {**kept, "_shapes": {}, "_stream": {}, "remembers": Memory(counters=self.noisy)}
 
     def __str__(self) -> str:
         return f"the black box {self.hzo_box}"

@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hzo.errors import FailedSamplesWarning, InaccurateGradientWarning, InputError, NonFiniteError, StepError
+from hzo.errors import (
+    FailedSamplesWarning,
+    InaccurateGradientWarning,
+    InputError,
+    NonFiniteError,
+    QueryError,
+    StepError,
+)
 from hzo.execution import counting
 from hzo.external.call import Call, named_samples
 from hzo.external.granularity import measured_step
@@ -21,9 +28,11 @@ from hzo.finite_differences import (
     Probe,
     Stencil,
     accumulation_dtype,
+    coarse_steps,
     decode,
     element_scale,
     evaluations,
+    of_one_sign,
     stencil,
 )
 
@@ -50,13 +59,14 @@ def vjp(
     with call.queries(leaves):
         if not call.guard.noisy:
             call.check_repeats(leaves)
-        counted = [k for k in counted if k < call.count + len(call.parameters) or _depends(call, sweep, k)]
+        remembered = {k: _that_read(call, sweep, k) for k in counted if k >= call.count + len(call.parameters)}
+        counted = [k for k in counted if remembered.get(k, True)]
         steps, bounds = _settings_of(call, leaves)
         _measure(call, sweep, counted, steps, bounds)
         found: list[list[Tensor | None]] = [[None for _ in leaves] for _ in many]
         moving = _that_move(call, sweep, steps, bounds) if any(not sweep._apart(o) for o in outputs) else outputs
         for k in counted:
-            sweep.outputs = moving if k < call.count else outputs
+            sweep.outputs = remembered.get(k, moving if k < call.count else outputs)
             if not sweep.outputs:
                 continue
             given = [[g for g, o in zip(c, outputs, strict=True) if o in sweep.outputs] for c in cotangents]
@@ -178,29 +188,96 @@ def _vjp_at(
     moved_base: list[Tensor] | None,
 ) -> list[Tensor]:
     places = _far(sweep, site, rows, bounds) if method.alike else sweep.stencil(site, rows, step, bounds)
-    wide = (
-        torch.float64
-        if any(g.dtype == torch.float64 for c in cotangents for g in c)
-        else accumulation_dtype(rows.dtype)
-    )
-    if any(t.dtype == torch.float64 for t in sweep.base(site)):
-        wide = torch.float64
-    sums = [torch.zeros(rows.shape, dtype=wide, device=rows.device) for _ in cotangents]
-    others = [torch.zeros_like(s) for s in sums] if not places.paired else None
-    weight = places.weight
-    for start, stop, one, _, two, _ in sweep.differences(site, method, rows, places, moved_base):
+    cautious = None
+    own = step is None and sweep.call.settings.mu is None and not method.alike
+    if own and method.how in ("coordinate", "elementwise"):
+        coarse = coarse_steps(rows, sweep.call.settings.scheme, sweep.precision(site))
+        cautious = (places.upper - places.lower).abs() * 2 < coarse.to(rows.dtype)
+    if cautious is None or not bool(cautious.any()):
+        return _weighted(sweep, site, method, rows, cotangents, places, moved_base)[0]
+    found, moved = _weighted(sweep, site, method, rows, cotangents, places, moved_base, resolved=True)
+    still = cautious & ~moved
+    if not bool(still.any()):
+        return found
+    # Small beside others for whatever reason, and the part does not see so small a step: take a longer one.
+    low, high = bounds
+    if of_one_sign(rows):
+        low, high = (
+            (0.0 if low is None else low, high) if bool((rows > 0).all()) else (low, 0.0 if high is None else high)
+        )
+    again = sweep.stencil(site, rows, None, (low, high), torch.where(still, coarse, torch.zeros_like(coarse)))
+    ranges = None if method.how == "elementwise" else _ranges(still.any(0))
+    longer, _ = _weighted(sweep, site, method, rows, cotangents, again, moved_base, ranges=ranges)
+    return [torch.where(still, b, a) for a, b in zip(found, longer, strict=True)]
+
+
+def _ranges(chosen: Tensor) -> list[tuple[int, int]]:
+    """Runs of chosen places."""
+    places = chosen.nonzero().flatten().tolist()
+    found: list[tuple[int, int]] = []
+    for k in places:
+        if found and found[-1][1] == k:
+            found[-1] = (found[-1][0], k + 1)
+        else:
+            found.append((k, k + 1))
+    return found
+
+
+def _weighted(
+    sweep: Sweep,
+    site: Site,
+    method: Method,
+    rows: Tensor,
+    cotangents: Sequence[Sequence[Tensor]],
+    places: Stencil,
+    moved_base: list[Tensor] | None,
+    *,
+    resolved: bool = False,
+    ranges: Sequence[tuple[int, int]] | None = None,
+) -> tuple[list[Tensor], Tensor]:
+    """(rows, n) for each list of cotangents, and whether the part moved by more than its rounding with each element."""
+    one_place = sweep.call.settings.scheme == "forward" or method.alike
+    base = sweep.base(site)
+    double = any(t.dtype == torch.float64 for t in (rows, *base, *(g for given in cotangents for g in given)))
+    sums = [torch.zeros(rows.shape, dtype=torch.float64 if double else torch.float32, device=rows.device)
+            for _ in cotangents]  # fmt: skip
+    others = [torch.zeros_like(s) for s in sums]
+    moved = torch.zeros(rows.shape, dtype=torch.bool, device=rows.device)
+    for start, stop, one, _, two, _ in sweep.differences(site, method, rows, places, moved_base, ranges):
+        if resolved:
+            _note_moved(site, method, start, stop, one, base, moved)
         _decode(site, method, start, stop, one, cotangents, sums)
         if two is not None:
-            assert others is not None
             _decode(site, method, start, stop, two, cotangents, others)
-    if sweep.call.settings.scheme == "forward" or method.alike:
+    weight = places.weight
+    if one_place:
         weight = 1 / (places.upper.to(weight.dtype) - rows.to(weight.dtype))
     if method.alike:
         weight = weight[:1]
-    found = [s * weight for s in sums]
-    if others is not None and not (sweep.call.settings.scheme == "forward" or method.alike):
-        found = [f + o * places.other for f, o in zip(found, others, strict=True)]
-    return found
+    if one_place or places.paired:
+        return [s * weight for s in sums], moved
+    return [s * weight + o * places.other for s, o in zip(sums, others, strict=True)], moved
+
+
+def _note_moved(
+    site: Site,
+    method: Method,
+    start: int,
+    stop: int,
+    differences: Sequence[Tensor],
+    base: Sequence[Tensor],
+    moved: Tensor,
+) -> None:
+    """Mark elements for which some output moved by a hundred roundings of itself."""
+    for d, b in zip(differences, base, strict=True):
+        seen = d.abs() > 100 * torch.finfo(b.dtype).eps * b.abs().to(d.dtype)
+        if method.how == "elementwise":
+            for k in range(start, stop):
+                moved[:, k :: site.pairs] |= (
+                    seen[k - start].reshape(len(moved), moved.shape[1] // site.pairs, -1).any(-1)
+                )
+        else:
+            moved[:, start:stop] |= seen.any(-1).T
 
 
 def _decode(
@@ -283,18 +360,25 @@ def _drop(call: Call, sweep: Sweep, found: list[list[Tensor | None]]) -> None:
                 gradient.zero_()
 
 
-def _depends(call: Call, sweep: Sweep, k: int) -> bool:
-    """Whether what the part returns depends on a number of its state at all: many remember what they never read."""
+def _that_read(call: Call, sweep: Sweep, k: int) -> list[int]:
+    """Of the outputs that count those that may depend on a number of the state: many remember what they never read.
+
+    None do where nothing at all changes with it, the state that is left behind included.
+    """
     leaf = sweep.leaves[k]
-    scale = leaf.abs().max().clamp(min=1.0) if leaf.numel() else torch.ones(())
+    scale = float(leaf.abs().max()) if leaf.numel() else 0.0
     generator = torch.Generator().manual_seed(0)
     counting.add(check_evaluations=call.layout.batch)
-    noise = torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf)
+    noise = torch.rand(leaf.shape, generator=generator, dtype=torch.float64).to(leaf)
     given = list(sweep.leaves)
-    given[k] = leaf + scale * noise
-    with counting.doing(f"the test whether it depends on its state ({call.names[k]})"):
-        moved = call.evaluate(given)
-    return any(not torch.equal(moved[o].nan_to_num(), call.base[o].nan_to_num()) for o in sweep.outputs)
+    given[k] = leaf + (scale or 1.0) * (0.5 + noise) / 2
+    try:
+        with counting.doing(f"the test whether it depends on its {call.names[k]}"):
+            moved = call.evaluate(given)
+    except QueryError:  # far from where it was, it may not run
+        return list(sweep.outputs)
+    same = [torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(moved, call.base, strict=True)]
+    return [] if all(same) else [o for o in sweep.outputs if sweep._apart(o) or not same[o]]
 
 
 def _that_move(call: Call, sweep: Sweep, steps: Sequence[Any], bounds: Sequence[tuple[Any, Any]]) -> list[int]:
@@ -334,9 +418,11 @@ def _judge(call: Call, sweep: Sweep) -> None:
 
 
 def _doubt(call: Call, error: float) -> str:
-    much = "nothing of what it returned moved with its input" if error == inf else f"its error is about {error:.0%}"
+    much = f"its error is about {error:.0%} within the steps that were taken"
+    if error == inf:
+        much = "nothing of what it returned moved with its input, or differences agreed at no two lengths of step"
     return (
-        f"the gradient of {call.guard} is inaccurate: {much} within the steps that were taken. Is it piecewise "
+        f"the gradient of {call.guard} is inaccurate: {much}. Is it piecewise "
         "constant, computed in a narrower dtype inside, or solved to a tolerance? step='measured' measures how far to "
         "go; step=quantum / 2 is right for a converter, mu= for a threshold;"
     )

@@ -171,8 +171,10 @@ class Sweep:
 
     # -- steps ---
 
-    def stencil(self, site: Site, rows: Tensor, step: Any, bounds: tuple[Any, Any]) -> Stencil:
-        """The places of a site's differences around ``rows``."""
+    def stencil(
+        self, site: Site, rows: Tensor, step: Any, bounds: tuple[Any, Any], least: Tensor | None = None
+    ) -> Stencil:
+        """The places of a site's differences around ``rows``; ``least``: what its own steps are raised to."""
         call, settings = self.call, self.call.settings
         where = site.name
         window = settings.mu is not None
@@ -184,6 +186,7 @@ class Sweep:
             steps = settings.mu
         elif step is None:
             steps = element_steps(rows, settings.scheme, where, self.precision(site))
+            steps = steps if least is None else torch.maximum(steps, least)
         else:
             window = True
             steps = self.expanded(site, step, rows)
@@ -210,11 +213,20 @@ class Sweep:
     # -- differences ---
 
     def differences(
-        self, site: Site, method: Method, rows: Tensor, places: Stencil, moved_base: list[Tensor] | None
+        self,
+        site: Site,
+        method: Method,
+        rows: Tensor,
+        places: Stencil,
+        moved_base: list[Tensor] | None,
+        ranges: Sequence[tuple[int, int]] | None = None,
     ) -> Iterator[tuple[int, int, list[Tensor], Tensor | None, list[Tensor] | None, Tensor | None]]:
         """For chunks of directions: (start, stop, differences, weights, other differences, other weights).
 
         Differences are (directions, rows, m) for each output that counts; weights (rows, n) belong to elements.
+
+        Args:
+            ranges: of directions; None for all.
         """
         call, settings = self.call, self.call.settings
         sample = 0 if method.alike else None
@@ -231,9 +243,12 @@ class Sweep:
         if call.most_copies is not None and not method.alike:
             chunk = min(chunk, call.most_copies)
         one_place = settings.scheme == "forward" or method.alike
-        start = 0
-        while start < method.directions:
-            stop = min(start + chunk, method.directions)
+        left = list(ranges or [(0, method.directions)])[::-1]
+        while left:
+            start, end = left.pop()
+            stop = min(start + chunk, end)
+            if stop < end:
+                left.append((stop, end))
             asked = f"queries {start + 1} to {stop} of {method.directions} that move {site.name}"
             try:
                 with counting.doing(f"{asked} up"):
@@ -250,6 +265,7 @@ class Sweep:
                     raise
                 chunk = (stop - start) // 2  # the work of this chunk is done again in halves
                 up, down = (_states(site, method, t) for t in (rows, rows))
+                left.append((start, stop))
                 continue
             if below is None:
                 yield start, stop, [a - b for a, b in zip(above, base, strict=True)], None, None, None
@@ -266,7 +282,6 @@ class Sweep:
                     [a - b for a, b in zip(below, base, strict=True)],
                     places.other,
                 )
-            start = stop
 
     def _note(self, above: Sequence[Tensor], below: Sequence[Tensor], base: Sequence[Tensor]) -> None:
         """Second differences beside first ones: of a smooth part they are smaller by a step, of noise as large."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+from torch import nn
 from torch.utils import _pytree as pytree
 
 
@@ -76,7 +77,7 @@ def _fields(leaf: Any) -> tuple[str, ...] | None:
 def names_of(f: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> list[str]:
     """For every leaf of ``(args, kwargs)`` the name of the argument that holds it: ``f``'s own, or its number."""
     try:
-        bound = list(inspect.signature(f).parameters.values())
+        bound = list(inspect.signature(f.forward if isinstance(f, nn.Module) else f).parameters.values())
     except (TypeError, ValueError):  # builtins, and NumPy's functions
         bound = []
     plain = [p.name for p in bound if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]

@@ -1,7 +1,14 @@
 """One vector-Jacobian product by finite differences: steps, probes, sparsity and coloring."""
 
 from hzo.finite_differences.coloring import Coloring, color, thin
-from hzo.finite_differences.places import Stencil, element_scale, element_steps, stencil
+from hzo.finite_differences.places import (
+    Stencil,
+    coarse_steps,
+    element_scale,
+    element_steps,
+    of_one_sign,
+    stencil,
+)
 from hzo.finite_differences.probes import Probe, States, decode
 from hzo.finite_differences.random_signs import DRAWS, CrossTalk, over_signs, report_crosstalk
 from hzo.finite_differences.sparsity import (
@@ -44,6 +51,7 @@ __all__ = [
     "accumulation_dtype",
     "check_scheme",
     "check_step",
+    "coarse_steps",
     "color",
     "decode",
     "default_step",
@@ -57,6 +65,7 @@ __all__ = [
     "identity",
     "matrix_of",
     "narrowest",
+    "of_one_sign",
     "over_signs",
     "report_crosstalk",
     "scale_of",

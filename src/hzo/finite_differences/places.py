@@ -38,31 +38,37 @@ def element_scale(rows: Tensor, precision: torch.dtype | None = None) -> Tensor:
     chance, too: these are followed down as far as rounding allows, and all the way where chance would be less than one
     in ten million. Source: ours.
     """
-    wide = accumulation_dtype(rows.dtype)
-    size = rows.detach().abs().to(wide)
+    size, whole, lowest = _sizes(rows, precision)
     if not size.numel():
         return size
-    whole = _order(size.reshape(1, -1), 0.5, 1)[0]
-    whole = torch.where(whole.isfinite(), whole, torch.ones_like(whole))
-    unit = float(torch.finfo(precision or rows.dtype).eps)
-    lowest = min(1.0, max(1e-4, 1e3 * unit ** (2 / 3)))  # where rounding costs a thousandth
-    surroundings = torch.minimum(*(_followed(*_order(size, 0.25, dim), whole, lowest) for dim in (1, 0)))
+    surroundings = torch.minimum(*(_followed(*_middle(size, dim), whole, lowest) for dim in (1, 0)))
     surroundings = torch.where(surroundings.isfinite(), surroundings, whole)
     return torch.maximum(size, surroundings)
 
 
-def _order(size: Tensor, share: float, dim: int) -> tuple[Tensor, int]:
-    """Along an axis the number that so large a share of those that are not zero stays below; infinity where all are
-    zero.
+def _sizes(rows: Tensor, precision: torch.dtype | None) -> tuple[Tensor, Tensor, float]:
+    """Of each element; of a middle one; and the share of that which rounding lets a step be made for."""
+    size = rows.detach().abs().to(accumulation_dtype(rows.dtype))
+    whole = _middle(size.reshape(1, -1), 1)[0] if size.numel() else size.new_ones(1, 1)
+    whole = torch.where(whole.isfinite(), whole, torch.ones_like(whole))
+    unit = float(torch.finfo(precision or rows.dtype).eps)
+    return size, whole, min(1.0, max(1e-4, 1e3 * unit ** (2 / 3)))  # where rounding costs a thousandth
+
+
+def _middle(size: Tensor, dim: int) -> tuple[Tensor, int]:
+    """Along an axis the upper median of the numbers that are not zero; infinity where all are.
 
     Also how many numbers at least are no larger. Of long axes every k-th number is looked at.
     """
     stride = -(-size.shape[dim] // _LOOKED_AT)
     looked = size[:, ::stride] if dim == 1 else size[::stride]
     ordered = torch.where(looked > 0, looked, torch.inf).sort(dim).values
-    there = ordered.isfinite().sum(dim, keepdim=True)
-    place = ((there - 1) * share).floor().long().clamp(min=0)
-    return ordered.gather(dim, place), int(place.min()) + 1
+    place = ordered.isfinite().sum(dim, keepdim=True) // 2
+    place = place.clamp(max=max(0, looked.shape[dim] - 1))
+    found = ordered.gather(dim, place)
+    # An even number of them, and no larger one: the last that there is.
+    found = torch.where(found.isfinite(), found, ordered.gather(dim, (place - 1).clamp(min=0)))
+    return found, int(place.min()) + 1
 
 
 def _followed(part: Tensor, count: int, whole: Tensor, lowest: float) -> Tensor:
@@ -82,12 +88,27 @@ def element_steps(rows: Tensor, scheme: Scheme, where: str, precision: torch.dty
     """
     if not bool(rows.isfinite().all()):
         raise NonFiniteError(f"{where} holds NaN or infinity; find out why before estimating a gradient there")
-    unit = float(torch.finfo(precision or rows.dtype).eps)
-    share: float = unit ** (1 / 3 if scheme == "central" else 1 / 2)
-    steps = element_scale(rows, precision) * share
-    if rows.numel() > 1 and bool((rows > 0).all() | (rows < 0).all()):
+    steps = element_scale(rows, precision) * _share(rows, scheme, precision)
+    if of_one_sign(rows):
         steps = torch.minimum(steps, rows.abs().to(steps.dtype) / 4)  # a domain may end at zero
     return steps
+
+
+def coarse_steps(rows: Tensor, scheme: Scheme, precision: torch.dtype | None = None) -> Tensor:
+    """(B, n): what ``element_steps`` are where a part does not move over smaller ones."""
+    size, whole, lowest = _sizes(rows, precision)
+    return torch.maximum(size, lowest * whole) * _share(rows, scheme, precision)
+
+
+def of_one_sign(rows: Tensor) -> bool:
+    """Whether all of several elements lie on one side of zero, so that it may be the end of their domain."""
+    return rows.numel() > 1 and bool((rows > 0).all() | (rows < 0).all())
+
+
+def _share(rows: Tensor, scheme: Scheme, precision: torch.dtype | None) -> float:
+    unit = float(torch.finfo(precision or rows.dtype).eps)
+    share: float = unit ** (1 / 3 if scheme == "central" else 1 / 2)
+    return share
 
 
 def stencil(

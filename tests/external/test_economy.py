@@ -1,0 +1,129 @@
+"""As few evaluations as the structure of a part allows, said before they are asked."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import hzo
+from support.boxes import TOLERANCE
+from support.oracles import normal
+
+torch.manual_seed(0)
+W, S, K = torch.randn(32, 32).double(), torch.randn(32, 32).double(), torch.randn(2, 2, 3, 3).double()
+S = S + S.T
+B, N = 6, 32
+
+
+def banded(z):
+    return torch.nn.functional.pad(z, (1, 1))[:, :-2] * 2 + z
+
+
+def conv(z):
+    return torch.nn.functional.conv2d(z, K, padding=1)
+
+
+SPACE = (hzo.Local(2, -1, 1), hzo.Local(3, -1, 1))
+CASES = {
+    "nothing": (lambda z: torch.tanh(z @ W), (N,), {}, 2 * N * B),
+    "nothing, forward": (lambda z: torch.tanh(z @ W), (N,), {"scheme": "forward"}, N * B),
+    "nothing to infer": (lambda z: torch.tanh(z @ W), (N,), {"promises": "inferred"}, 2 * N * B),
+    "elementwise": (torch.tanh, (N,), {"elementwise": True}, 2 * B),
+    "elementwise, inferred": (torch.tanh, (N,), {"promises": "inferred"}, 2 * B),
+    "affine": (lambda z: z @ W + 1, (N,), {"promises": "affine"}, N),
+    "affine, inferred": (lambda z: z @ W + 1, (N,), {"promises": "inferred"}, N),
+    "affine and elementwise": (lambda z: 3 * z + 1, (N,), {"elementwise": True, "promises": "affine"}, 1),
+    "reindexing": (lambda z: z.flip(1), (N,), {"promises": "reindexing"}, 1),
+    "local": (lambda z: banded(z).tanh(), (N,), {"promises": hzo.Local(1, -1, 0)}, 2 * 2 * B),
+    "local and affine": (banded, (N,), {"promises": ("affine", hzo.Local(1, -1, 0))}, 2),
+    "tokens": (lambda z: torch.tanh(z @ W[:8, :5]), (6, 8), {"promises": "tokens"}, 2 * 8 * B),
+    "tokens, inferred": (lambda z: torch.tanh(z @ W[:8, :5]), (6, 8), {"promises": "inferred"}, 2 * 8 * B),
+    "convolution": (conv, (2, 8, 8), {"promises": ("affine", "stationary", *SPACE)}, 2 * 9),
+    "convolution, inferred": (conv, (2, 8, 8), {"promises": "inferred"}, 2 * 9),
+    "behind a convolution": (lambda z: conv(z).tanh(), (2, 8, 8), {"promises": SPACE}, 2 * 2 * 9 * B),
+}
+AT_MOST = {
+    "symmetric": (lambda z: torch.tanh(z @ S) @ torch.eye(N).double() * 0 + z @ S, (N,), {"promises": "symmetric"}),
+    "symmetric, inferred": (nn.Softmax(-1), (N,), {"promises": "inferred"}),
+    "a gradient": (lambda z: (z @ S).cosh().log() @ torch.eye(N).double() * 0 + z @ S, (N,), {"promises": "symmetric"}),
+}
+
+
+def compare(f, shape, options):
+    x = normal(B, *shape)
+    box = hzo.blackbox(f, **options)
+    a = x.clone().requires_grad_()
+    box(a).square().sum().backward()
+    a.grad = None
+    with hzo.count_queries() as count:
+        box(a).square().sum().backward()
+    (exact,) = torch.autograd.grad(f(a).square().sum(), a)
+    assert float((a.grad - exact).norm()) <= TOLERANCE * float(exact.norm())
+    return count, box.plan_for(x)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_queries(name):
+    f, shape, options, queries = CASES[name]
+    count, plan = compare(f, shape, options)
+    assert count.queries == queries == plan.queries
+    assert queries <= plan.coordinate_queries
+    assert plan.seconds > 0
+
+
+@pytest.mark.parametrize("name", AT_MOST)
+def test_a_symmetric_jacobian_is_its_own_transpose(name):
+    count, plan = compare(*AT_MOST[name])
+    assert count.queries <= plan.queries == 2 * 2 * B
+
+
+@pytest.mark.parametrize(("options", "calls"), [({}, 3), ({"batched": False}, 65), ({"batched": 4}, 98)])
+def test_calls_are_as_planned(options, calls):
+    seen = []
+
+    def part(z):
+        seen.append(len(z))
+        return torch.tanh(z @ W)
+
+    box, x = hzo.blackbox(part, **options), normal(B, N).requires_grad_()
+    y = box(x)
+    seen.clear()
+    y.sum().backward()
+    assert len(seen) == calls == box.plan_for(x).calls
+
+
+def test_a_plan_leaves_no_trace():
+    class Env:
+        def __init__(self):
+            self.q = np.zeros((3, 2))
+
+        def step(self, a):
+            self.q = self.q + a
+            return self.q
+
+    env = Env()
+    box = hzo.blackbox(env.step, numpy=True)
+    text = str(box.plan_for(normal(3, 2)))
+    assert "step: 12 queries in 5 calls" in text
+    assert "element by element" in text
+    assert not env.q.any()
+
+
+def test_shared_tensors_and_parameters_are_in_the_plan():
+    class Part(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(4).double())
+
+        def forward(self, x, t):
+            return (x * self.w + t).sin()
+
+    plan = hzo.blackbox(Part()).plan_for(normal(5, 4), torch.ones(()).double())
+    assert [site.queries for site in plan.sites] == [2 * 4 * 5, 2 * 5, 2 * 4 * 5]
+    assert [site.name for site in plan.sites] == ["input x", "input t", "parameter 0.f.w"]
+
+
+def test_a_broken_symmetry_is_not_inferred():
+    found = hzo.infer_structure(nn.Sequential(nn.Linear(5, 5)).double(), normal(3, 5))
+    assert "symmetric" not in found.promises
+    assert not dict(found.tested)["symmetric"].holds

@@ -1,0 +1,337 @@
+"""Parts that remember: queries start where the forward pass did, which moves the state on once."""
+
+import functools
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import hzo
+from hzo.errors import HzoError, InputError, NondeterministicError
+from support.boxes import TOLERANCE
+from support.oracles import normal
+
+
+class Plain:
+    def __init__(self):
+        self.v = None
+
+    def __call__(self, x):
+        self.v = np.sin(x) if self.v is None else 0.8 * self.v + np.sin(x)
+        return np.tanh(self.v) * self.v
+
+
+class InPlace:
+    """A view of its memory must stay one."""
+
+    def __init__(self):
+        self.v = np.zeros((5, 4))
+        self.top = self.v[:2]
+
+    def __call__(self, x):
+        self.v *= 0.8
+        self.v += np.sin(x)
+        assert np.shares_memory(self.top, self.v)
+        return np.tanh(self.v) * self.v
+
+
+class InDict:
+    def __init__(self):
+        self.memory = {"v": 0.0, "log": []}
+
+    def __call__(self, x):
+        self.memory["v"] = 0.8 * self.memory["v"] + np.sin(x)
+        return np.tanh(self.memory["v"]) * self.memory["v"]
+
+
+class InList:
+    def __init__(self):
+        self.h = [np.zeros((5, 4)), 0]
+
+    def __call__(self, x):
+        self.h[0] = 0.8 * self.h[0] + np.sin(x)
+        return np.tanh(self.h[0]) * self.h[0]
+
+
+class Wrapped:
+    def __init__(self):
+        self.inner = Plain()
+
+    def step(self, x):
+        return self.inner(x)
+
+
+class Buffer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("v", torch.zeros(5, 4, dtype=torch.float64))
+
+    def forward(self, x):
+        self.v = 0.8 * self.v + x.sin()
+        return torch.tanh(self.v) * self.v
+
+
+class Attribute(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.v = None
+
+    def forward(self, x):
+        self.v = x.sin() if self.v is None else 0.8 * self.v + x.sin()
+        return torch.tanh(self.v) * self.v
+
+
+class InTuple(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.v = (0.0, 0)
+
+    def forward(self, x):
+        v = 0.8 * self.v[0] + x.sin() if isinstance(self.v[0], torch.Tensor) else x.sin()
+        self.v = (v, self.v[1] + 1)
+        return torch.tanh(v) * v
+
+
+PARTS = {
+    "attribute": (Plain, True, lambda part: part),
+    "in place": (InPlace, True, lambda part: part),
+    "dict": (InDict, True, lambda part: part),
+    "list": (InList, True, lambda part: part),
+    "method of an object in an object": (Wrapped, True, lambda part: part.step),
+    "closure": (Plain, True, lambda part: lambda x: 1.0 * part(x)),
+    "partial": (Plain, True, lambda part: functools.partial(part.__call__)),
+    "buffer": (Buffer, False, lambda part: part),
+    "attribute of a module": (Attribute, False, lambda part: part),
+    "module in a closure": (Attribute, False, lambda part: lambda x: 1.0 * part(x)),
+    "tuple": (InTuple, False, lambda part: part),
+}
+
+
+def exact(x, steps):
+    v, total = 0, 0
+    for k in range(steps):
+        v = 0.8 * v + x.sin()
+        total = total + (k + 1) * torch.tanh(v) * v
+    return total.sum()
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_gradients_flow_through_time(name):
+    make, numpy, reach = PARTS[name]
+    box = hzo.blackbox(reach(make()), numpy=numpy)
+    x = normal(5, 4).requires_grad_()
+    total = sum((k + 1) * box(x) for k in range(3)).sum()
+    assert torch.allclose(total, exact(x, 3))
+    (found,), (reference,) = torch.autograd.grad(total, x), torch.autograd.grad(exact(x, 3), x)
+    assert torch.allclose(found, reference, rtol=TOLERANCE)
+    # The backward pass has left the state as it was: the fourth call goes on from the third.
+    with torch.no_grad():
+        after = box(x).sum()
+    assert torch.allclose(4 * after, exact(x, 4) - exact(x, 3))
+
+
+def test_on_the_tape():
+    box, p = hzo.blackbox(Plain(), numpy=True), torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    x = normal(5, 4)
+    for steps in range(2):
+        with hzo.record() as step:
+            loss = (box(x * p) + 2 * box(x * p)).sum()
+        step.backward(loss)
+        if steps == 0:
+            (reference,) = torch.autograd.grad(exact(x * p, 2), p)
+            assert torch.allclose(p.grad, reference, rtol=TOLERANCE)
+
+
+class Hidden:
+    """Its state is where nobody looks."""
+
+    def __init__(self):
+        self.save, self.load, self.call = self.made()
+
+    @staticmethod
+    def made():
+        memory = iter([])
+        box = {"v": np.zeros((5, 4))}
+        del memory
+
+        def call(x):
+            box["v"] = 0.8 * box["v"] + np.sin(x)
+            return np.tanh(box["v"]) * box["v"]
+
+        def load(saved):
+            box.clear()
+            box.update(saved)
+
+        return lambda: dict(box), load, call
+
+
+class TestHooks:
+    @pytest.mark.parametrize("as_object", [False, True])
+    def test_numbers(self, as_object):
+        part = Hidden()
+        box = hzo.blackbox(part.call, numpy=True, batched=False, state=part if as_object else (part.save, part.load))
+        x = normal(5, 4).requires_grad_()
+        (found,) = torch.autograd.grad(sum((k + 1) * box(x) for k in range(3)).sum(), x)
+        (reference,) = torch.autograd.grad(exact(x, 3), x)
+        assert torch.allclose(found, reference, rtol=TOLERANCE)
+
+    def test_what_is_no_number_ends_the_gradient_by_word_only(self):
+        part = Hidden()
+        box = hzo.blackbox(
+            part.call,
+            numpy=True,
+            batched=False,
+            state=(lambda: pickle.dumps(part.save()), lambda saved: part.load(pickle.loads(saved))),
+        )
+        x = normal(5, 4).requires_grad_()
+        (found,) = torch.autograd.grad(box(x).sum(), x)
+        (reference,) = torch.autograd.grad(exact(x, 1), x)
+        assert torch.allclose(found, reference, rtol=TOLERANCE)
+        box(x)
+        with pytest.raises(InputError, match=r"keeps a state.*detach_state\(\)"):
+            box(x)
+        box.detach_state()
+        box(x)
+
+    def test_without_them_it_is_found_out(self):
+        part, x = Hidden(), normal(5, 4).requires_grad_()
+        for batched in (False, True):
+            with pytest.raises(NondeterministicError, match=r"state that hzo cannot see.*state=\(save, load\)"):
+                hzo.blackbox(part.call, numpy=True, batched=batched)(x).sum().backward()
+
+
+class Environment:
+    """Moves on with a clock and a counter, all of which matter."""
+
+    def __init__(self):
+        self.q, self.t, self.n = np.zeros((5, 4)), 0.0, 0
+
+    def step(self, a):
+        self.t += 0.1
+        self.n += 1
+        self.q = self.q + a * np.cos(self.t) + self.n * a
+        return self.q * np.sin(self.t)
+
+
+def test_a_clock_and_a_counter_cost_no_sample_by_sample_queries():
+    env = Environment()
+    box, a = hzo.blackbox(env.step, numpy=True, elementwise=True), normal(5, 4).requires_grad_()
+    total = sum(box(a) for _ in range(3)).sum()
+    assert env.n == 3
+    with hzo.count_queries() as count:
+        total.backward()
+    assert count.queries <= 3 * (2 + 2 + 2) * 5
+    q, y = 0, 0
+    for k in (1, 2, 3):
+        q = q + a * np.cos(0.1 * k) + k * a
+        y = y + q * np.sin(0.1 * k)
+    (reference,) = torch.autograd.grad(y.sum(), a)
+    assert torch.allclose(a.grad, reference, rtol=TOLERANCE)
+
+
+class TestHistory:
+    def test_ends_where_a_backward_pass_has_been(self):
+        """As training goes on step by step, each step's gradient is its own."""
+        box = hzo.blackbox(Plain(), numpy=True)
+        for _ in range(3):
+            x = normal(5, 4).requires_grad_()
+            box(x).sum().backward()
+            assert x.grad is not None
+
+    @pytest.mark.parametrize("how", ["anew", "in place"])
+    def test_ends_where_the_state_is_reset(self, how):
+        part = Buffer()
+        box, x = hzo.blackbox(part), normal(5, 4).requires_grad_()
+        first = box(x)
+        if how == "anew":
+            part.v = torch.zeros_like(part.v)
+        else:
+            part.v.zero_()
+        second = box(x)
+        assert torch.allclose(first, second)
+        (found,) = torch.autograd.grad(second.sum(), x)
+        (reference,) = torch.autograd.grad(exact(x, 1), x)
+        assert torch.allclose(found, reference, rtol=TOLERANCE)
+
+    def test_what_is_remembered_and_never_read_costs_a_test_alone(self):
+        class Watching(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.last = None
+
+            def forward(self, x):
+                self.last = x.sin()
+                return x.cos()
+
+        box, x = hzo.blackbox(Watching()), normal(5, 4).requires_grad_()
+        with hzo.count_queries() as count:
+            (box(x) + box(x)).sum().backward()
+        assert count.queries == 2 * (2 * 5 * 4)
+
+
+class Threshold:
+    """Below its threshold a repeat shows nothing of the state, and queries that went on from it would be wrong."""
+
+    def __init__(self):
+        self.v = np.zeros((5, 4))
+
+    def __call__(self, x):
+        self.v = 0.5 * self.v + x
+        fired = self.v > 1.0
+        self.v = self.v * (1 - fired)
+        return fired
+
+
+def test_a_state_that_does_not_show():
+    part, x = Threshold(), torch.full((5, 4), 0.8, dtype=torch.float64, requires_grad=True)
+    hzo.blackbox(part, numpy=True, elementwise=True, step=0.5)(x).sum().backward()
+    assert torch.allclose(x.grad, torch.ones_like(x))
+    assert np.allclose(part.v, 0.8)
+
+
+class TestNoiseIsNoState:
+    @pytest.mark.parametrize("noise", ["measured", 0.01])
+    def test_queries_start_where_the_forward_pass_did(self, noise):
+        env = Environment()
+        a = normal(5, 4).requires_grad_()
+        box = hzo.blackbox(env.step, numpy=True, batched=5, noise=noise)
+        box(a).sum().backward()
+        assert env.n == 1
+        assert torch.allclose(a.grad, torch.full_like(a, (np.cos(0.1) + 1) * np.sin(0.1)), rtol=1e-2)
+
+    def test_a_term_is_never_left_out(self):
+        box, x = hzo.blackbox(Plain(), numpy=True, noise=0.01), normal(5, 4).requires_grad_()
+        box(x)
+        with pytest.raises(HzoError, match="A state is no noise"):
+            box(x)
+
+
+class TestRandomNumbers:
+    def test_of_a_generator_of_its_own(self):
+        class Chip:
+            def __init__(self):
+                self.generator = np.random.default_rng(0)
+
+            def __call__(self, x):
+                return np.sin(x) * (1 + self.generator.normal(size=x.shape))
+
+        chip, x = Chip(), normal(5, 4).requires_grad_()
+        y = hzo.blackbox(chip, numpy=True)(x)
+        y.sum().backward()
+        assert torch.allclose(x.grad, (y / x.sin() * x.cos()).detach(), rtol=TOLERANCE)
+        other = np.random.default_rng(0)
+        other.normal(size=(5, 4))
+        assert chip.generator.normal() == other.normal()  # drawn once
+
+    @pytest.mark.parametrize("draw", [np.random.normal, random.random])
+    def test_of_global_generators(self, draw):
+        np.random.seed(0)
+        x = normal(5, 4).requires_grad_()
+        y = hzo.blackbox(lambda a: np.sin(a) * draw(), numpy=True)(x)
+        after = draw()
+        y.sum().backward()
+        assert torch.allclose(x.grad, (y / x.sin() * x.cos()).detach(), rtol=TOLERANCE)
+        assert after != draw()
