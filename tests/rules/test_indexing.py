@@ -9,6 +9,7 @@ from hzo.reverse import record
 from hzo.rules import indexing
 from hzo.rules.base import rules
 from support.tape_oracle import check, leaves_of
+from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
 
@@ -261,6 +262,33 @@ def test_embedding_bag_with_factors(weights, options):
         weights=weights,
         calls=["aten._embedding_bag.default"],
     )
+
+
+class Chip(TorchDispatchMode):
+    """A device whose bags have a gain of their own in every column."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is aten._embedding_bag.default:
+            result[0].mul_(torch.tensor([1.5, 0.5, 2.0, 1.0]))
+        return result
+
+
+def test_no_table_is_read_for_factors():
+    table, factors = leaves_of((5, 4), (6,))
+    table = torch.nn.Parameter(table.detach())
+
+    def value():
+        bags = F.embedding_bag(TOKENS.flatten(), table, ints(0, 2, 2), mode="sum", per_sample_weights=factors * 1)
+        return (bags * torch.arange(12.0).view(3, 4)).sum()
+
+    with Chip():
+        with record() as step:
+            loss = value()
+        found = {id(leaf): g for leaf, g in step.gradients(loss)}
+    cotangents = torch.arange(12.0).view(3, 4) * torch.tensor([1.5, 0.5, 2.0, 1.0])
+    bag_of = torch.tensor([0, 0, 2, 2, 2, 2])
+    torch.testing.assert_close(found[id(factors)], (table[TOKENS.flatten()] * cotangents[bag_of]).sum(1).detach())
 
 
 def test_embedding_bag_of_a_batch():
