@@ -3,13 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hzo.errors import TapeError
 from hzo.reverse import record
 from hzo.rules import indexing
 from hzo.rules.base import rules
 from support.tape_oracle import check, leaves_of
-from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
 
