@@ -15,10 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
+from hzo.errors import TapeError
 from hzo.tape.aliases import Geometry, constant_content, geometry_of, pass_through, read_window, write_window
 from hzo.tape.functions import out_of_place
+from hzo.tape.opaque import Form, Opaque, State, random_state
 from hzo.tape.operations import Operation, Value, ref
 from hzo.tape.tape import Tape
 from hzo.tape.undo import Undo
@@ -105,6 +108,15 @@ class Recorder(TorchDispatchMode):
         self._passed: set[int] = set()  # ids whose content changed under no_grad
         self._fresh: set[int] = set()  # storages of constants that were made meanwhile
         self.undo = Undo()
+        self.paused = False  # what runs is inside one operation
+        self._touched: dict[int, Tensor] = {}  # trainable tensors that it has used
+        self.opaque: Callable[[nn.Module], str | None] | None = None  # the name of a module that is one operation
+        self._taint: dict[int, Tensor] | None = None  # storages of what depends on the tensors followed, kept alive
+        self.altered: Callable[[int, Tensor], Tensor] | None = None  # what an operation hands on in place of a result
+
+    def follow(self, tensors: Iterable[Tensor]) -> None:
+        """Mark as tainted, from here on, whatever is computed from these tensors."""
+        self._taint = {_storage(t): t for t in tensors}
 
     # -- values -------------------------------------------------------------------------------------------------------
 
@@ -112,6 +124,8 @@ class Recorder(TorchDispatchMode):
         """A value for what ``tensor`` holds now."""
         tape = self.tape
         index = len(tape.values)
+        if producer < 0 and self._taint is not None and _storage(tensor) in self._taint:
+            tape.tainted.add(index)
         tape.values.append(Value(tensor.shape, tensor.dtype, requires, producer, weight))
         tape.tensors.append(tensor)
         key = id(tensor)
@@ -201,6 +215,21 @@ class Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self.paused:
+            self._touch(args)
+            return func(*args, **kwargs)
+        if self._taint is None:
+            return self._call(func, args, kwargs)
+        operands = [*_tensors(args), *_tensors(tuple(kwargs.values()))]
+        tainted = any(_storage(t) in self._taint for t in operands)
+        result = self._call(func, args, kwargs)
+        about = _OPERATORS[func]
+        if tainted and not about.constant:
+            written = _written(about, args, kwargs) if about.writes else []
+            self._taint.update((_storage(t), t) for t in (*_tensors(result), *written))
+        return result
+
+    def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         about = _OPERATORS.get(func) or _operator(func)
         if about.detach:
             return self._detach(func, args, kwargs)
@@ -223,10 +252,84 @@ class Recorder(TorchDispatchMode):
                 self._fresh.update(_storage(t) for t in _tensors(result))
             return result
         refs, named = self._refs(args), self._named(kwargs)
+        self._remember_state(func, args)
         result = func(*args, **kwargs)
+        if self.altered is not None and isinstance(result, Tensor):
+            result = self.altered(len(self.tape.operations), result)
         op = self.operation(func, refs, named)
         op.writes = self._results(op, result)
         return result
+
+    def _remember_state(self, func: Any, args: tuple[Any, ...]) -> None:
+        """Kernels that draw inside: whoever runs one again needs the numbers of the first time."""
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            devices = dict.fromkeys(t.device for t in _tensors(args))
+            self.tape.states[len(self.tape.operations)] = State(random_state(devices))
+
+    # -- calls that are one operation whatever they do inside ---------------------------------------------------------
+
+    def call_opaque(self, function: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a callable out of sight, and append it as one operation.
+
+        Raises:
+            TapeError: it uses trainable tensors that are not parameters of its own.
+        """
+        target = Opaque(function, name)
+        form, tensors = Form.of(args, kwargs)
+        parameters = target.parameters()
+        read = tuple([ref(self.read(t)) for t in tensors])
+        own = tuple([ref(self.read(p)) for p in parameters])
+        state = State(
+            random_state(dict.fromkeys(t.device for t in (*tensors, *parameters))),
+            tuple((buffer, buffer.clone()) for buffer in target.buffers()),
+        )
+        self.paused, self._touched = True, {}
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(_itself, _itself):
+                result = target.run(form, tensors, parameters)
+        finally:
+            self.paused = False
+        self._check_touched(target, parameters)
+        op = self.operation(target, (form, read, own), {})
+        self.tape.states[op.index] = state
+        flat_result, structure = pytree.tree_flatten(result)
+        writes: list[int] = []
+        tainted = self._taint is not None and any(_storage(t) in self._taint for t in tensors)
+        for k, leaf in enumerate(flat_result):
+            if isinstance(leaf, Tensor):
+                made = leaf
+                if self.altered is not None:
+                    made = self.altered(op.index, made)
+                if made.dtype.is_floating_point or made.dtype.is_complex:
+                    self.paused = True
+                    try:  # no leaf, since code may write to what it is given
+                        made = made.requires_grad_().clone()
+                    finally:
+                        self.paused = False
+                flat_result[k] = made
+                writes.append(self.new_value(made, made.requires_grad, op.index, False))
+                if tainted and self._taint is not None:
+                    self._taint[_storage(made)] = made
+        op.writes = tuple(writes)
+        return pytree.tree_unflatten(flat_result, structure)
+
+    def _touch(self, args: tuple[Any, ...]) -> None:
+        for tensor in _tensors(args):
+            if tensor.requires_grad and tensor.is_leaf:
+                self._touched[id(tensor)] = tensor
+
+    def _check_touched(self, target: Opaque, parameters: list[nn.Parameter]) -> None:
+        """Trainable tensors inside that the operation does not answer for would lose their gradient."""
+        if getattr(target.function, "hzo_ignores_parameters", False):
+            return
+        known = {id(p) for p in parameters}
+        for key, tensor in self._touched.items():
+            if key not in known and (isinstance(tensor, nn.Parameter) or key in self.tape._index):
+                raise TapeError(
+                    f"{target.name} uses a trainable tensor of shape {tuple(tensor.shape)} that it does not hold, so "
+                    "its gradient would be lost; register it as an nn.Parameter of the module that uses it, freeze "
+                    "it, or see to its gradient yourself and put its part into hzo.blackbox(f, parameters='ignored')"
+                )
 
     def _results(self, op: Operation, result: Any) -> tuple[int | None, ...]:
         values = self.tape.values
@@ -301,11 +404,7 @@ class Recorder(TorchDispatchMode):
         self, func: Any, about: _Operator, args: tuple[Any, ...], kwargs: dict[str, Any], differentiable: bool
     ) -> Any:
         """A call that changes some of its arguments."""
-        written = [
-            tensor
-            for slot in about.writes
-            for tensor in _tensors(args[slot] if isinstance(slot, int) and slot < len(args) else kwargs.get(str(slot)))
-        ]
+        written = _written(about, args, kwargs)
         self._register()
         if not differentiable:
             self._before_write(written)
@@ -314,6 +413,7 @@ class Recorder(TorchDispatchMode):
             return result
         if not about.in_place:  # statistics that a layer keeps, noise that a call draws: read as they are afterwards
             self._before_write(written)
+            self._remember_state(func, args)
             result = func(*args, **kwargs)
             self._changed(written)
             op = self.operation(about.functional, self._refs(args), self._named(kwargs))
@@ -481,8 +581,21 @@ def current_recorder() -> Recorder | None:
     """The innermost recorder that is active in this thread, or None."""
     for mode in reversed(_get_current_dispatch_mode_stack()):
         if isinstance(mode, Recorder):
-            return mode
+            return None if mode.paused else mode
     return None
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _written(about: _Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that a call changes."""
+    return [
+        tensor
+        for slot in about.writes
+        for tensor in _tensors(args[slot] if isinstance(slot, int) and slot < len(args) else kwargs.get(str(slot)))
+    ]
 
 
 def _storage(tensor: Tensor) -> int:

@@ -79,6 +79,8 @@ def _replace() -> None:
     _originals["hooks"] = torch.autograd.graph.disable_saved_tensors_hooks
     _originals["backward_hook"] = module_hooks.BackwardHook
     _originals["lstm"] = torch._VF.lstm
+    _originals["call"] = torch.nn.Module.__call__
+    torch.nn.Module.__call__ = _call  # type: ignore[method-assign]
     _originals["optimized"] = torch._C._get_graph_executor_optimize()
     function.apply = classmethod(_apply)  # type: ignore[assignment, method-assign]
     torch.autograd.graph.disable_saved_tensors_hooks = _without_hooks  # type: ignore[assignment]
@@ -92,6 +94,7 @@ def _put_back() -> None:
     torch.autograd.Function.apply = _originals["apply"]  # type: ignore[method-assign]
     torch.autograd.graph.disable_saved_tensors_hooks = _originals["hooks"]
     module_hooks.BackwardHook = _originals["backward_hook"]  # type: ignore[misc]
+    torch.nn.Module.__call__ = _originals["call"]  # type: ignore[method-assign]
     torch._VF.lstm = _originals["lstm"]  # type: ignore[attr-defined]
     torch._C._set_graph_executor_optimize(_originals["optimized"])
 
@@ -104,6 +107,15 @@ def _eager() -> Iterator[None]:
         return
     with torch.compiler.set_stance("force_eager"):
         yield
+
+
+def _call(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """``Module.__call__``: a module that is one operation runs out of the recorder's sight."""
+    recorder = current_recorder()
+    name = None if recorder is None or recorder.opaque is None else recorder.opaque(module)
+    if recorder is None or name is None:
+        return _originals["call"](module, *args, **kwargs)
+    return recorder.call_opaque(module, name, args, kwargs)
 
 
 def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hzo.errors import TapeError
+from hzo.tape.opaque import State
 from hzo.tape.operations import Operation, Ref, Value
 
 
@@ -18,6 +19,8 @@ class Tape:
         operations: calls in order. values: what they read and made; a leaf was there before the recording.
         tensors: what each value held. None for content that nobody reads (see ``Recorder``), which a rule must not.
         leaves: the tensors that a gradient is for, by value.
+        states: what operations started from that draw random numbers or move buffers inside, by their index.
+        tainted: leaves that were computed from tensors which the recorder was told to follow.
     """
 
     def __init__(self) -> None:
@@ -25,6 +28,8 @@ class Tape:
         self.values: list[Value] = []
         self.tensors: list[Tensor | None] = []
         self.leaves: dict[int, Tensor] = {}
+        self.states: dict[int, State] = {}
+        self.tainted: set[int] = set()
         self._index: dict[int, int] = {}  # id of a tensor alive -> its newest value
 
     def tensor(self, value: int) -> Tensor:
