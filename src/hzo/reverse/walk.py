@@ -87,6 +87,12 @@ class _Walk:
     def leaves(self) -> dict[int, Tensor]:
         for value in self.cotangents:
             foreign = self.tape.values[value].foreign
+            if foreign == "CppFunction":
+                raise TapeError(
+                    "the gradient leads through TorchScript, whose executor has begun to differentiate by itself (it "
+                    "does after some runs with autograd); flush what it has compiled, "
+                    "scripted._debug_flush_compilation_cache(), or train by hzo from the start"
+                )
             if foreign is not None:
                 raise TapeError(
                     f"the gradient leads into {foreign}, which ran before the recording began, in another thread, or "

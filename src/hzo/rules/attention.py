@@ -1,8 +1,8 @@
 """Fused attention: PyTorch's own adjoint of the kernel that ran, once for queries, keys and values.
 
-It takes the result and the log-sum-exp that the call returned; dropout is drawn from the state of the generator that the
-call returned, too, so that the mask is the same one. Queries, keys and values are read, learned ones included: they are
-what other calls have returned, and attention has no weight of its own that a device could hold.
+It takes the result and the log-sum-exp that the call returned; dropout is drawn again from the state of the generator
+that the call returned, too: the same mask. Queries, keys and values are read, learned ones included: they are results
+of other calls, and attention has no weight of its own that a device could hold.
 """
 
 from __future__ import annotations
@@ -151,7 +151,11 @@ def cudnn_attention(call: Call) -> Cotangents:
     out, logsumexp, starts_q, starts_k, _, _, seed, offset = call.out[:8]
     backward = aten._scaled_dot_product_cudnn_attention_backward
     if call.op.target is aten._cudnn_attention_forward.default:
-        backward, starts_q, starts_k = aten._cudnn_attention_backward, named(call, "cum_seq_q"), named(call, "cum_seq_k")
+        backward, starts_q, starts_k = (
+            aten._cudnn_attention_backward,
+            named(call, "cum_seq_q"),
+            named(call, "cum_seq_k"),
+        )
     found = backward(
         call.grad,
         *_operands(call),

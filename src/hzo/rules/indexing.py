@@ -193,7 +193,8 @@ def _gathered(grad: Tensor, dim: int, places: Tensor, source: Tensor) -> Tensor:
     if picked.shape == source.shape:
         return picked
     padding = [p for have, want in zip(picked.shape[::-1], source.shape[::-1], strict=True) for p in (0, want - have)]
-    return aten.constant_pad_nd(picked, padding)
+    padded: Tensor = aten.constant_pad_nd(picked, padding)
+    return padded
 
 
 @vjp(aten.scatter.src, aten.scatter.value)
@@ -308,7 +309,7 @@ def _of_extreme(call: Call, x: Tensor, source: Tensor, dim: int, places: Tensor)
 def masked_select(call: Call) -> Cotangents:
     """The elements that a mask shows, in order."""
     x, mask = call.args
-    shape = torch.broadcast_shapes(x.shape, mask.shape)
+    shape = torch.broadcast_shapes(x.shape, mask.shape)  # type: ignore[no-untyped-call]
     grad = call.grad.new_zeros(shape).masked_scatter_(mask.expand(shape), call.grad)
     return {0: unbroadcast(grad, x)}
 
@@ -327,7 +328,8 @@ def masked_scatter(call: Call) -> Cotangents:
 
 def _front(picked: Tensor, shape: Sequence[int]) -> Tensor:
     """A tensor that begins with these elements, in order, and is zero behind them."""
-    return aten.constant_pad_nd(picked, [0, math.prod(shape) - picked.numel()]).view(shape)
+    padded: Tensor = aten.constant_pad_nd(picked, [0, math.prod(shape) - picked.numel()])
+    return padded.view(shape)
 
 
 @vjp(aten.masked_scatter_backward.default)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hzo.rules.base import Call, Cotangents, Key, vjp
+from hzo.tape.functions import out_of_place
 
 aten = torch.ops.aten
 
@@ -347,6 +348,21 @@ def fused_dropout(call: Call) -> Cotangents:
     """Dropout in one kernel on a GPU; the mask that it drew is its second result."""
     kept = 1 - call.args[1]
     return {0: aten._masked_scale(call.grad, call.out[1], 0.0 if kept == 0 else 1 / kept)}
+
+
+@vjp(
+    aten.rrelu_with_noise.default,
+    aten.rrelu_with_noise_functional.default,
+    out_of_place(aten.rrelu_with_noise.default, (1,)),
+)
+def rrelu(call: Call) -> Cotangents:
+    """A slope for every element below zero, drawn by the call; in place it comes back as the last result."""
+    x, noise = call.args[:2]
+    lower, upper, training = call.arg(2, "lower", 1 / 8), call.arg(3, "upper", 1 / 3), call.arg(4, "training", False)
+    of_result = lost(x)
+    noise = call.out[1] if len(call.out) > 1 else noise
+    x = call.result if of_result else x
+    return {0: aten.rrelu_with_noise_backward(call.grad, x, noise, lower, upper, training, of_result)}
 
 
 # -- complex numbers ---------------------------------------------------------------------------------------------------

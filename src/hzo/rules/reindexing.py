@@ -7,6 +7,7 @@ kernels, which look at its shape.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -426,7 +427,7 @@ def replication_pad3d(call: Call) -> Cotangents:
     return {0: aten.replication_pad3d_backward(call.grad, *call.args)}
 
 
-_PADDINGS = {
+_PADDINGS: dict[Any, Any] = {
     aten.reflection_pad1d_backward.default: aten.reflection_pad1d,
     aten.reflection_pad2d_backward.default: aten.reflection_pad2d,
     aten.reflection_pad3d_backward.default: aten.reflection_pad3d,

@@ -107,6 +107,7 @@ class Recorder(TorchDispatchMode):
         self._stale: set[int] = set()  # ids whose value must be read from that content
         self._passed: set[int] = set()  # ids whose content changed under no_grad
         self._fresh: set[int] = set()  # storages of constants that were made meanwhile
+        self._resolved: set[int] = set()  # ids of copies of lazy conjugates, which PyTorch makes below autograd
         self.undo = Undo()
         self.paused = False  # what runs is inside one operation
         self._touched: dict[int, Tensor] = {}  # trainable tensors that it has used
@@ -139,7 +140,7 @@ class Recorder(TorchDispatchMode):
         index = self.tape._index.get(key)
         if index is not None and key not in self._stale and key not in self._passed:
             value = self.tape.values[index]
-            if value.requires is tensor.requires_grad:
+            if value.requires is tensor.requires_grad or key in self._resolved:
                 return index
         return self._read_anew(tensor, index)
 
@@ -233,8 +234,14 @@ class Recorder(TorchDispatchMode):
         about = _OPERATORS.get(func) or _operator(func)
         if about.detach:
             return self._detach(func, args, kwargs)
-        differentiable = not about.constant and torch.is_grad_enabled() and (
-            _requires(args) or (bool(kwargs) and _requires(tuple(kwargs.values())))
+        differentiable = (
+            not about.constant
+            and torch.is_grad_enabled()
+            and (
+                _requires(args)
+                or (bool(kwargs) and _requires(tuple(kwargs.values())))
+                or (bool(self._resolved) and any(id(t) in self._resolved for t in _tensors(args)))
+            )
         )
         if about.writes:
             generator = kwargs.get("generator")
@@ -258,6 +265,8 @@ class Recorder(TorchDispatchMode):
             result = self.altered(len(self.tape.operations), result)
         op = self.operation(func, refs, named)
         op.writes = self._results(op, result)
+        if func is aten.clone.default and (args[0].is_conj() or args[0].is_neg()):
+            self._resolved.add(id(result))
         return result
 
     def _remember_state(self, func: Any, args: tuple[Any, ...]) -> None:
@@ -627,4 +636,3 @@ def flat(result: Any) -> list[Any]:
 
 def _tensors(argument: Any) -> list[Tensor]:
     return [leaf for leaf in flat(argument) if isinstance(leaf, Tensor)]
-
