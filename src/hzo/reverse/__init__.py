@@ -2,6 +2,6 @@
 
 from hzo.reverse.backward import call_arguments, gradients_of, named
 from hzo.reverse.step import Gradients, RecordedStep, accumulate, record
-from hzo.reverse.walk import sweep
+from hzo.reverse.walk import carry_back, measurements_of, sweep, sweep_end
 
-__all__ = ["Gradients", "RecordedStep", "accumulate", "call_arguments", "gradients_of", "named", "record", "sweep"]
+__all__ = ["Gradients", "RecordedStep", "accumulate", "call_arguments", "carry_back", "gradients_of", "measurements_of", "named", "record", "sweep", "sweep_end"]

@@ -51,15 +51,20 @@ class RecordedStep:
 
     def gradients(self, loss: Tensor) -> Gradients:
         """The gradient of the loss for every leaf that requires one; ``.grad`` is left alone. Errors as ``backward``."""
-        value = self._value_of_loss(loss)
+        seeds, hooks = self.seed(loss)
         with torch.no_grad():
-            seed = torch.full_like(loss, 1 / max(loss.numel(), 1))
-            found = sweep(self.tape, {value: seed}, self._hooks())
+            found = sweep(self.tape, seeds, hooks)
         leaves: dict[int, tuple[Tensor, Tensor]] = {}
         for v, g in found.items():  # one tensor may stand for two leaves, where autograd was told to forget in between
             leaf = self.tape.leaves[v]
             leaves[id(leaf)] = (leaf, leaves[id(leaf)][1] + g if id(leaf) in leaves else g)
         return [(leaf, _hooked(leaf, g)) for leaf, g in leaves.values()]
+
+    def seed(self, loss: Tensor) -> tuple[dict[int, Tensor], dict[int, Callable[[Tensor], Tensor]]]:
+        """The cotangent that a sweep begins with, by value, and the hooks on intermediate tensors. Errors as ``backward``."""
+        value = self._value_of_loss(loss)
+        with torch.no_grad():
+            return {value: torch.full_like(loss, 1 / max(loss.numel(), 1))}, self._hooks()
 
     def undo(self) -> None:
         """Put back what the recorded code changed: tensors that were there before, random states, mode flags."""

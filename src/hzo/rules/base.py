@@ -29,11 +29,11 @@ class Engine:
     """What a rule may ask of the sweep that applies it.
 
     Attributes:
-        measure: run an operation on other arguments, counted: ``measure(op, args, kwargs, size)``.
+        measure: run a call's operation on other arguments, counted: ``measure(call, args, kwargs, size)``.
         again: the cotangents of a call through another function that computes the same, recorded for the purpose.
     """
 
-    measure: Callable[[Operation, tuple[Any, ...], dict[str, Any], Tensor], Any]
+    measure: Callable[[Call, tuple[Any, ...], dict[str, Any], Tensor], Any]
     again: Callable[[Call, Callable[..., Any]], Cotangents]
 
 
@@ -125,7 +125,7 @@ class Call:
                 kwargs[key] = argument
             else:
                 args[key] = argument
-        return self.engine.measure(self.op, tuple(args), kwargs, size)
+        return self.engine.measure(self, tuple(args), kwargs, size)
 
 
 @dataclass(frozen=True)

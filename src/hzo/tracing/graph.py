@@ -31,8 +31,8 @@ class Value:
 
     Attributes:
         batched: whether it depends on the model's inputs.
-        batch_dim: the dimension along which a batched value holds one sample behind the other (its size is a multiple
-            of the batch size); None where samples are mixed in it.
+        batch_dim: the dimension that holds the samples (its size is a multiple of the batch size); None where samples
+            are mixed in it. outer: how often it runs through all samples: 1 where one stands behind the other.
         producer: operation that writes it; -1 for what was there before. batch: batch size of the trace.
         finite: a mask of minus infinities is not, and cannot be perturbed.
     """
@@ -45,6 +45,7 @@ class Value:
     producer: int
     batch: int
     finite: bool = True
+    outer: int = 1
 
     @property
     def floating(self) -> bool:
@@ -79,15 +80,34 @@ class Value:
         """Copies of the value along a new first dimension as rows, the samples of the first copy first."""
         if self.batch_dim is None:
             raise AssertionError("a value in which samples are mixed has no rows")
-        moved = tensor.movedim(self.batch_dim + 1, 1) if self.batch_dim else tensor
+        d = self.batch_dim + 1
+        if self.outer > 1:
+            tensor = tensor.unflatten(d, (self.outer, batch, -1)).movedim(d + 1, 1)
+            return tensor.movedim((d + 1, d + 2), (2, 3)).reshape(tensor.shape[0] * batch, -1)
+        moved = tensor.movedim(d, 1) if self.batch_dim else tensor
         return moved.reshape(tensor.shape[0] * batch, -1)
 
     def rows_to_copies(self, rows: Tensor, batch: int) -> Tensor:
         """The inverse of ``copies_to_rows``: (copies, *shape) from (copies × batch, n)."""
         d = self.batch_dim or 0
-        size = self.shape[d] // self.batch * batch
-        moved = rows.reshape(rows.shape[0] // batch, size, *self.shape[:d], *self.shape[d + 1 :])
+        size = self.shape[d] // self.batch
+        copies, before, after = rows.shape[0] // batch, self.shape[:d], self.shape[d + 1 :]
+        if self.outer > 1:
+            apart = rows.reshape(copies, batch, self.outer, size // self.outer, *before, *after)
+            return apart.movedim((2, 1, 3), (d + 1, d + 2, d + 3)).flatten(d + 1, d + 3)
+        moved = rows.reshape(copies, size * batch, *before, *after)
         return moved.movedim(1, d + 1) if d else moved
+
+    def sample(self, tensor: Tensor, number: int, batch: int) -> Tensor:
+        """One sample, of ``sample_shape``."""
+        d = self.batch_dim or 0
+        return tensor.unflatten(d, (self.outer, batch, -1)).select(d + 1, number).flatten(d, d + 1)
+
+    def joined(self, samples: Tensor) -> Tensor:
+        """The value that holds these samples, (batch, *sample_shape)."""
+        d = self.batch_dim or 0
+        apart = samples.unflatten(d + 1, (self.outer, -1))
+        return apart.movedim(0, d + 1).flatten(d, d + 2)
 
 
 @dataclass(frozen=True)
@@ -197,6 +217,7 @@ class Graph:
     nominal_batch: int  # of the input that was handed over, to which predicted totals refer
     signature: tuple[Any, ...]  # what must not change for the trace to stay valid
     names: dict[int, str]  # of the trainable leaves, by value
+    trainable: dict[str, Tensor]  # these leaves, by name
     constants: dict[int, Tensor]  # contents of leaves that are neither parameters nor inputs
     opaque_stages: frozenset[int] = frozenset()  # by identity, callables that ran out of the recorder's sight
     noise: NoiseSource | None = None  # added to what runs, for experiments
@@ -311,7 +332,7 @@ class Graph:
         text = repr(
             (
                 [op.described for op in self.operations],
-                [(value.sample_shape, str(value.dtype), value.batch_dim) for value in self.values if value.batched],
+                [(value.sample_shape, str(value.dtype), value.batch_dim, value.outer) for value in self.values if value.batched],
                 self.stages,
                 *([self.differentiated] if self.differentiated else []),
             )

@@ -62,11 +62,6 @@ def _place_samples(tape: Tape, op: Call, axes: Axes, batch: int) -> bool:
     def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         return run_again(tape, op, args, kwargs)
 
-    if isinstance(op.target, Opaque):
-        # Queries fold copies into the first dimension, where an opaque operation has its samples.
-        _, coupled = find_axes(tape, op, axes, batch, run)
-        axes.update(dict.fromkeys((v for v in op.writes if v is not None), 0))
-        return coupled
     found, coupled = find_axes(tape, op, axes, batch, run)
     axes.update(found)
     return coupled

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -86,8 +87,11 @@ def recorded(
 
 def _unattached(tensor: Tensor) -> Tensor:
     """A copy that the model may write to; one of floating-point numbers has a history, as activations do."""
-    copy = tensor.detach().clone()
-    return copy.requires_grad_().clone() if copy.is_floating_point() else copy
+    copy = tensor.detach()
+    if not copy.is_floating_point():
+        return copy.clone()
+    with torch.enable_grad():
+        return copy.requires_grad_().clone()
 
 
 def _input(recorder: Recorder, tensor: Tensor, copy: Tensor) -> int:

@@ -7,7 +7,7 @@ samples stand there. Nothing is concluded from names or from sizes alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,15 @@ from torch import Tensor
 from hzo.tape import Operation, Tape
 from hzo.tape.operations import Ref, refs_in
 
-Axes = dict[int, int | None]
+class Axis(NamedTuple):
+    """The dimension that holds the samples, and how often it runs through all of them."""
+
+    dim: int
+    outer: int = 1
+
+
+FIRST = Axis(0)
+Axes = dict[int, Axis | None]
 """By value, of those that depend on the inputs; None where samples are mixed."""
 
 
@@ -36,14 +44,14 @@ def _changed(a: Tensor, b: Tensor) -> Tensor:
     return ~torch.isclose(a.to(wide), b.to(wide), rtol=slack, atol=slack * scale, equal_nan=True)
 
 
-def guess(shape: Sequence[int], batch: int) -> int | None:
+def guess(shape: Sequence[int], batch: int) -> Axis | None:
     """The first dimension that may hold the samples."""
-    return next((d for d, size in enumerate(shape) if size and size % batch == 0), None)
+    return next((Axis(d) for d, size in enumerate(shape) if size and size % batch == 0), None)
 
 
 def find_axes(
     tape: Tape, op: Operation, axes: Axes, batch: int, run: Callable[[tuple[Any, ...], dict[str, Any]], list[Any]]
-) -> tuple[dict[int, int | None], bool]:
+) -> tuple[Axes, bool]:
     """The sample dimensions of an operation's results, and whether it couples samples.
 
     Args:
@@ -57,11 +65,11 @@ def find_axes(
     if any(axes[v] is None for v in made):  # what is mixed already stays mixed
         return dict.fromkeys((v for _, v in results), None), True
     if batch == 1:
-        return {v: (0 if tape.values[v].shape else None) for _, v in results}, not all(
+        return {v: (FIRST if tape.values[v].shape else None) for _, v in results}, not all(
             tape.values[v].shape for _, v in results
         )
     seen = dict(results)
-    found: dict[int, int | None] = {}
+    found: Axes = {}
     coupled = False
     unseen = dict(results)
     for kind in ("shuffled", "ramp"):  # nothing shows in zeros: then all of the operands is replaced first
@@ -88,17 +96,19 @@ def find_axes(
             break
     for v in unseen.values():  # nothing moves it: a dead unit, or rounding
         found[v] = guessed[v]
-    return found, coupled or any(found[v] is None for _, v in results)
+    return found, coupled or any(found[v] is None and tape.values[v].shape.numel() for _, v in results)
 
 
-def _axis(one: Tensor, others: Tensor, batch: int) -> int | None:
-    """The dimension whose first block holds all that the first sample changes, and nothing that the others do."""
+def _axis(one: Tensor, others: Tensor, batch: int) -> Axis | None:
+    """Where the first sample stands such that it holds all that moving it changes, and nothing that the others do."""
     for d, size in enumerate(one.shape):
         if size % batch or not size:
             continue
-        block = size // batch
-        if not bool(one.narrow(d, block, size - block).any()) and not bool(others.narrow(d, 0, block).any()):
-            return d
+        share = size // batch
+        for outer in dict.fromkeys((1, share, *(k for k in range(2, share) if share % k == 0))):
+            first, rest = (t.unflatten(d, (outer, batch, -1)) for t in (one, others))
+            if not bool(first.narrow(d + 1, 1, batch - 1).any()) and not bool(rest.select(d + 1, 0).any()):
+                return Axis(d, outer)
     return None
 
 
@@ -126,11 +136,11 @@ def _moved_results(
         return None
 
 
-def _other(tensor: Tensor | None, dim: int | None, batch: int, samples: slice, kind: str) -> Tensor:
+def _other(tensor: Tensor | None, axis: Axis | None, batch: int, samples: slice, kind: str) -> Tensor:
     assert tensor is not None
-    assert dim is not None
+    assert axis is not None
     tensor = tensor.detach()
-    moved = tensor.movedim(dim, 0)
+    moved = tensor.unflatten(axis.dim, (axis.outer, batch, -1)).movedim(axis.dim + 1, 0)
     rows = moved.reshape(batch, -1)
     if not tensor.is_floating_point() or tensor.numel() == 0:
         new = rows.roll(1, 0)
@@ -143,13 +153,13 @@ def _other(tensor: Tensor | None, dim: int | None, batch: int, samples: slice, k
         rows, new = drawn
     changed = rows.clone()
     changed[samples] = new[samples]
-    back = changed.view(moved.shape).movedim(0, dim)
+    back = changed.view(moved.shape).movedim(0, axis.dim + 1).flatten(axis.dim, axis.dim + 2)
     return torch.empty_like(tensor).copy_(back)
 
 
 def batched_values(tape: Tape, inputs: Sequence[int], batch: int) -> Axes:
     """The leaves that depend on the inputs, with where their samples stand; to be filled with those of results."""
-    axes: Axes = dict.fromkeys(inputs, 0)
+    axes: Axes = dict.fromkeys(inputs, FIRST)
     for v in tape.tainted:
         axes.setdefault(v, guess(tape.values[v].shape, batch))
     return axes

@@ -121,8 +121,12 @@ def graph_of(module: nn.Module, run: Run, batch: int) -> Graph:
     operations, names = inspect(tape, end, axes, batch, names)
     finite = finite_values(tape, count)
     values = tuple(
-        Value(k, tuple(v.shape), v.dtype, k in axes, axes.get(k), v.producer, batch, finite[k])
+        Value(
+            k, tuple(v.shape), v.dtype, k in axes, axis.dim if axis else None, v.producer, batch, finite[k],
+            axis.outer if axis else 1,
+        )  # fmt: skip
         for k, v in enumerate(tape.values)
+        for axis in (axes.get(k),)
     )
     graph = Graph(
         operations=tuple(operations),
@@ -134,6 +138,7 @@ def graph_of(module: nn.Module, run: Run, batch: int) -> Graph:
         nominal_batch=batch,
         signature=(),
         names=names,
+        trainable={name: tape.leaves[v] for v, name in names.items()},
         constants=_constants(tape, names, inputs),
         differentiated=tuple(v for v, t in zip(run.inputs, run.given, strict=True) if requires_gradient(t)),
         opaque_stages=run.opaque,
