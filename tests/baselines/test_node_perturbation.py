@@ -13,7 +13,7 @@ from hzo.baselines import _evaluate as ev
 from hzo.baselines import node_perturbation
 from hzo.errors import CoupledSamplesError, InputError, StepError
 from hzo.execution.counting import count_queries
-from hzo.tracing.recorder.tracer import trace
+from hzo.tracing.recorder import trace
 
 SIGMAS = 4.5
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import hzo
-from hzo.adjoints import find_adjoint
+from hzo.declared import find_adjoint
 from hzo.tracing.promises import declared, local_along
 from support import oracles
 from support.hardware import Opaque

@@ -18,11 +18,12 @@ from hzo.execution import contained, undone_on_error
 from hzo.gradients.backward_sweep import Cotangents, sweep
 from hzo.gradients.base_pass import BasePass, OtherGraphError, loss_pass
 from hzo.gradients.parameters import Gradients
-from hzo.gradients.trace_cache import prepare
+from hzo.gradients.trace_cache import made_with, prepare
 from hzo.plans import Plan, schedule
 from hzo.reverse import accumulate, gradients_of, named
 from hzo.tape import Ref
 from hzo.tracing import Chain, Graph
+from hzo.tracing.recorder import batch_size, call_arguments
 
 
 @torch.inference_mode(False)  # whose tensors could be neither clipped nor added to
@@ -160,10 +161,11 @@ def _estimate(
         try:
             base = loss_pass(chain, x, loss_fn, y)
         except OtherGraphError:
-            if plan is not None:
+            # The model does something else with these numbers than with those it was traced with. Given a plan that is
+            # an error, but for one sample alone: PyTorch copies and broadcasts less for it.
+            if plan is not None and batch_size(*call_arguments(x)) > 1:
                 raise
-            # The model does something else with these numbers than with those it was traced with.
-            chain, found = prepare(model, x, None, options, anew=True)
+            chain, found = prepare(model, x, None, options if plan is None else made_with(plan), anew=True)
             graph = chain.traced
             base = loss_pass(chain, x, loss_fn, y)
         steps = schedule(graph, found)

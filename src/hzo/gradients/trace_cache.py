@@ -63,6 +63,18 @@ def prepare(
     return chain, plan_of(chain, options)
 
 
+def made_with(plan: Plan) -> dict[str, Any]:
+    """The options that a plan was made with, but for what was measured.
+
+    Raises:
+        PlanError: it was made for a noise or a target, which hold for its own calls alone.
+    """
+    if plan.expected is not None:
+        raise PlanError("PyTorch runs other calls for one sample than this plan was made for; plan that by itself")
+    names = ("tree", "assume", "scheme", "step", "boundaries", "spacing", "mu", "draws")
+    return {name: getattr(plan, name) for name in names}
+
+
 def plan_of(chain: Chain, options: Mapping[str, Any]) -> Plan:
     """The plan of a traced chain with these options of ``hzo.plan``, made once."""
     kept = _plans.setdefault(chain, {})

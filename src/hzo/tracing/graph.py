@@ -227,6 +227,10 @@ class Graph:
     def outputs(self) -> tuple[int, ...]:
         return tuple(dict.fromkeys(leaf.value for leaf in leaves(self.output) if isinstance(leaf, Ref)))
 
+    def passable(self, position: int) -> bool:
+        """Whether a position differs from the one before it; behind an operation on parameters alone it does not."""
+        return position == 0 or self.operations[position - 1].batched
+
     @cached_property
     def cost(self) -> int:
         """Operations of one forward pass of one sample."""
@@ -243,11 +247,15 @@ class Graph:
 
     @cached_property
     def last_read(self) -> tuple[int, ...]:
-        """For every value the position up to which it is alive: its last reader, or the end for an output."""
+        """For every value the position up to which it is alive: its last reader, or the end for an output. Branches
+        that end nowhere are not counted."""
+        wanted = set(self.outputs)
         last = [value.producer for value in self.values]
-        for op in self.operations:
-            for value in op.reads:
-                last[value] = op.index
+        for op in reversed(self.operations):
+            if wanted.intersection(op.writes):
+                wanted.update(op.reads)
+                for value in op.reads:
+                    last[value] = max(last[value], op.index)
         for value in self.outputs:
             last[value] = len(self.operations)
         return tuple(last)
