@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hzo.tape import Operation, Tape
+from hzo.tape.functions import replay_of
 from hzo.tape.operations import Ref, refs_in
 from hzo.tape.record import flat
 
@@ -77,7 +78,7 @@ def call_with(tape: Tape, op: Operation, moved: Mapping[int, Tensor]) -> Any:
         return args[0].reshape(args[1])
     if op.target is aten.as_strided.default and type(op.args[0]) is Ref:
         args[0] = torch.empty_like(tape.tensor(op.args[0].value)).copy_(args[0])
-    return op.target(*args, **{k: fill(v) for k, v in op.kwargs.items()})
+    return replay_of(op.target)(*args, **{k: fill(v) for k, v in op.kwargs.items()})
 
 
 def _directly(tape: Tape, op: Operation, moved: Mapping[int, Tensor], copies: int) -> list[Any] | None:
@@ -177,7 +178,7 @@ def _by_vmap(tape: Tape, op: Operation, moved: Mapping[int, Tensor], copies: int
     def one(*tensors: Tensor) -> tuple[Any, ...]:
         return tuple(flat(call_with(tape, op, dict(zip(values, tensors, strict=True)))))
 
-    if op.index not in tape.states:
+    if op.index not in tape.states or replay_of(op.target) is not op.target:
         try:
             torch._C._functorch._set_vmap_fallback_warning_enabled(False)
             return list(torch.vmap(one)(*moved.values()))

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from hzo.errors import InputError, NonFiniteError, PlanError
 from hzo.execution import Activities, counting
 from hzo.finite_differences import accumulation_dtype
-from hzo.reverse import RecordedStep, sweep_end
+from hzo.reverse import RecordedStep, as_data, sweep_end
 from hzo.tape import Recorder, Tape
 from hzo.tape.operations import Ref
 from hzo.tracing import Chain, Graph, tensors_in
@@ -100,6 +101,7 @@ def loss_pass(chain: Chain, x: Any, loss_fn: Callable[..., Any], y: Any) -> Base
         PlanError: the model does something else than when it was traced, or the loss reads what it did not return.
     """
     graph = chain.traced
+    y = pytree.tree_map_only(Tensor, as_data, y)
     with _running(chain, x) as (run, batch):
         loss = loss_fn(run.output) if y is None else loss_fn(run.output, y)
         if not isinstance(loss, Tensor):

@@ -38,6 +38,8 @@ class State:
 
     random: RandomState
     buffers: tuple[tuple[Tensor, Tensor], ...] = ()
+    drew: bool = True  # random numbers
+    moved: bool = False  # buffers
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
@@ -64,6 +66,9 @@ class Form:
 
     structure: Any
     rest: tuple[Any, ...]
+
+    def __repr__(self) -> str:
+        return "(…)"
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Form, list[Tensor]]:

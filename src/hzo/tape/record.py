@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -294,11 +294,17 @@ class Recorder(TorchDispatchMode):
         )
         self.paused, self._touched = True, {}
         try:
-            with torch.autograd.graph.saved_tensors_hooks(_itself, _itself):
+            with _without_hooks():
                 result = target.run(form, tensors, parameters)
         finally:
             self.paused = False
         self._check_touched(target, parameters)
+        after = random_state(torch.device(d) for d in state.random)
+        state = replace(
+            state,
+            drew=any(not torch.equal(after[d], before) for d, before in state.random.items()),
+            moved=any(not torch.equal(buffer, copy) for buffer, copy in state.buffers),
+        )
         op = self.operation(target, (form, read, own), {})
         self.tape.states[op.index] = state
         flat_result, structure = pytree.tree_flatten(result)
@@ -592,6 +598,12 @@ def current_recorder() -> Recorder | None:
         if isinstance(mode, Recorder):
             return None if mode.paused else mode
     return None
+
+
+def _without_hooks() -> contextlib.AbstractContextManager[Any]:
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # inside a transform of torch.func
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(_itself, _itself)
 
 
 def _itself(tensor: Tensor) -> Tensor:

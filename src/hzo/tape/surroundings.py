@@ -30,7 +30,9 @@ _originals: dict[str, Any] = {}
 @contextlib.contextmanager
 def recording(recorder: Recorder) -> Iterator[None]:
     """Inside, what autograd would differentiate is recorded: grad mode on, autograd keeping numbers of values only."""
-    saved = torch.autograd.graph.saved_tensors_hooks(*_hooks(recorder))
+    saved: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if torch._C._autograd._saved_tensors_hooks_is_enabled():  # not inside a transform of torch.func
+        saved = torch.autograd.graph.saved_tensors_hooks(*_hooks(recorder))
     with _patched(), torch.inference_mode(False), torch.enable_grad(), _eager(), saved, recorder:
         yield
 

@@ -14,10 +14,11 @@ from hzo.reverse import measurements_of
 from hzo.rules.registry import kind_of
 from hzo.tape import Operation as Call
 from hzo.tape import Tape
-from hzo.tape.opaque import Opaque, State
+from hzo.tape.functions import replay_of
+from hzo.tape.opaque import Opaque
 from hzo.tape.record import flat
 from hzo.tracing import Measured, Operation, ParameterUse
-from hzo.tracing.recorder.sample_axes import Axes, close, depends, find_axes
+from hzo.tracing.recorder.sample_axes import Axes, close, depends, find_axes, guess
 
 aten = torch.ops.aten
 _BY_SAMPLE = (aten.bmm.default, aten.baddbmm.default, aten._trilinear.default)
@@ -26,11 +27,12 @@ _BY_SAMPLE = (aten.bmm.default, aten.baddbmm.default, aten._trilinear.default)
 def run_again(tape: Tape, op: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """The results of an operation on other arguments, from the random state and the buffers of the first time."""
     state = tape.states.get(op.index)
+    target = replay_of(op.target)
     with torch.no_grad():
         if state is None:
-            return flat(op.target(*args, **kwargs))
+            return flat(target(*args, **kwargs))
         with state.again():
-            return flat(op.target(*args, **kwargs))
+            return flat(target(*args, **kwargs))
 
 
 def inspect(
@@ -49,8 +51,10 @@ def inspect(
         parameters = tuple(ParameterUse(v, names.get(v, "")) for v in reads if v in derived and v not in axes)
         learned = _learned(tape, op, batched, reads, parameters)
         if batched:
-            coupled = _place_samples(tape, op, axes, batch)
-            learned = replace(learned, coupled=coupled and learned.deterministic)
+            if learned.deterministic:
+                learned = replace(learned, coupled=_place_samples(tape, op, axes, batch))
+            else:  # noise hides where samples stand: as opaque operations have them, in the first dimension
+                axes.update((v, guess(tape.values[v].shape, batch)) for v in learned.writes)
         elif parameters:
             derived.update(v for v in learned.writes)
         cost = _cost(tape, op) if batched else 0
@@ -83,26 +87,14 @@ def _learned(
         parameters=parameters,
         batched=batched,
         rule="" if opaque else kind_of(op.target),
-        random=state is not None and (not opaque or _draws(tape, op, state)),
+        random=state is not None and state.drew and replay_of(op.target) is op.target,
     )
     if opaque and state is not None:
-        moved = any(not torch.equal(buffer, copy) for buffer, copy in state.buffers)
         again = run_again(tape, op, tape.resolve(op.args), {})
         same = [close(a, tape.tensor(v)) for a, v in zip(again, learned.writes, strict=True)]
-        return replace(learned, stateful=moved, deterministic=all(same))
+        return replace(learned, stateful=state.moved, deterministic=all(same))
     measured = {v: m for v in reads if tape.values[v].requires and (m := _measured(tape, op, v, learned.rule))}
     return replace(learned, measured=measured)
-
-
-def _draws(tape: Tape, op: Call, state: State) -> bool:
-    """Whether a run from this state leaves another one behind."""
-    from hzo.tape.opaque import random_state  # noqa: PLC0415
-
-    devices = [torch.device(d) for d in state.random if d != "cpu"]
-    with state.again(), torch.no_grad():
-        op.target(*tape.resolve(op.args))
-        after = random_state(devices)
-    return any(not torch.equal(after[d], before) for d, before in state.random.items())
 
 
 def _measured(tape: Tape, op: Call, value: int, kind: str) -> Measured | None:

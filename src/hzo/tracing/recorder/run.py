@@ -64,6 +64,7 @@ def recorded(
         altered: what an operation hands on in place of its result.
     """
     recorder = Recorder(keep=True)
+    recorder.undo.remember_modules(module.modules())
     names = {id(m): name for name, m in module.named_modules()}
     recorder.opaque = lambda inner: _opaque_name(inner, names, opaque)
     if altered is not None:
@@ -88,8 +89,10 @@ def recorded(
 def _unattached(tensor: Tensor) -> Tensor:
     """A copy that the model may write to; one of floating-point numbers has a history, as activations do."""
     copy = tensor.detach()
+    if not copy.is_floating_point() or copy.is_inference():
+        copy = copy.clone()
     if not copy.is_floating_point():
-        return copy.clone()
+        return copy
     with torch.enable_grad():
         return copy.requires_grad_().clone()
 
@@ -145,15 +148,17 @@ def _run_stages(module: nn.Module, run: Run, args: tuple[Any, ...], kwargs: dict
 def _run_stage(
     run: Run, name: str, stage: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], named: bool
 ) -> Any:
-    if id(stage) in run.opaque and not isinstance(stage, nn.Module):
-        return run.recorder.call_opaque(stage, name, args, kwargs)
     try:
+        if id(stage) in run.opaque and not isinstance(stage, nn.Module):
+            return run.recorder.call_opaque(stage, name, args, kwargs)
         result = stage(*args, **kwargs)
     except RuntimeError as error:
         # NumPy refuses tensors that require a gradient.
         if named and id(stage) not in run.opaque and "that requires grad" in str(error):
             raise OutOfSight(stage, str(error)) from error
-        if isinstance(error, TapeError) or "that requires grad" not in str(error):
+        if isinstance(error, TapeError):
+            raise TraceError(f"{name}: {error}") from error
+        if "that requires grad" not in str(error):
             raise
         raise TraceError(
             f"{name}: the forward pass reads values out of a tensor, so what it does cannot be seen; make the part "

@@ -90,13 +90,36 @@ def find_axes(
             found[v] = _axis(one, others, batch)
             if found[v] is None:
                 coupled = True
-                found[v] = guessed[v]
+                found[v] = _equivariant(tape, op, axes, made, batch, k, run)
             unseen.pop(k)
         if not unseen:
             break
     for v in unseen.values():  # nothing moves it: a dead unit, or rounding
         found[v] = guessed[v]
     return found, coupled or any(found[v] is None and tape.values[v].shape.numel() for _, v in results)
+
+
+def _equivariant(
+    tape: Tape,
+    op: Operation,
+    axes: Axes,
+    made: Sequence[int],
+    batch: int,
+    result: int,
+    run: Callable[[tuple[Any, ...], dict[str, Any]], list[Any]],
+) -> Axis | None:
+    """Where the samples of a result stand that influence each other: it changes places with the operands' samples."""
+    shuffled, turned = (_moved_results(tape, op, axes, made, batch, slice(None), kind, run) for kind in ("ramp", "turned"))
+    if shuffled is None or turned is None:
+        return None
+    a, b = shuffled[result], turned[result]
+    for d, size in enumerate(a.shape):
+        if size and size % batch == 0:
+            for outer in dict.fromkeys((1, size // batch)):
+                rolled = a.unflatten(d, (outer, batch, -1)).roll(1, d + 1).flatten(d, d + 2)
+                if close(rolled, b):
+                    return Axis(d, outer)
+    return None
 
 
 def _axis(one: Tensor, others: Tensor, batch: int) -> Axis | None:
@@ -151,6 +174,7 @@ def _other(tensor: Tensor | None, axis: Axis | None, batch: int, samples: slice,
         generator = torch.Generator().manual_seed(0)
         drawn = torch.rand((2, *rows.shape), generator=generator, dtype=torch.float64).to(tensor) + 0.1
         rows, new = drawn
+        new = new.roll(1, 0) if kind == "turned" else new
     changed = rows.clone()
     changed[samples] = new[samples]
     back = changed.view(moved.shape).movedim(0, axis.dim + 1).flatten(axis.dim, axis.dim + 2)

@@ -82,6 +82,7 @@ def _graph(module: nn.Module, x: Any, samples: int) -> Graph:
         except OutOfSight as found:
             opaque = opaque | {id(found.stage)}
             continue
+        run.recorder.undo.restore()
         with contained([module]):
             return graph_of(module, run, samples)
 
