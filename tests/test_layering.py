@@ -44,6 +44,7 @@ PACKAGES = (
     "hzo_lab.training",
     "hzo_lab.reports",
     "hzo_lab.paper",
+    "hzo_lab.zoo",
     "hzo_lab.cli",
     "hzo_lab",
 )
@@ -138,9 +139,10 @@ def test_no_function_has_the_name_of_a_module(package):
     assert {name for name in names if f"{package}.{name}" in MODULES} <= SHADOWS.get(package, set())
 
 
-# Who may: the yardstick, the bridge that lets a black box sit in an autograd model, a baseline in forward mode, and the
-# recorder, which reads what autograd writes down and never runs it.
+# Who may: the yardstick, the zoo that compares with it, the bridge that lets a black box sit in an autograd model, a
+# baseline in forward mode, and the recorder, which reads what autograd writes down and never runs it.
 BACKWARD = {"hzo/baselines/_backprop.py"}
+ORACLE = {"hzo_lab/zoo/trial.py"}
 FUNCTION = {"hzo/external/autograd.py"}
 FORWARD_MODE = {"hzo/baselines/_forward_gradient.py"}
 RECORDER = {"hzo/tape/surroundings.py"}
@@ -159,7 +161,7 @@ def autograd_used(tree: ast.AST) -> set[str]:
             text = ast.unparse(node)
             if text.startswith(("torch.autograd.", "torch.func.", "torch.enable_grad", "torch.set_grad_enabled")):
                 found.add(text)
-            if node.attr == "backward" and text != "hzo.backward":
+            if node.attr == "backward" and text not in {"hzo.backward", "tape.backward"}:
                 found.add(".backward")
     return found
 
@@ -169,6 +171,8 @@ def test_autograd_is_called_where_the_design_says(path):
     used, name = autograd_used(parse(path)), path.relative_to(SOURCE).as_posix()
     if name in BACKWARD:
         assert used == {".backward", "torch.enable_grad"}
+    elif name in ORACLE:
+        assert used == {".backward"}
     elif name in FUNCTION:
         assert used == {"torch.autograd.Function", "torch.autograd.function.once_differentiable"}
     elif name in FORWARD_MODE:

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hzo.reverse import record
+from hzo.rules.base import rules
 from support.by_hand import by_hand
 from support.tape_oracle import check, leaves_of
 
@@ -109,6 +110,7 @@ def gradients_agree(layer, *inputs, call=None, tolerance=1e-9):
     expected = torch.autograd.grad(loss(), leaves, allow_unused=True)
     with record() as step:
         value = loss()
+    assert not [op.name for op in step.tape.operations if op.target not in rules]
     found = {id(t): g for t, g in step.gradients(value)}
     for k, (leaf, g) in enumerate(zip(leaves, expected, strict=True)):
         if g is None:

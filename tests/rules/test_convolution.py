@@ -237,3 +237,43 @@ def test_what_a_measured_kernel_costs():
     with count_queries() as count:
         step.gradients(loss)
     assert count.queries == 4 + 1  # the channels of a group, and zeros
+
+
+# ---- derivatives taken inside the model -----------------------------------------------------------------------------
+
+
+def penalty(function):
+    """Of the gradient with respect to the first operand, as critics have it."""
+
+    def penalized(x, *more):
+        (g,) = torch.autograd.grad(function(x, *more).pow(3).sum(), x, create_graph=True)
+        return g.square()
+
+    return penalized
+
+
+@pytest.mark.parametrize("weights", [(), (1,), (1, 2)], ids=str)
+@pytest.mark.parametrize("case", ["1d", "3d", "all at once", "depthwise", "point"])
+def test_penalties_of_gradients(case, weights):
+    function, picture, kernel, options = PLAIN[case]
+    leaves = leaves_of(picture, kernel, (kernel[0],))
+    check(penalty(lambda x, w, b: function(x, w, b, **options)), leaves, weights=weights, calls=[
+        "aten.convolution_backward.default"])  # fmt: skip
+
+
+@pytest.mark.parametrize("weights", [(), (1,)], ids=str)
+@pytest.mark.parametrize("case", ["1d", "3d", "all at once", "depthwise", "output padding"])
+def test_penalties_of_gradients_of_transposed_convolutions(case, weights):
+    function, picture, kernel, options = TRANSPOSED[case]
+    check(penalty(lambda x, w: function(x, w, **options)), leaves_of(picture, kernel), weights=weights, calls=[
+        "aten.convolution_backward.default"])  # fmt: skip
+
+
+def test_gradients_of_kernels_carry_gradients():
+    """A step of training inside the model."""
+
+    def adapted(x, w, b):
+        of_w, of_b = torch.autograd.grad(F.conv2d(x, w, b).square().sum(), (w, b), create_graph=True)
+        return F.conv2d(x, w - 0.1 * of_w, b - 0.1 * of_b)
+
+    check(adapted, leaves_of((2, 3, 5, 5), (4, 3, 3, 3), (4,)), weights=(1, 2))

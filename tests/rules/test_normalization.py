@@ -9,6 +9,7 @@ from torch import nn
 
 from hzo import count_queries
 from hzo.reverse import record
+from hzo.tape.functions import out_of_place
 from support.by_hand import by_hand
 from support.chip import follows, ramp
 from support.tape_oracle import check, leaves_of
@@ -183,6 +184,35 @@ def test_fused_rms_norm(weights, affine, eps):
         assert torch.allclose(found[key], e, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("weights", [(), (1, 2)], ids=str)
+def test_batch_norm_by_cudnn(training, weights):
+    """Tried by hand, with PyTorch's own kernel in the place of cuDNN's."""
+    x, w, b = leaves_of((4, 3, 5, 2), (3,), (3,))
+    mean, variance = running(3)
+
+    def kernel(x, w, b, mean, variance, training, momentum, eps):
+        given = mean.clone(), variance.clone(), training, momentum, eps
+        return (*aten.native_batch_norm(x, w, b, *given), torch.empty(0))
+
+    options = (mean, variance, training, 0.1, 1e-5)
+    out = kernel(x, w, b, *options)
+    cotangent = torch.randn_like(out[0])
+    expected = torch.autograd.grad(out[0], (x, w, b), cotangent)
+    target = out_of_place(aten.cudnn_batch_norm.default, (3, 4))
+    found = by_hand(target, (x, w, b, *options), out, [cotangent, None, None, None], weights=weights,
+                    measure=lambda op, args, kwargs, size: kernel(*args))  # fmt: skip
+    for k, e in enumerate(expected):
+        assert torch.allclose(found[k], e, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dim", [0, 2])
+def test_weight_norm(dim):
+    shape = (1, 4)[dim == 0], 1, (3, 1)[dim == 0]
+    check(lambda x, v, g: F.conv1d(x, torch._weight_norm(v, g, dim)), leaves_of((2, 2, 5), (4, 2, 3), shape),
+          weights=(1, 2), calls=["aten._weight_norm_interface.default"])  # fmt: skip
+
+
 # ---- what is measured -----------------------------------------------------------------------------------------------
 
 
@@ -267,3 +297,53 @@ def test_what_a_measured_gamma_costs():
         with count_queries() as count:
             step.gradients(loss)
         assert count.queries == rows
+
+
+# ---- derivatives taken inside the model -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", FOLLOWING)
+@pytest.mark.parametrize("weights", [(), (1, 2)], ids=str)
+def test_penalties_of_gradients(case, weights):
+    function, _, shape, parameters, _ = FOLLOWING[case]
+
+    def penalized(x, w, b):
+        found = torch.autograd.grad(function(x, w, b).pow(3).sum(), (x, w, b), create_graph=True)
+        return [g.square() for g in found]
+
+    check(penalized, leaves_of(shape, parameters, parameters), weights=weights)
+    check(lambda x, w, b: penalized(x, w, b)[0], leaves_of(shape, parameters, parameters), weights=weights)
+
+
+def test_penalties_without_parameters():
+    def penalized(x):
+        (g,) = torch.autograd.grad((F.layer_norm(x, (5,)) + F.batch_norm(x, None, None, training=True)).pow(3).sum(), x,
+                                   create_graph=True)  # fmt: skip
+        return g.square()
+
+    check(penalized, leaves_of((4, 3, 5)))
+
+
+def test_penalties_of_other_names():
+    mean, variance = running(3)
+
+    def penalized(x, w):
+        out = aten._batch_norm_with_update(x, w, None, mean.clone(), variance.clone(), 0.1, 1e-5)[0]
+        (g,) = torch.autograd.grad(out.pow(3).sum(), x, create_graph=True)
+        return g.square()
+
+    check(penalized, leaves_of((4, 3, 5), (3,)), calls=["aten.batch_norm_backward.default"])
+
+
+def test_penalties_by_cudnn():
+    """Tried by hand: autograd's second derivative of batch normalization is the oracle."""
+    x, w = leaves_of((4, 3, 5), (3,))
+    g = torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True)
+    mean, inverse = x.detach().mean((0, 2)), (x.detach().var((0, 2), unbiased=False) + 1e-5).rsqrt()
+    out = aten.native_batch_norm_backward(g, x, w, None, None, mean, inverse, True, 1e-5, [True] * 3)
+    cotangents = [torch.randn_like(t) for t in out]
+    expected = torch.autograd.grad(out, (x, g, w), cotangents)
+    given = (x, g, w, None, None, mean, inverse, 1e-5, torch.empty(0))
+    found = by_hand(aten.cudnn_batch_norm_backward.default, given, out, cotangents)
+    for k, e in enumerate(expected):
+        assert torch.allclose(found[k], e, rtol=1e-9, atol=1e-12)

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from support.tape_oracle import check, leaves_of
 
 from hzo.reverse import record
 from hzo.rules.base import rules
 from hzo.rules.pointwise import FROM_BOTH, FROM_OPERAND, FROM_RESULT
+from support.tape_oracle import check, leaves_of
 
 aten = torch.ops.aten
 special = torch.special
@@ -221,7 +221,7 @@ def slopes(function, *numbers):
     x = values(*numbers)
     with record() as step:
         y = function(x).clamp(max=1e300)
-    found = dict((id(a), g) for a, g in step.gradients(y))[id(x)]
+    ((_, found),) = step.gradients(y)
     (expected,) = torch.autograd.grad(function(x).clamp(max=1e300).mean(), x)
     return found, expected
 
@@ -269,8 +269,8 @@ def test_random_calls_keep_what_they_drew(name):
 # ---- complex numbers -------------------------------------------------------------------------------------------------
 
 COMPLEX = (
-    "abs acos acosh angle asin asinh atan atanh clone cos cosh exp exp2 expm1 log log10 log1p log2 neg reciprocal rsqrt "
-    "sgn sigmoid sin sinc sinh sqrt tan tanh conj conj_physical resolve_conj square real imag"
+    "abs acos acosh angle asin asinh atan atanh clone cos cosh exp exp2 expm1 log log10 log1p log2 neg reciprocal "
+    "rsqrt sgn sigmoid sin sinc sinh sqrt tan tanh conj conj_physical resolve_conj square real imag"
 )
 
 

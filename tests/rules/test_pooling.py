@@ -174,3 +174,36 @@ def test_affine_grids(align):
         return F.grid_sample(x, F.affine_grid(t, x.shape, align), align_corners=align)
 
     check(transformed, leaves_of((2, 2, 3), (2, 3, 5, 4)))
+
+
+# ---- derivatives taken inside the model -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3])
+def test_penalties_of_gradients(dim):
+    def penalty(function):
+        def penalized(x):
+            (g,) = torch.autograd.grad(function(x).pow(3).sum(), x, create_graph=True)
+            return g.square()
+
+        return penalized
+
+    smooth = {1: "linear", 2: "bilinear", 3: "trilinear"}[dim]
+    functions = [
+        pooled("max_pool", dim, 2),
+        pooled("avg_pool", dim, 3, 2, 1),
+        pooled("adaptive_avg_pool", dim, 2),
+        pooled("adaptive_max_pool", dim, 2),
+        lambda x: F.interpolate(x, scale_factor=1.5, mode=smooth),
+        lambda x: F.interpolate(x, scale_factor=1.5),
+        lambda x: F.interpolate(x, size=5, mode="nearest-exact"),
+    ]
+    if dim == 2:
+        functions += [
+            lambda x: F.interpolate(x, scale_factor=0.6, mode="bicubic", antialias=True),
+            lambda x: F.interpolate(x, scale_factor=1.6, mode="bicubic"),
+        ]
+    if dim > 1:
+        functions.append(pooled("fractional_max_pool", dim, 2, output_size=3))
+    for function in functions:
+        check(penalty(function), leaves_of(SHAPES[dim]))

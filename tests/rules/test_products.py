@@ -202,6 +202,26 @@ def test_learned_sparse_matrix():
         assert torch.allclose(found[id(leaf)].to_dense(), g.to_dense())
 
 
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("reduce", ["sum", "mean", "amax", "amin"])
+def test_reductions_of_rows(reduce):
+    a = sparse_matrix().to_sparse_csr()
+    check(lambda x: torch.sparse.mm(a, x, reduce), leaves_of((4, 3)), calls=["aten._sparse_mm_reduce_impl.default"])
+
+
+@pytest.mark.parametrize("weights", [(), (0,)], ids=str)
+def test_sparse_matrix_of_given_values(weights):
+    """As a graph convolution with learned weights of edges has it."""
+    indices = sparse_matrix().nonzero().t()
+
+    def function(values, x):
+        return torch.sparse_coo_tensor(indices, values, (4, 4)) @ x
+
+    check(function, leaves_of((indices.shape[1],), (4, 3)), weights=weights)
+    repeated = torch.tensor([[0, 0, 1], [1, 1, 2]])
+    check(lambda v, x: torch.sparse.mm(torch.sparse_coo_tensor(repeated, v, (4, 4)), x), leaves_of((3,), (4, 3)))
+
+
 # ---- what is read, and what is measured -----------------------------------------------------------------------------
 
 
@@ -313,3 +333,73 @@ def test_gradients_of_transposed_weights_lie_as_the_weight_does():
         loss = layer(torch.randn(3, 7)).sum()
     found = {id(t): g for t, g in step.gradients(loss)}
     assert found[id(layer.weight)].is_contiguous()
+
+
+# ---- weights that several calls read --------------------------------------------------------------------------------
+
+
+def queries_of(loss):
+    with record() as step:
+        value = loss()
+    with count_queries() as count:
+        gradients = step.gradients(value)
+    return count.queries, {id(t): g for t, g in gradients}
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
+def test_the_matrix_of_a_recurrent_layer_is_measured_once(kind):
+    layer = kind(3, 5).double()
+    x = torch.randn(20, 2, 3, dtype=torch.float64)
+    queries, _ = queries_of(lambda: layer(x)[0].square().sum())
+    assert queries == 5 + 1
+    queries, found = queries_of(lambda: layer(x.requires_grad_())[0].square().sum())
+    assert queries == 5 + 1 + 3 + 1
+    (expected,) = torch.autograd.grad(layer(x)[0].square().sum(), x)
+    assert torch.allclose(found[id(x)], expected)
+
+
+def test_a_weight_that_changes_is_measured_anew():
+    """In place, or in memory that is used again."""
+    w = nn.Parameter(torch.randn(4, 4, dtype=torch.float64))
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+
+    def changing():
+        h = x
+        for k in range(4):
+            h = (h @ (w * (k + 1)).t().contiguous()).tanh()
+        return h.sum()
+
+    _, found = queries_of(changing)
+    expected = torch.autograd.grad(changing(), [x, w])
+    for leaf, g in zip((x, w), expected, strict=True):
+        assert torch.allclose(found[id(leaf)], g)
+
+    def written():
+        held = w * 1
+        h = (x @ held).tanh()
+        with torch.no_grad():
+            held.mul_(2)
+        return (h @ w).sum() + (h @ w.detach()).sum() + (h @ w.t()).sum() + (h @ w.conj()).sum()
+
+    with torch.no_grad():
+        product = (x @ w).cosh().pow(-2)
+    total = (2 * w + w.detach() + w.t()).sum(1)
+    expected = (product * total) @ w.t()
+    _, found = queries_of(written)
+    assert torch.allclose(found[id(x)], expected.detach())
+
+
+def test_layers_that_share_a_kernel():
+    layer = nn.Conv2d(2, 2, 3, padding=1).double()
+    x = torch.randn(2, 2, 5, 5, dtype=torch.float64, requires_grad=True)
+
+    def loss():
+        h = x
+        for k in range(3):
+            h = torch.tanh(layer(h)) if k < 2 else torch.tanh(F.conv2d(h, layer.weight, layer.bias, stride=2))
+        return h.sum()
+
+    queries, found = queries_of(loss)
+    assert queries == 2 + 1
+    (expected,) = torch.autograd.grad(loss(), x)
+    assert torch.allclose(found[id(x)], expected)

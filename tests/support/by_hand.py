@@ -5,7 +5,7 @@ import torch
 from hzo.reverse.walk import ENGINE
 from hzo.rules.base import Call, Engine
 from hzo.rules.registry import find_rule
-from hzo.tape import Operation, Tape, Value, ref
+from hzo.tape import Recorder, ref
 
 
 def by_hand(target, args, out, grads, *, kwargs=None, weights=(), measure=None):
@@ -15,26 +15,18 @@ def by_hand(target, args, out, grads, *, kwargs=None, weights=(), measure=None):
         args, kwargs: operands that require a gradient ask for a cotangent. weights: places of those that are weights.
         measure: runs the operator on a probe; the operator itself by default.
     """
-    tape = Tape()
+    recorder = Recorder(keep=True)
 
     def placed(key, argument):
         if not isinstance(argument, torch.Tensor):
             return argument
-        tape.values.append(Value(argument.shape, argument.dtype, argument.requires_grad, -1, key in weights))
-        tape.tensors.append(argument.detach())
-        return ref(len(tape.values) - 1)
+        return ref(recorder.new_value(argument.detach(), argument.requires_grad, -1, key in weights))
 
     places = tuple(placed(k, argument) for k, argument in enumerate(args))
-    named = {name: placed(name, argument) for name, argument in (kwargs or {}).items()}
-    writes = []
-    for result in out:
-        if not isinstance(result, torch.Tensor):
-            writes.append(None)
-            continue
-        writes.append(len(tape.values))
-        tape.values.append(Value(result.shape, result.dtype, True, 0, False))
-        tape.tensors.append(result.detach())
-    op = Operation(0, target, places, named, tuple(writes))
+    op = recorder.operation(target, places, {name: placed(name, a) for name, a in (kwargs or {}).items()})
+    op.writes = tuple(
+        recorder.new_value(r.detach(), True, op.index, False) if isinstance(r, torch.Tensor) else None for r in out
+    )
     run = measure or (lambda op, args, kwargs, size: op.target(*args, **kwargs))
     with torch.no_grad():
-        return find_rule(target).vjp(Call(tape, op, list(grads), Engine(run, ENGINE.again)))
+        return find_rule(target).vjp(Call(recorder.tape, op, list(grads), Engine(run, ENGINE.again)))

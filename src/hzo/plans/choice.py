@@ -49,7 +49,8 @@ def choose_probe(
             shapes = declared.probes(graph, op, value)
             return Probe("adjoint", elements, declared.promise), adjoint_cost(graph, operations[0], value, shapes)
     probe = Probe("coordinate", elements)
-    if operations and allowed.assume != "nothing":
+    apart = all(graph.values[v].batch_dim is not None for v in (value, *outputs))
+    if operations and allowed.assume != "nothing" and apart:
         if elementwise_slice(graph, value, operations, outputs):
             probe = Probe("elementwise", elements)
         else:

@@ -523,24 +523,38 @@ def fmin(call: Call) -> Cotangents:
 @vjp(aten.clamp.Tensor, measures=True)
 def clamp_tensor(call: Call) -> Cotangents:
     """Between two tensors of bounds; where they cross, the upper one is the result."""
-    x, low, high = call.args[0], call.arg(1, "min"), call.arg(2, "max")
-    at_low: Key = 1 if len(call.args) > 1 else "min"
-    at_high: Key = 2 if len(call.args) > 2 else "max"
+    places: dict[str, Key] = {
+        "x": 0,
+        "min": 1 if len(call.args) > 1 else "min",
+        "max": 2 if len(call.args) > 2 else "max",
+    }
+    places = {name: key for name, key in places.items() if key in call.kwargs or isinstance(key, int)}
+    places = {name: key for name, key in places.items() if _given(call, key) is not None}
+
+    def seen(of: str, name: str) -> Any:
+        """An operand; a weight is what comes out where the others leave it alone."""
+        if not hidden(call, places[of], places[name]):
+            return _given(call, places[name])
+        apart = {"x": math.inf if name == "max" else -math.inf, "min": -math.inf, "max": math.inf}
+        others = {key: apart[other] for other, key in places.items() if other not in (of, name)}
+        return shown(call, places[of], places[name], (apart[of],), others)[0]
+
     found: dict[Key, Tensor] = {}
-    if call.needs(0):
-        passing: Any = True
-        if low is not None:
-            passing = x >= _bound(call, 0, at_low, -math.inf, {} if high is None else {at_high: math.inf})
-        if high is not None:
-            passing = passing & (x <= _bound(call, 0, at_high, math.inf, {} if low is None else {at_low: -math.inf}))
-        found[0] = unbroadcast(torch.where(passing, call.grad, 0), x)
-    if low is not None and call.needs(at_low):
-        below = x < low if high is None else (x < low) & (low < high)
-        found[at_low] = unbroadcast(torch.where(below, call.grad, 0), low)
-    if high is not None and call.needs(at_high):
-        above = x > high if low is None else (x > high) | (high < low)
-        found[at_high] = unbroadcast(torch.where(above, call.grad, 0), high)
+    for of, key in places.items():
+        if call.needs(key):
+            x, low, high = (seen(of, name) if name in places else None for name in ("x", "min", "max"))
+            found[key] = unbroadcast(torch.where(_passes(of, x, low, high), call.grad, 0), _given(call, key))
     return found
+
+
+def _passes(of: str, x: Any, low: Any, high: Any) -> Any:
+    """Where the result of a clamp is this operand."""
+    if of == "x":
+        passing: Any = True if low is None else x >= low
+        return passing if high is None else passing & (x <= high)
+    if low is None or high is None:
+        return x > high if low is None else x < low
+    return (x < low) & (low < high) if of == "min" else (x > high) | (high < low)
 
 
 @vjp(aten.clamp_min.Tensor, measures=True)
@@ -571,13 +585,13 @@ def prelu(call: Call) -> Cotangents:
     x, slope = call.args
     if call.needs(0) and hidden(call, 0, 1):
         at_zero, below = shown(call, 0, 1, (0.0, -1.0))
-        slope = (at_zero - below).expand(slope.shape)
+        slope = at_zero - below
     of_operand, of_slope = aten._prelu_kernel_backward(call.grad, x, slope)
     found: dict[Key, Tensor] = {}
     if call.needs(0):
         found[0] = of_operand
     if call.needs(1):
-        found[1] = unbroadcast(of_slope, slope)
+        found[1] = unbroadcast(of_slope, call.args[1])
     return found
 
 

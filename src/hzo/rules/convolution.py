@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hzo.rules.base import Call, Cotangents, Key, vjp
+from hzo.rules.measured import measured_once
 from hzo.rules.products import may_read
 from hzo.rules.schema import has, key_of, named
 
@@ -55,16 +56,20 @@ def impulses(channels: int, groups: int, axes: int, like: Tensor, device: torch.
 def _measured_kernel(call: Call, kernel: Tensor) -> Tensor:
     x: Tensor = named(call, _input(call))
     axes, transposed, groups = kernel.dim() - 2, _is_transposed(call), _groups(call)
-    probe = impulses(x.shape[1], groups, axes, x, call.grad.device)
-    replaced: dict[str, Any] = {_input(call): probe}
-    if not transposed:
-        replaced["padding"] = tuple(k - 1 for k in kernel.shape[2:])
-    seen: Tensor = call.measure(_plainly(call, axes, replaced), probe)
-    seen = seen[:-1] - seen[-1:]
-    if not transposed:
-        return seen.flip(tuple(range(2, kernel.dim()))).transpose(0, 1).contiguous()
-    by_group = seen.view(seen.shape[0], groups, kernel.shape[1], *seen.shape[2:])
-    return by_group.transpose(0, 1).reshape(kernel.shape)
+
+    def measure() -> Tensor:
+        probe = impulses(x.shape[1], groups, axes, x, call.grad.device)
+        replaced: dict[str, Any] = {_input(call): probe}
+        if not transposed:
+            replaced["padding"] = tuple(k - 1 for k in kernel.shape[2:])
+        seen: Tensor = call.measure(_plainly(call, axes, replaced), probe)
+        seen = seen[:-1] - seen[-1:]
+        if not transposed:
+            return seen.flip(tuple(range(2, kernel.dim()))).transpose(0, 1).contiguous()
+        by_group = seen.view(seen.shape[0], groups, kernel.shape[1], *seen.shape[2:])
+        return by_group.transpose(0, 1).reshape(kernel.shape)
+
+    return measured_once(call, kernel, (transposed, groups), measure)
 
 
 def _measured_picture(call: Call, x: Tensor, kernel: Tensor) -> Tensor:
@@ -137,6 +142,44 @@ def convolution_backward(
         mask,
     )
     return found
+
+
+def _kernel_of_adjoint(call: Call, kernel: Tensor) -> Tensor:
+    """The kernel that the adjoint of a convolution has: what it makes of cotangents of one pixel."""
+    axes, transposed, groups = kernel.dim() - 2, bool(call.args[7]), int(call.args[9])
+    g, x = call.args[:2]
+    size = tuple(kernel.shape[2:])
+    probe = impulses(g.shape[1], groups, axes, g, kernel.device)
+    canvas = torch.zeros((), dtype=x.dtype, device=kernel.device).expand(probe.shape[0], x.shape[1], *size)
+    ones, zeros = (1,) * axes, (0,) * axes
+    padding = tuple(k - 1 for k in size) if transposed else zeros
+    replaced: dict[Key, Any] = {
+        0: probe,
+        1: canvas,
+        3: None,
+        4: ones,
+        5: padding,
+        6: ones,
+        8: zeros,
+        10: (True, False, False),
+    }
+    seen: Tensor = call.measure(replaced, probe)[0]
+    seen = (seen[:-1] - seen[-1:]).view(-1, groups, x.shape[1] // groups, *size)
+    if not transposed:
+        return seen.transpose(0, 1).reshape(kernel.shape)
+    return seen.flip(tuple(range(3, seen.dim()))).movedim(0, 2).reshape(kernel.shape)
+
+
+@vjp(aten.convolution_backward.default, measures=True)
+def adjoint_of_convolution(call: Call) -> Cotangents:
+    """A derivative that was taken inside the model; the kernel is measured on cotangents of one pixel."""
+    g, x, kernel = call.args[:3]
+    options = call.args[4:10]
+    mask = [call.needs(key) for key in (0, 1, 2)]
+    if mask[0] and call.grads[0] is not None and not may_read(call, 2, 0):
+        kernel = _kernel_of_adjoint(call, kernel)
+    found = aten._convolution_double_backward(*call.grads, g, kernel, x, *options, mask)
+    return {key: found[key] for key in (0, 1, 2) if mask[key]}
 
 
 @vjp(aten.conv_tbc.default, measures=True)

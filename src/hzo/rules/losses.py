@@ -41,7 +41,8 @@ def _of_difference(call: Call, backward: Callable[..., Tensor], reduction: int, 
             continue
         x, other = call.args[of], call.args[by]
         if hidden(call, of, by):
-            slope = slope_by_difference(call, of, shape, {2: _NONE})
+            unreduced: dict[Key, Any] = {2 if len(call.args) > 2 else "reduction": _NONE}
+            slope = slope_by_difference(call, of, shape, unreduced)
             carried = _spread(call.grad, reduction, shape.numel()) * slope
         else:
             carried = backward(call.grad, x, other, reduction, *options)

@@ -253,3 +253,92 @@ def _memory_format(x: Tensor) -> torch.memory_format:
             if x.dim() == dims and x.is_contiguous(memory_format=form):
                 return form
     return torch.contiguous_format
+
+
+@vjp(aten._weight_norm_interface.default)
+def weight_norm(call: Call) -> Cotangents:
+    """A direction times a length: a weight made of weights, in which nothing else is carried."""
+    if call.grads[0] is None:
+        return {}
+    v, g = call.args[:2]
+    found = aten._weight_norm_interface_backward(call.grad.contiguous(), v, g, call.out[1], call.arg(2, "dim", 0))
+    return {k: found[k] for k in (0, 1) if call.needs(k)}
+
+
+# ---- derivatives taken inside the model -----------------------------------------------------------------------------
+
+
+def _inverse_deviation(x: Tensor, mean: Tensor, given: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """``1 / sqrt(variance + ε)`` as a function of the input, with the value that was given; ε is what makes it so."""
+    variance = (x - mean).square().mean(dims, keepdim=True)
+    eps = (given.pow(-2) - variance).detach()
+    return (variance + eps).rsqrt()
+
+
+def _normalizing_backward(
+    g: Tensor, x: Tensor, gamma: Tensor | None, mean: Tensor, inverse: Tensor, dims: tuple[int, ...] | None
+) -> tuple[Tensor, Tensor]:
+    """The cotangent of the input; and ``g x̂``. ``dims``: of the statistics, None where they are constants."""
+    standard = (x - mean) * inverse
+    pulled = g if gamma is None else g * gamma
+    if dims is None:
+        return pulled * inverse, g * standard
+    along = standard * (pulled * standard).mean(dims, keepdim=True)
+    return inverse * (pulled - pulled.mean(dims, keepdim=True) - along), g * standard
+
+
+def _asked(mask: Any, *found: Tensor) -> tuple[Tensor | None, ...]:
+    return tuple(f if asked else None for f, asked in zip(found, mask, strict=True))
+
+
+def _layer_norm_backward(
+    g: Tensor, x: Tensor, shape: Any, _mean: Tensor, rstd: Tensor, gamma: Any, _bias: Any, mask: Any
+) -> tuple[Tensor | None, ...]:
+    dims = tuple(range(x.dim() - len(shape), x.dim()))
+    center = x.mean(dims, keepdim=True)
+    of_input, product = _normalizing_backward(g, x, gamma, center, _inverse_deviation(x, center, rstd, dims), dims)
+    return _asked(mask, of_input, product.sum_to_size(shape), g.sum_to_size(shape))
+
+
+def _batch_norm_backward(
+    g: Tensor, x: Tensor, gamma: Any, running: tuple[Any, Any], inverse: Any, training: bool, eps: float, mask: Any
+) -> tuple[Tensor | None, ...]:
+    dims = (0, *range(2, x.dim()))
+    shape = [1, -1, *[1] * (x.dim() - 2)]
+    factor = None if gamma is None else gamma.view(shape)
+    if training:
+        center = x.mean(dims, keepdim=True)
+        deviation = _inverse_deviation(x, center, inverse.view(shape), dims)
+        of_input, product = _normalizing_backward(g, x, factor, center, deviation, dims)
+    else:
+        center, variance = (t.view(shape) for t in running)
+        of_input, product = _normalizing_backward(g, x, factor, center, (variance + eps).rsqrt(), None)
+    return _asked(mask, of_input, product.sum(dims), g.sum(dims))
+
+
+@vjp(aten.native_layer_norm_backward.default)
+def layer_norm_backward(call: Call) -> Cotangents:
+    """The adjoint of a layer normalization, whose statistics depend on its input; by the calls it is made of."""
+    return call.engine.again(call, _layer_norm_backward)
+
+
+@vjp(aten.native_batch_norm_backward.default, aten.batch_norm_backward.default)
+def batch_norm_backward(call: Call) -> Cotangents:
+    """The adjoint of a batch normalization, whose statistics depend on its input; by the calls it is made of."""
+
+    def written_out(*given: Any) -> tuple[Tensor | None, ...]:
+        g, x, gamma, mean, variance, _, inverse, training, eps, mask = given[:10]
+        return _batch_norm_backward(g, x, gamma, (mean, variance), inverse, training, eps, mask)
+
+    return call.engine.again(call, written_out)
+
+
+@vjp(aten.cudnn_batch_norm_backward.default)
+def cudnn_batch_norm_backward(call: Call) -> Cotangents:
+    """The same by cuDNN, which computes it in training only."""
+
+    def written_out(*given: Any) -> tuple[Tensor | None, ...]:
+        x, g, gamma, mean, variance, _, inverse, eps, _ = given
+        return _batch_norm_backward(g, x, gamma, (mean, variance), inverse, True, eps, (True, True, True))
+
+    return call.engine.again(call, written_out)

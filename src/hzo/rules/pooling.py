@@ -150,3 +150,46 @@ def affine_grid(call: Call) -> Cotangents:
 def cudnn_affine_grid(call: Call) -> Cotangents:
     """The same by cuDNN."""
     return {0: aten.cudnn_affine_grid_generator_backward(call.grad, *call.args[1:5])}
+
+
+# ---- derivatives taken inside the model: linear in the cotangent that these were given ------------------------------
+
+
+@vjp(
+    aten.max_pool2d_with_indices_backward.default,
+    aten.max_pool3d_with_indices_backward.default,
+    aten.adaptive_max_pool2d_backward.default,
+    aten.adaptive_max_pool3d_backward.default,
+    aten.fractional_max_pool2d_backward.default,
+    aten.fractional_max_pool3d_backward.default,
+)
+def max_pool_backward(call: Call) -> Cotangents:
+    """Cotangents put where the maxima were."""
+    g, places = call.args[0], named(call, "indices")
+    dims = 2 if "pool2d" in call.op.name else 3
+    return {0: call.grad.flatten(-dims).gather(-1, places.flatten(-dims)).view(g.shape)}
+
+
+@vjp(aten.avg_pool2d_backward.default, aten.avg_pool3d_backward.default)
+def avg_pool_backward(call: Call) -> Cotangents:
+    """Cotangents spread over the windows."""
+    forward = aten.avg_pool2d if call.op.target is aten.avg_pool2d_backward.default else aten.avg_pool3d
+    return {0: forward(call.grad, *call.args[2:])}
+
+
+@vjp(aten._adaptive_avg_pool2d_backward.default, aten._adaptive_avg_pool3d_backward.default)
+def adaptive_avg_pool_backward(call: Call) -> Cotangents:
+    """Cotangents spread over the windows that divide the input."""
+    two = call.op.target is aten._adaptive_avg_pool2d_backward.default
+    forward = aten._adaptive_avg_pool2d if two else aten._adaptive_avg_pool3d
+    return {0: forward(call.grad, call.args[0].shape[-2 if two else -3 :])}
+
+
+_UPSAMPLING_BACKWARD = {backward: forward for forward, backward in _UPSAMPLING.items()}
+
+
+@vjp(*_UPSAMPLING_BACKWARD)
+def upsample_backward(call: Call) -> Cotangents:
+    """The adjoint of an interpolation; its own adjoint is the interpolation."""
+    size, _, *options = call.args[1:]
+    return {0: _UPSAMPLING_BACKWARD[call.op.target](call.grad, size, *options)}

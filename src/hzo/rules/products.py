@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hzo.rules.base import Call, Cotangents, Key, vjp
+from hzo.rules.measured import measured_once
 
 aten = torch.ops.aten
 
@@ -52,19 +53,27 @@ def _without_addend(call: Call, left: int) -> dict[Key, Any]:
 
 def right_factor(call: Call, left: int) -> Tensor:
     """The right factor of ``left @ right``, or of a batch of such products, as the operator shows it."""
-    shape = call.args[left].shape
-    probe = _identity(call, left, shape[-1]).expand(*shape[:-2], -1, -1)
-    seen: Tensor = call.measure({left: probe, **_without_addend(call, left)}, probe)
-    return seen[..., :-1, :] - seen[..., -1:, :]
+
+    def measure() -> Tensor:
+        shape = call.args[left].shape
+        probe = _identity(call, left, shape[-1]).expand(*shape[:-2], -1, -1)
+        seen: Tensor = call.measure({left: probe, **_without_addend(call, left)}, probe)
+        return seen[..., :-1, :] - seen[..., -1:, :]
+
+    return measured_once(call, call.args[left + 1], ("right", call.kwargs.get("alpha")), measure)
 
 
 def left_factor(call: Call, left: int) -> Tensor:
     """The left factor of ``left @ right``, or of a batch of such products, as the operator shows it."""
     right = left + 1
-    shape = call.args[right].shape
-    probe = _identity(call, right, shape[-2]).mT.expand(*shape[:-2], -1, -1)
-    seen: Tensor = call.measure({right: probe, **_without_addend(call, left)}, probe.mT)
-    return seen[..., :-1] - seen[..., -1:]
+
+    def measure() -> Tensor:
+        shape = call.args[right].shape
+        probe = _identity(call, right, shape[-2]).mT.expand(*shape[:-2], -1, -1)
+        seen: Tensor = call.measure({right: probe, **_without_addend(call, left)}, probe.mT)
+        return seen[..., :-1] - seen[..., -1:]
+
+    return measured_once(call, call.args[left], ("left", call.kwargs.get("alpha")), measure)
 
 
 def times(a: Tensor, b: Tensor) -> Tensor:
@@ -72,10 +81,15 @@ def times(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a, b) if a.dim() == 3 else torch.mm(a, b)
 
 
-def laid_out_like(operand: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` in the memory format of an operand: the gradient of a transposed weight is as the weight is."""
+def laid_out_like(operand: Tensor, a: Tensor, b: Tensor, otherwise: bool = False) -> Tensor:
+    """``a @ b`` in the memory format of an operand: the gradient of a transposed weight is as the weight is.
+
+    Args:
+        otherwise: whether an operand whose content is gone was transposed.
+    """
     strided = operand.layout == a.layout == b.layout == torch.strided
-    if strided and operand.dim() == 2 and operand.stride(0) == 1 < operand.stride(1):
+    transposed = otherwise if operand.is_meta else operand.dim() == 2 and operand.stride(0) == 1 < operand.stride(1)
+    if strided and transposed:
         return torch.mm(b.mT, a.mT).mT
     return times(a, b)
 
@@ -93,7 +107,7 @@ def _product(call: Call, left: int, alpha: Any = 1) -> dict[Key, Tensor]:
             found[left] = times(g, adjoint(right_factor(call, left)))
     if call.needs(right):
         if may_read(call, left, right):
-            found[right] = scaled(laid_out_like(b, adjoint(a), g), alpha)
+            found[right] = scaled(laid_out_like(b, adjoint(a), g, otherwise=b.dim() == 2), alpha)
         else:
             found[right] = times(adjoint(left_factor(call, left)), g)
     return found
@@ -347,6 +361,23 @@ def sparse_addmm(call: Call) -> Cotangents:
     if call.needs(2):
         found[2] = scaled(adjoint(a) @ call.grad, alpha)
     return found
+
+
+@vjp(aten._sparse_mm_reduce_impl.default)
+def sparse_reduce(call: Call) -> Cotangents:
+    """Sums, means or extremes of the rows of a matrix that those of a sparse one select."""
+    a, b, reduce = call.args
+    mask = [call.needs(0), call.needs(1)]
+    found = aten._sparse_mm_reduce_impl_backward(a, call.grad, b, reduce, call.out[1], mask)
+    return {k: found[k] for k in (0, 1) if mask[k]}
+
+
+@vjp(aten._sparse_coo_tensor_with_dims_and_tensors.default)
+def sparse_from_values(call: Call) -> Cotangents:
+    """A sparse tensor from indices and values: the cotangents at these places."""
+    indices = call.args[3]
+    g = call.grad.to_dense() if call.grad.is_sparse else call.grad
+    return {4: g[tuple(indices)]}
 
 
 # ---- distances ------------------------------------------------------------------------------------------------------

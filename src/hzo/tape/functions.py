@@ -54,15 +54,15 @@ def out_of_place(func: Any, writes: tuple[int | str, ...]) -> Callable[..., Any]
         found: Any = None
         if name.endswith("_") and not name.endswith("__"):
             packet = getattr(getattr(torch.ops, namespace), name[:-1], None)
-            found = None if packet is None else getattr(packet, func._overloadname, None) or _same_arguments(packet, func)
+            found = None if packet is None else _same_arguments(packet, func)
         _cache[func] = found or OutOfPlace(func, writes)
     return _cache[func]
 
 
 def _same_arguments(packet: Any, func: Any) -> Any:
-    """The overload with the same arguments, where it goes by another name."""
+    """The overload with the same arguments: of the same name where that has them; ``pow_.Scalar`` is another one's."""
     wanted = [(a.name, str(a.type)) for a in func._schema.arguments]
-    for name in packet.overloads():
+    for name in sorted(packet.overloads(), key=lambda name: name != func._overloadname):
         overload = getattr(packet, name)
         if [(a.name, str(a.type)) for a in overload._schema.arguments] == wanted:
             return overload

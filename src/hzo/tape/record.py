@@ -98,6 +98,7 @@ class Recorder(TorchDispatchMode):
         self._alive: list[Tensor] = []  # whose ids are in use
         self._saved: set[int] = set()  # values whose content must survive a write
         self._unpacked: list[int] = []  # values that autograd asked back, for a derivative inside the model
+        self._unpacking: tuple[int, int] | None = None  # what autograd asked back last: id of its tensor, value
         self._detached: dict[int, int] = {}  # id of a tensor that autograd detached -> the value behind it
         self._frozen: set[int] = set()  # ids of views of parameters that are not trained
         self._storages: dict[int, list[int]] = {}  # storage -> ids of tensors with values, in order
@@ -234,6 +235,7 @@ class Recorder(TorchDispatchMode):
         about = _OPERATORS.get(func) or _operator(func)
         if about.detach:
             return self._detach(func, args, kwargs)
+        self._unpacking = None
         differentiable = (
             not about.constant
             and torch.is_grad_enabled()
@@ -380,6 +382,11 @@ class Recorder(TorchDispatchMode):
         """A detached tensor is a constant; what autograd saves of a result comes by here, too."""
         result: Tensor = func(*args, **kwargs)
         key = id(args[0])
+        unpacking, self._unpacking = self._unpacking, None
+        if unpacking is not None and unpacking[0] == key:  # autograd gives it its history back, also that of a leaf
+            self.tape._index[id(result)] = unpacking[1]
+            self._alive.append(result)
+            return result
         behind = self._detached.get(key, self.tape._index.get(key))
         if behind is not None:
             self._detached[id(result)] = behind
@@ -411,7 +418,10 @@ class Recorder(TorchDispatchMode):
     def unpack(self, index: int) -> Tensor:
         """What a derivative inside the model asks back."""
         self._unpacked.append(index)
-        return self.tape.tensor(index)
+        tensor = self.tape.tensor(index)
+        if self.tape.values[index].requires:
+            self._unpacking = id(tensor), index
+        return tensor
 
     # -- writes -------------------------------------------------------------------------------------------------------
 

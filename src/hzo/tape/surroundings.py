@@ -80,14 +80,15 @@ def _replace() -> None:
     _originals["apply"] = function.__dict__["apply"]
     _originals["hooks"] = torch.autograd.graph.disable_saved_tensors_hooks
     _originals["backward_hook"] = module_hooks.BackwardHook
-    _originals["lstm"] = torch._VF.lstm
     _originals["call"] = torch.nn.Module.__call__
     torch.nn.Module.__call__ = _call  # type: ignore[method-assign]
+    _originals.update({name: getattr(torch._VF, name) for name in _RECURRENT})
     _originals["optimized"] = torch._C._get_graph_executor_optimize()
     function.apply = classmethod(_apply)  # type: ignore[assignment, method-assign]
     torch.autograd.graph.disable_saved_tensors_hooks = _without_hooks  # type: ignore[assignment]
     module_hooks.BackwardHook = _recorded_hook(_originals["backward_hook"])  # type: ignore[misc]
-    torch._VF.lstm = _lstm  # type: ignore[attr-defined]
+    for name in _RECURRENT:
+        setattr(torch._VF, name, _step_by_step(name))
     # TorchScript's executor would differentiate by itself what it has seen often enough.
     torch._C._set_graph_executor_optimize(False)
 
@@ -97,7 +98,8 @@ def _put_back() -> None:
     torch.autograd.graph.disable_saved_tensors_hooks = _originals["hooks"]
     module_hooks.BackwardHook = _originals["backward_hook"]  # type: ignore[misc]
     torch.nn.Module.__call__ = _originals["call"]  # type: ignore[method-assign]
-    torch._VF.lstm = _originals["lstm"]  # type: ignore[attr-defined]
+    for name in _RECURRENT:
+        setattr(torch._VF, name, _originals[name])
     torch._C._set_graph_executor_optimize(_originals["optimized"])
 
 
@@ -153,16 +155,26 @@ def _without_hooks(message: str) -> Iterator[None]:
         torch._C._autograd._push_saved_tensors_default_hooks(*_hooks(recorder))
 
 
-def _lstm(*args: Any, **kwargs: Any) -> Any:
-    """The LSTM out of the operators it is made of, where oneDNN would compute it as a whole."""
-    if current_recorder() is None:
-        return _originals["lstm"](*args, **kwargs)
-    enabled = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        return _originals["lstm"](*args, **kwargs)
-    finally:
-        torch._C._set_mkldnn_enabled(enabled)
+_RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+
+
+def _step_by_step(name: str) -> Callable[..., Any]:
+    """A recurrent layer out of the operators it is made of, where oneDNN or cuDNN would compute it as a whole."""
+
+    def layer(*args: Any, **kwargs: Any) -> Any:
+        original = _originals[name]
+        if current_recorder() is None:
+            return original(*args, **kwargs)
+        onednn, cudnn = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
+        torch._C._set_mkldnn_enabled(onednn and name != "lstm")  # of these it has the LSTM alone
+        torch._C._set_cudnn_enabled(False)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            torch._C._set_mkldnn_enabled(onednn)
+            torch._C._set_cudnn_enabled(cudnn)
+
+    return layer
 
 
 def _recorded_hook(original: type[Any]) -> type[Any]:

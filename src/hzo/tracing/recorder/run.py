@@ -143,6 +143,8 @@ def _run_stages(module: nn.Module, run: Run, args: tuple[Any, ...], kwargs: dict
     run.output = result
     run.references = pytree.tree_map_only(Tensor, lambda t: ref(run.recorder.read(t)), result)
     run.end = len(run.tape.operations)
+    name, _ = run.stages[-1]
+    run.stages[-1] = (name, run.end)  # reading what was written to through a view is an operation
 
 
 def _run_stage(
