@@ -202,7 +202,7 @@ def test_what_it_does_not_take():
     with pytest.raises(InputError, match="one number for a batch"):
         node_perturbation(model, lambda output, target: (output * target).sum(), x, y)
     node_perturbation(model, lambda output, target: (output * target).sum(), x, y, per_sample=False)
-    with pytest.raises(StepError, match="vanishes in the output of 0"):
+    with pytest.raises(StepError, match="vanishes in the output of addmm"):
         node_perturbation(model, F.mse_loss, x, y, mu=1e-18)
     normalized = nn.Sequential(model, nn.BatchNorm1d(2).double())
     with pytest.raises(CoupledSamplesError, match="evaluation mode"):

@@ -85,6 +85,7 @@ def cotangents(problem, chain):
 
     def finish(values, position):
         for op in tape.operations[position : len(graph.operations)]:
+
             def fill(a):
                 if type(a) is Ref:
                     return values[a.value]
@@ -101,7 +102,9 @@ def cotangents(problem, chain):
             live = [v for v in graph.live[position] if graph.values[v].floating]
             leaves = {v: tape.tensors[v].detach().clone().requires_grad_() for v in live}
             with torch.enable_grad():
-                loss = mean_loss(problem.loss_fn, finish({**dict(enumerate(tape.tensors)), **leaves}, position), problem.y)
+                loss = mean_loss(
+                    problem.loss_fn, finish({**dict(enumerate(tape.tensors)), **leaves}, position), problem.y
+                )
                 wanted = list(leaves.values())  # none where only integers are alive
                 found.append(torch.autograd.grad(loss, wanted, allow_unused=True) if wanted else ())
     return found

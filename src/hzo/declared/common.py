@@ -59,9 +59,7 @@ class Adjoint:
     probes: Callable[[Graph, Operation, int], list[Shape]] = lambda graph, op, value: []
 
 
-def call_of(
-    graph: Graph, op: Operation, activities: Activities, value: int, cotangents: Mapping[int, Tensor]
-) -> Call:
+def call_of(graph: Graph, op: Operation, activities: Activities, value: int, cotangents: Mapping[int, Tensor]) -> Call:
     """A declared module as it ran, its cotangent, and the means to measure it."""
     (cotangent,) = cotangents.values()
     call = activities.operation(op.index)

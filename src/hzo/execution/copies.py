@@ -105,7 +105,9 @@ def _directly(tape: Tape, op: Operation, moved: Mapping[int, Tensor], copies: in
         results = flat(call_with(tape, op, {value: tensor.flatten(0, 1)}))
         # Statistics that a norm returns beside its result belong to no copy.
         return [
-            r.unflatten(0, (copies, -1)) if r.dim() and r.shape[0] == copies * tensor.shape[1] else r.expand(copies, *r.shape)
+            r.unflatten(0, (copies, -1))
+            if r.dim() and r.shape[0] == copies * tensor.shape[1]
+            else r.expand(copies, *r.shape)
             for r in results
         ]
     if alone and target is aten.native_layer_norm.default:

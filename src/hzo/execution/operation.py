@@ -87,4 +87,3 @@ def read(graph: Graph, tensor: Tensor, stage: int) -> Tensor:
 def expanded(tensor: Tensor, copies: int) -> Tensor:
     """A base value as copies that take no memory."""
     return tensor.expand(copies, *tensor.shape) if copies > 1 else tensor.unsqueeze(0)
-

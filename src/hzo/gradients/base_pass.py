@@ -156,7 +156,9 @@ def check_same(graph: Graph, tape: Tape, end: int, batch: int) -> None:
         if op.target != call.target or op.results != call.writes:
             raise _other(graph, op.index, f"{call!r} ran where {op.target}{op.args} had run")
         pointwise = op.pointwise
-        if not _alike((op.args, tuple(op.kwargs.items())), (call.args, tuple(call.kwargs.items())), graph.batch, batch, pointwise):
+        if not _alike(
+            (op.args, tuple(op.kwargs.items())), (call.args, tuple(call.kwargs.items())), graph.batch, batch, pointwise
+        ):
             raise _other(graph, op.index, f"{call!r} ran where the arguments had been {op.args} {op.kwargs}")
         for v in op.writes:
             if not _fits(graph, v, tuple(tape.values[v].shape), batch) or graph.values[v].dtype != tape.values[v].dtype:

@@ -107,9 +107,7 @@ def add_gradients(
             add_to(local, use, found[use.value], derived, gradients)
 
 
-def add_to(
-    local: Local, use: ParameterUse, gradient: Tensor, derived: dict[int, Tensor], gradients: Gradients
-) -> None:
+def add_to(local: Local, use: ParameterUse, gradient: Tensor, derived: dict[int, Tensor], gradients: Gradients) -> None:
     """Add a contribution to the gradient of a parameter, or to the cotangent of a derived value."""
     if not use.name:
         known = derived.get(use.value)

@@ -46,7 +46,7 @@ def operation_links(graph: Graph, op: Operation, read: int, write: int) -> Links
     if op.coupled or not op.deterministic:
         return free(graph, read)
     interleaved = graph.values[read].outer > 1 or graph.values[write].outer > 1
-    rule: Rule | None = RULES.get(op.target)
+    rule: Rule | None = RULES.get(getattr(op.target, "func", op.target))
     if interleaved and rule is not reindexing.by_numbers and not is_elementwise(op):
         return free(graph, read)
     if op.module is not None:

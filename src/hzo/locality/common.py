@@ -45,8 +45,9 @@ def places_of(op: Operation, value: int) -> list[int | str]:
 
 def argument(op: Operation, name: str) -> Any:
     """An argument by the name in the operator's schema; its default where the call left it out."""
-    assert isinstance(op.target, torch._ops.OpOverload)
-    for k, about in enumerate(op.target._schema.arguments):
+    target = getattr(op.target, "func", op.target)
+    assert isinstance(target, torch._ops.OpOverload)
+    for k, about in enumerate(target._schema.arguments):
         if about.name == name:
             return op.args[k] if k < len(op.args) else op.kwargs.get(name, about.default_value)
     return None

@@ -48,6 +48,12 @@ def blocks(rows: int, columns: int, groups: int) -> tuple[int, ...]:
     return tuple(((1 << width) - 1) << (row // height * width) for row in range(rows))
 
 
+def _batch_norm(graph: Graph, op: Operation, read: int, write: int) -> Links | None:
+    """With its running statistics; with those of the batch, see below."""
+    rule = _batch_statistics if argument(op, "training") else _same_place
+    return rule(graph, op, read, write)
+
+
 def _batch_statistics(graph: Graph, op: Operation, read: int, write: int) -> Links | None:
     """Normalization of each of (samples × channels) over space: an instance norm, where samples are folded into the
     channels, or a batch norm, which couples samples and never comes here."""
@@ -96,7 +102,10 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys((aten._to_copy.default, aten.alias.default, aten.lift_fresh.default), _same_place),
     aten._prelu_kernel.default: broadcast,
     aten._native_batch_norm_legit_no_training.default: _same_place,
-    aten._native_batch_norm_legit.no_stats: _batch_statistics,
+    **dict.fromkeys(
+        (aten.native_batch_norm.default, aten.cudnn_batch_norm.default, aten._native_batch_norm_legit.no_stats),
+        _batch_norm,
+    ),
     **dict.fromkeys((aten.native_layer_norm.default, aten._fused_rms_norm.default), _over_the_last),
     aten.native_group_norm.default: _group_norm,
     **dict.fromkeys(

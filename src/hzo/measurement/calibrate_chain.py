@@ -90,7 +90,9 @@ def calibrate(
             noise=noise,
             rounding=hops.rounding_of_stages() if total is None else unitary(graph, scheme).rounding,
             parameters=hops.parameters,
-            seconds=hops.seconds(min(first, timed(lambda: _base(chain, x, loss_fn, y, cotangent))[0])) if seconds else None,
+            seconds=hops.seconds(min(first, timed(lambda: _base(chain, x, loss_fn, y, cotangent))[0]))
+            if seconds
+            else None,
         )
 
 

@@ -4,4 +4,17 @@ from hzo.reverse.backward import as_data, call_arguments, gradients_of, named
 from hzo.reverse.step import Gradients, RecordedStep, accumulate, record
 from hzo.reverse.walk import carry_back, measurements_of, sweep, sweep_end
 
-__all__ = ["Gradients", "RecordedStep", "accumulate", "as_data", "call_arguments", "carry_back", "gradients_of", "measurements_of", "named", "record", "sweep", "sweep_end"]
+__all__ = [
+    "Gradients",
+    "RecordedStep",
+    "accumulate",
+    "as_data",
+    "call_arguments",
+    "carry_back",
+    "gradients_of",
+    "measurements_of",
+    "named",
+    "record",
+    "sweep",
+    "sweep_end",
+]

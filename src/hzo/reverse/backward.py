@@ -74,6 +74,4 @@ def named(gradients: Gradients, model: nn.Module, loss_fn: Any) -> dict[str, Ten
     names = [*model.named_parameters()]
     if isinstance(loss_fn, nn.Module):
         names += [(f"loss_fn.{name}", p) for name, p in loss_fn.named_parameters()]
-    return {
-        name: torch.empty_like(p, requires_grad=False).copy_(found[id(p)]) for name, p in names if id(p) in found
-    }
+    return {name: torch.empty_like(p, requires_grad=False).copy_(found[id(p)]) for name, p in names if id(p) in found}

@@ -279,7 +279,9 @@ class Recorder(TorchDispatchMode):
 
     # -- calls that are one operation whatever they do inside ---------------------------------------------------------
 
-    def call_opaque(self, function: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call_opaque(
+        self, function: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Run a callable out of sight, and append it as one operation.
 
         Raises:

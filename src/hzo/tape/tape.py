@@ -77,4 +77,3 @@ class Tape:
     def __str__(self) -> str:
         lines = [f"%{k} = leaf {self.values[k]!r}" for k, v in enumerate(self.values) if v.producer < 0]
         return "\n".join(lines + [repr(op) for op in self.operations])
-

@@ -340,7 +340,11 @@ class Graph:
         text = repr(
             (
                 [op.described for op in self.operations],
-                [(value.sample_shape, str(value.dtype), value.batch_dim, value.outer) for value in self.values if value.batched],
+                [
+                    (value.sample_shape, str(value.dtype), value.batch_dim, value.outer)
+                    for value in self.values
+                    if value.batched
+                ],
                 self.stages,
                 *([self.differentiated] if self.differentiated else []),
             )

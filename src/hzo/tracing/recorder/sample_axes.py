@@ -15,6 +15,7 @@ from torch import Tensor
 from hzo.tape import Operation, Tape
 from hzo.tape.operations import Ref, refs_in
 
+
 class Axis(NamedTuple):
     """The dimension that holds the samples, and how often it runs through all of them."""
 
@@ -109,7 +110,9 @@ def _equivariant(
     run: Callable[[tuple[Any, ...], dict[str, Any]], list[Any]],
 ) -> Axis | None:
     """Where the samples of a result stand that influence each other: it changes places with the operands' samples."""
-    shuffled, turned = (_moved_results(tape, op, axes, made, batch, slice(None), kind, run) for kind in ("ramp", "turned"))
+    shuffled, turned = (
+        _moved_results(tape, op, axes, made, batch, slice(None), kind, run) for kind in ("ramp", "turned")
+    )
     if shuffled is None or turned is None:
         return None
     a, b = shuffled[result], turned[result]

@@ -123,7 +123,14 @@ def graph_of(module: nn.Module, run: Run, batch: int) -> Graph:
     finite = finite_values(tape, count)
     values = tuple(
         Value(
-            k, tuple(v.shape), v.dtype, k in axes, axis.dim if axis else None, v.producer, batch, finite[k],
+            k,
+            tuple(v.shape),
+            v.dtype,
+            k in axes,
+            axis.dim if axis else None,
+            v.producer,
+            batch,
+            finite[k],
             axis.outer if axis else 1,
         )  # fmt: skip
         for k, v in enumerate(tape.values)
