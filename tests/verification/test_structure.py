@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 import hzo
 from hzo.errors import StructureError
 from support.cases import CASES
-from support.hardware import Hardware, Opaque, as_torch_function, ramp
+from support.hardware import Opaque, ramp
 
 
 def normal(*shape, batch=3):

@@ -55,8 +55,8 @@ class Adjoint:
 
     promise: str
     apply: Callable[[Call, int], Tensor]
-    accepts: Callable[[Graph, Operation, int], bool] = lambda graph, op, value: True
-    probes: Callable[[Graph, Operation, int], list[Shape]] = lambda graph, op, value: []
+    accepts: Callable[[Graph, Operation, int], bool] = lambda _graph, _op, _value: True
+    probes: Callable[[Graph, Operation, int], list[Shape]] = lambda _graph, _op, _value: []
 
 
 def call_of(graph: Graph, op: Operation, activities: Activities, value: int, cotangents: Mapping[int, Tensor]) -> Call:

@@ -59,7 +59,7 @@ def _chunks(count: int) -> list[tuple[int, int]]:
     return [(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
 
 
-def _affine_probes(graph: Graph, op: Operation, value: int) -> list[Shape]:
+def _affine_probes(graph: Graph, _: Operation, value: int) -> list[Shape]:
     shape = _sample(graph, value)
     chunks = [(stop - start, *shape[1:]) for start, stop in _chunks(prod(shape))]
     return [(shape[0], *shape[1:]), *chunks]
@@ -87,11 +87,11 @@ def _affine_accepts(graph: Graph, op: Operation, value: int) -> bool:
 # ---- affine and elementwise: all places at once ---------------------------------------------------------------------
 
 
-def _diagonal_probes(graph: Graph, op: Operation, value: int) -> list[Shape]:
+def _diagonal_probes(graph: Graph, _: Operation, value: int) -> list[Shape]:
     return [(2, *_sample(graph, value)[1:])]
 
 
-def _diagonal(call: Call, value: int) -> Tensor:
+def _diagonal(call: Call, _: int) -> Tensor:
     operand = call.operand
     h = impulse_size(operand.dtype)
     probe = torch.zeros(2, *operand.shape[1:], dtype=operand.dtype, device=operand.device)
@@ -107,7 +107,7 @@ def _diagonal_accepts(graph: Graph, op: Operation, value: int) -> bool:
 # ---- affine, tokens alike: the features of one token ----------------------------------------------------------------
 
 
-def _token_probes(graph: Graph, op: Operation, value: int) -> list[Shape]:
+def _token_probes(graph: Graph, _: Operation, value: int) -> list[Shape]:
     shape = graph.values[value].shape
     places = prod(shape[1:-1])
     return [(-(-(shape[-1] + 1) // places), *shape[1:])]
@@ -133,7 +133,7 @@ def _tokens_accept(graph: Graph, op: Operation, value: int) -> bool:
 # ---- reindexing: the places that a run on their numbers shows -------------------------------------------------------
 
 
-def _copied(call: Call, value: int) -> Tensor:
+def _copied(call: Call, _: int) -> Tensor:
     operand = call.operand
     # A module of the user's own may insist on its dtype; where that cannot count so far, float64 can.
     countable = operand.numel() < 2 / torch.finfo(operand.dtype).eps

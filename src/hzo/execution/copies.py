@@ -182,10 +182,12 @@ def _by_vmap(tape: Tape, op: Operation, moved: Mapping[int, Tensor], copies: int
 
     if op.index not in tape.states or replay_of(op.target) is not op.target:
         try:
-            torch._C._functorch._set_vmap_fallback_warning_enabled(False)
+            torch._C._functorch._set_vmap_fallback_warning_enabled(False)  # type: ignore[attr-defined]
             return list(torch.vmap(one)(*moved.values()))
-        except Exception:  # noqa: BLE001, S110  # whatever vmap cannot do runs copy by copy
-            pass
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # whatever vmap cannot do runs copy by copy
+            return one_by_one(one, list(moved.values()), copies)
     return one_by_one(one, list(moved.values()), copies)
 
 

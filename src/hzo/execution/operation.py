@@ -38,7 +38,7 @@ def query(
     else:
         with again():
             if isinstance(op.target, Opaque):
-                results = _folded(graph, op, activities, call, operands, copies)
+                results = _folded(graph, activities, call, operands, copies)
             else:
                 results = run_copies(activities.tape, call, operands, copies)
     found = {v: r for v, r in zip(call.writes, results, strict=True) if v is not None}
@@ -52,7 +52,7 @@ def _foldable(graph: Graph, op: Operation) -> bool:
 
 
 def _folded(
-    graph: Graph, op: Operation, activities: Activities, call: Call, moved: Mapping[int, Tensor], copies: int
+    graph: Graph, activities: Activities, call: Call, moved: Mapping[int, Tensor], copies: int
 ) -> list[Tensor]:
     """An opaque operation on copies for samples: operands that depend on the inputs are repeated for each of them."""
     if copies == 1:

@@ -47,7 +47,7 @@ def run_slice(
     outputs: Sequence[int],
     copies: int,
 ) -> list[Tensor]:
-    """Run some operations with some values replaced by perturbed copies, (copies, *shape); return the ``outputs`` alike.
+    """Run some operations with some values replaced by perturbed copies, (copies, *shape); return ``outputs`` alike.
 
     Cost: ``copies × batch`` queries.
     """

@@ -97,7 +97,7 @@ def loss_pass(chain: Chain, x: Any, loss_fn: Callable[..., Any], y: Any) -> Base
     """A base pass, its loss, and the cotangents that the loss gives to the outputs.
 
     Raises:
-        InputError: the loss is no tensor of numbers. NonFiniteError: names the first operation that made NaN or infinity.
+        InputError: the loss is no tensor of numbers. NonFiniteError: names the first call that made NaN or infinity.
         PlanError: the model does something else than when it was traced, or the loss reads what it did not return.
     """
     graph = chain.traced
@@ -106,8 +106,8 @@ def loss_pass(chain: Chain, x: Any, loss_fn: Callable[..., Any], y: Any) -> Base
         loss = loss_fn(run.output) if y is None else loss_fn(run.output, y)
         if not isinstance(loss, Tensor):
             raise InputError(
-                f"expected loss_fn to return a tensor (one number, or one a sample), got {type(loss).__name__}; a score "
-                "without a derivative goes through hzo.smoothed"
+                f"expected loss_fn to return a tensor (one number, or one a sample), got {type(loss).__name__}; a "
+                "score without a derivative goes through hzo.smoothed"
             )
     try:
         seeds, hooks = RecordedStep(run.recorder).seed(loss)
@@ -169,8 +169,8 @@ def check_same(graph: Graph, tape: Tape, end: int, batch: int) -> None:
 
 def _other(graph: Graph, index: int, what: str) -> OtherGraphError:
     return OtherGraphError(
-        f"this plan was made for another chain, input shape, dtype or mode: at {graph.describe(index)} {what}; make one "
-        "for this: chain = hzo.trace(model, x); plan = hzo.plan(chain)"
+        f"this plan was made for another chain, input shape, dtype or mode: at {graph.describe(index)} {what}; make "
+        "one for this: chain = hzo.trace(model, x); plan = hzo.plan(chain)"
     )
 
 

@@ -13,7 +13,7 @@ from hzo.plans.cost import parameter_cost, rule_cost
 from hzo.plans.plan import Boundaries, Hop, Node, ParameterProbe, Plan
 from hzo.plans.trees import Tree
 from hzo.structure import Assume
-from hzo.tracing import Graph, Operation, ParameterUse, declared_step
+from hzo.tracing import Graph, Operation, declared_step
 
 Wanted = dict[int, set[int]]
 """Values whose cotangents are asked for, by position."""

@@ -61,7 +61,7 @@ class RecordedStep:
         return [(leaf, _hooked(leaf, g)) for leaf, g in leaves.values()]
 
     def seed(self, loss: Tensor) -> tuple[dict[int, Tensor], dict[int, Callable[[Tensor], Tensor]]]:
-        """The cotangent that a sweep begins with, by value, and the hooks on intermediate tensors. Errors as ``backward``."""
+        """What a sweep begins with, by value, and the hooks on intermediate tensors. Errors as ``backward``."""
         value = self._value_of_loss(loss)
         with torch.no_grad():
             return {value: torch.full_like(loss, 1 / max(loss.numel(), 1))}, self._hooks()

@@ -70,7 +70,7 @@ def _same_arguments(packet: Any, func: Any) -> Any:
 
 
 def _rrelu_again(
-    x: Tensor, noise: Tensor, lower: Any = 0.125, upper: Any = 1 / 3, training: bool = False, generator: Any = None
+    x: Tensor, noise: Tensor, lower: Any = 0.125, upper: Any = 1 / 3, training: bool = False, _: Any = None
 ) -> Tensor:
     """Random slopes once more: those that were drawn stand in the noise."""
     if not training:

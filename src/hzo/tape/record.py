@@ -612,8 +612,13 @@ def current_recorder() -> Recorder | None:
     return None
 
 
+def hooks_allowed() -> bool:
+    """Whether autograd takes hooks on what it saves; transforms of ``torch.func`` do not."""
+    return bool(torch._C._autograd._saved_tensors_hooks_is_enabled())  # type: ignore[attr-defined]
+
+
 def _without_hooks() -> contextlib.AbstractContextManager[Any]:
-    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # inside a transform of torch.func
+    if not hooks_allowed():
         return contextlib.nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(_itself, _itself)
 

@@ -20,7 +20,7 @@ from torch.nn.modules import module as module_hooks
 
 from hzo.errors import TapeError
 from hzo.tape.custom import CustomFunction, NodeHooks
-from hzo.tape.record import Recorder, current_recorder
+from hzo.tape.record import Recorder, current_recorder, hooks_allowed
 
 _lock = threading.RLock()
 _recording = 0  # threads that record at the moment
@@ -31,7 +31,7 @@ _originals: dict[str, Any] = {}
 def recording(recorder: Recorder) -> Iterator[None]:
     """Inside, what autograd would differentiate is recorded: grad mode on, autograd keeping numbers of values only."""
     saved: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-    if torch._C._autograd._saved_tensors_hooks_is_enabled():  # not inside a transform of torch.func
+    if hooks_allowed():
         saved = torch.autograd.graph.saved_tensors_hooks(*_hooks(recorder))
     with _patched(), torch.inference_mode(False), torch.enable_grad(), _eager(), saved, recorder:
         yield

@@ -82,7 +82,7 @@ class Value:
             raise AssertionError("a value in which samples are mixed has no rows")
         d = self.batch_dim + 1
         if self.outer > 1:
-            tensor = tensor.unflatten(d, (self.outer, batch, -1)).movedim(d + 1, 1)
+            tensor = apart(tensor, d, self.outer, batch).movedim(d + 1, 1)
             return tensor.movedim((d + 1, d + 2), (2, 3)).reshape(tensor.shape[0] * batch, -1)
         moved = tensor.movedim(d, 1) if self.batch_dim else tensor
         return moved.reshape(tensor.shape[0] * batch, -1)
@@ -93,21 +93,28 @@ class Value:
         size = self.shape[d] // self.batch
         copies, before, after = rows.shape[0] // batch, self.shape[:d], self.shape[d + 1 :]
         if self.outer > 1:
-            apart = rows.reshape(copies, batch, self.outer, size // self.outer, *before, *after)
-            return apart.movedim((2, 1, 3), (d + 1, d + 2, d + 3)).flatten(d + 1, d + 3)
+            split = rows.reshape(copies, batch, self.outer, size // self.outer, *before, *after)
+            return split.movedim((2, 1, 3), (d + 1, d + 2, d + 3)).flatten(d + 1, d + 3)
         moved = rows.reshape(copies, size * batch, *before, *after)
         return moved.movedim(1, d + 1) if d else moved
 
     def sample(self, tensor: Tensor, number: int, batch: int) -> Tensor:
         """One sample, of ``sample_shape``."""
         d = self.batch_dim or 0
-        return tensor.unflatten(d, (self.outer, batch, -1)).select(d + 1, number).flatten(d, d + 1)
+        return apart(tensor, d, self.outer, batch).select(d + 1, number).flatten(d, d + 1)
 
     def joined(self, samples: Tensor) -> Tensor:
         """The value that holds these samples, (batch, *sample_shape)."""
         d = self.batch_dim or 0
-        apart = samples.unflatten(d + 1, (self.outer, -1))
-        return apart.movedim(0, d + 1).flatten(d, d + 2)
+        shape = samples.shape
+        split = samples.reshape(*shape[: d + 1], self.outer, -1, *shape[d + 2 :])
+        return split.movedim(0, d + 1).flatten(d, d + 2)
+
+
+def apart(tensor: Tensor, dim: int, outer: int, batch: int) -> Tensor:
+    """A dimension as three: how often it runs through the samples, the samples, and what belongs to each."""
+    shape = tensor.shape
+    return tensor.reshape(*shape[:dim], outer, batch, shape[dim] // (outer * batch), *shape[dim + 1 :])
 
 
 @dataclass(frozen=True)

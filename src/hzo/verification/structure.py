@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from hzo.declared import call_of, find_adjoint
 from hzo.errors import StructureError
 from hzo.execution import Activities, contained, counting, query, run_with_parameter
-from hzo.finite_differences import accumulation_dtype
 from hzo.gradients import base_pass, by_rule, traced_for
 from hzo.locality import slice_locality
 from hzo.plans import has_rule

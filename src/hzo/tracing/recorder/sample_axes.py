@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hzo.tape import Operation, Tape
 from hzo.tape.operations import Ref, refs_in
+from hzo.tracing.graph import apart
 
 
 class Axis(NamedTuple):
@@ -78,7 +79,7 @@ def find_axes(
         first = _moved_results(tape, op, axes, made, batch, slice(0, 1), kind, run)
         rest = _moved_results(tape, op, axes, made, batch, slice(1, None), kind, run)
         for k, v in list(unseen.items()):
-            reference = tape.tensors[seen[k]] if kind == "shuffled" else whole and whole[k]
+            reference: Tensor | None = tape.tensors[seen[k]] if kind == "shuffled" else whole[k] if whole else None
             if reference is None or first is None or rest is None:
                 continue
             if reference.shape != first[k].shape or reference.shape != rest[k].shape:
@@ -119,7 +120,7 @@ def _equivariant(
     for d, size in enumerate(a.shape):
         if size and size % batch == 0:
             for outer in dict.fromkeys((1, size // batch)):
-                rolled = a.unflatten(d, (outer, batch, -1)).roll(1, d + 1).flatten(d, d + 2)
+                rolled = apart(a, d, outer, batch).roll(1, d + 1).flatten(d, d + 2)
                 if close(rolled, b):
                     return Axis(d, outer)
     return None
@@ -132,7 +133,7 @@ def _axis(one: Tensor, others: Tensor, batch: int) -> Axis | None:
             continue
         share = size // batch
         for outer in dict.fromkeys((1, share, *(k for k in range(2, share) if share % k == 0))):
-            first, rest = (t.unflatten(d, (outer, batch, -1)) for t in (one, others))
+            first, rest = (apart(t, d, outer, batch) for t in (one, others))
             if not bool(first.narrow(d + 1, 1, batch - 1).any()) and not bool(rest.select(d + 1, 0).any()):
                 return Axis(d, outer)
     return None
@@ -166,7 +167,7 @@ def _other(tensor: Tensor | None, axis: Axis | None, batch: int, samples: slice,
     assert tensor is not None
     assert axis is not None
     tensor = tensor.detach()
-    moved = tensor.unflatten(axis.dim, (axis.outer, batch, -1)).movedim(axis.dim + 1, 0)
+    moved = apart(tensor, axis.dim, axis.outer, batch).movedim(axis.dim + 1, 0)
     rows = moved.reshape(batch, -1)
     if not tensor.is_floating_point() or tensor.numel() == 0:
         new = rows.roll(1, 0)

@@ -35,8 +35,8 @@ def trace(model: nn.Module | Chain | Callable[..., Any], x: Any, *, samples: int
     """Record how ``model`` computes, as a chain of stages.
 
     The children of an ``nn.Sequential`` and the callables of a ``hzo.Chain`` are the stages, and are looked into.
-    Any other module is cut at every boundary where a single tensor is alive. A stage that looks at values (NumPy) becomes
-    one opaque operation, whose parameters are perturbed.
+    Any other module is cut at every boundary where a single tensor is alive. A stage that looks at values (NumPy)
+    becomes one opaque operation, whose parameters are perturbed.
 
     Args:
         model: a module, or a chain made by hand.
@@ -132,7 +132,7 @@ def graph_of(module: nn.Module, run: Run, batch: int) -> Graph:
             batch,
             finite[k],
             axis.outer if axis else 1,
-        )  # fmt: skip
+        )
         for k, v in enumerate(tape.values)
         for axis in (axes.get(k),)
     )
@@ -156,8 +156,8 @@ def graph_of(module: nn.Module, run: Run, batch: int) -> Graph:
     for value in values:
         if value.batched and value.dtype.is_complex and value.producer >= 0:
             raise TraceError(
-                f"{operations[value.producer].name} makes a complex tensor, which has no cotangent in a plan; leave out "
-                "plan and options (hzo.backward takes it), or wrap the part in hzo.blackbox"
+                f"{operations[value.producer].name} makes a complex tensor, which has no cotangent in a plan; leave "
+                "out plan and options (hzo.backward takes it), or wrap the part in hzo.blackbox"
             )
     # Two runs of the batch with other samples, one more of what a rule measures, and one for the price.
     stages = _named_stages(run) if stages_of(module) is not None else _cut(graph)
