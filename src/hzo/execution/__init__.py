@@ -2,12 +2,14 @@
 
 from hzo.execution.activities import Activities
 from hzo.execution.counting import QueryCount, as_checks, count_queries
+from hzo.execution.copies import VIEWS
 from hzo.execution.operation import query, read
 from hzo.execution.passes import arguments_of, count_probes, run_again, run_probe, run_slice, run_with_parameter
 from hzo.execution.side_effects import contained, devices_of, restore_snapshot, take_snapshot, undone_on_error
 from hzo.tape.opaque import RandomState, random_state, set_random_state, with_parameters
 
 __all__ = [
+    "VIEWS",
     "Activities",
     "QueryCount",
     "RandomState",

@@ -51,9 +51,7 @@ def _foldable(graph: Graph, op: Operation) -> bool:
     return all(v.batch_dim == 0 and v.outer == 1 for v in values)
 
 
-def _folded(
-    graph: Graph, activities: Activities, call: Call, moved: Mapping[int, Tensor], copies: int
-) -> list[Tensor]:
+def _folded(graph: Graph, activities: Activities, call: Call, moved: Mapping[int, Tensor], copies: int) -> list[Tensor]:
     """An opaque operation on copies for samples: operands that depend on the inputs are repeated for each of them."""
     if copies == 1:
         found = flat(call_with(activities.tape, call, {v: t.squeeze(0) for v, t in moved.items()}))

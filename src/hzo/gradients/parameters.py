@@ -17,7 +17,7 @@ from hzo.errors import NonFiniteError
 from hzo.execution import Activities, count_probes, counting, run_probe, run_with_parameter
 from hzo.finite_differences import Scheme, accumulation_dtype, default_step, narrowest, stepped
 from hzo.plans import ParameterProbe
-from hzo.reverse.walk import again, carry_back
+from hzo.reverse import again, carry_back
 from hzo.rules.base import Call, Engine
 from hzo.tracing import Graph, Operation, ParameterUse
 

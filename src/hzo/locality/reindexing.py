@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from hzo.execution.copies import VIEWS
+from hzo.execution import VIEWS
 from hzo.finite_differences import Links, matrix_of, without_full
 from hzo.locality.common import Rule, sizes
 from hzo.tape import Ref

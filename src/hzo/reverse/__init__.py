@@ -2,12 +2,13 @@
 
 from hzo.reverse.backward import as_data, call_arguments, gradients_of, named
 from hzo.reverse.step import Gradients, RecordedStep, accumulate, record
-from hzo.reverse.walk import carry_back, measurements_of, sweep, sweep_end
+from hzo.reverse.walk import again, carry_back, measurements_of, sweep, sweep_end
 
 __all__ = [
     "Gradients",
     "RecordedStep",
     "accumulate",
+    "again",
     "as_data",
     "call_arguments",
     "carry_back",

@@ -215,7 +215,7 @@ def group_norm(call: Call) -> Cotangents:
         form = _memory_format(x)
         found = aten.native_group_norm_backward(
             g.contiguous(memory_format=form), x.contiguous(memory_format=form), mean, rstd, gamma, batch, channels,
-            space, groups, operands.mask,
+            space, groups, [True, operands.mask[1], operands.mask[2]],  # without the first, channels last crash
         )  # fmt: skip
         result = operands.collect(found)
         if operands.measures_standard and gamma is not None:

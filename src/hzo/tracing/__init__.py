@@ -2,7 +2,7 @@
 
 from hzo.tracing.arguments import leaves, map_arguments, tensors_in
 from hzo.tracing.chain import Chain, Stages, noisy
-from hzo.tracing.graph import Graph, Measured, Operation, ParameterUse, Stage, Value
+from hzo.tracing.graph import Graph, Measured, Operation, ParameterUse, Stage, Value, apart
 from hzo.tracing.promises import (
     PROMISES,
     Local,
@@ -27,6 +27,7 @@ __all__ = [
     "Stage",
     "Stages",
     "Value",
+    "apart",
     "declare",
     "declared",
     "declared_links",

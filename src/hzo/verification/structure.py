@@ -137,7 +137,7 @@ Found = Iterator[tuple[str, str, Finding]]
 
 def _operand_checks(task: _Task, op: Operation) -> Found:
     graph, activities, generator = task.graph, task.activities, task.generator
-    outputs = [v for v in op.writes if graph.values[v].floating and graph.values[v].batched]
+    outputs = _handed_on(graph, op)
     if not op.batched or not outputs:
         return
     for value in op.reads:
@@ -175,6 +175,12 @@ def _operand_checks(task: _Task, op: Operation) -> Found:
             yield f"adjoint rule ({promise})", operand, _adjoint_check(task, op, value, run, rows)
 
 
+def _handed_on(graph: Graph, op: Operation) -> list[int]:
+    """The results that something reads: a rule is asked for no others, the statistics of a norm, say."""
+    read = [v for v in op.writes if graph.values[v].floating and graph.last_read[v] > op.index]
+    return [v for v in read if not graph.values[v].batched or graph.values[v].batch_dim is not None]
+
+
 def _row_shape(graph: Graph, value: int) -> tuple[int, ...]:
     """The shape of a sample in the order of its rows: what is left of the batch dimension comes first."""
     found = graph.values[value]
@@ -202,7 +208,7 @@ def _declared_checks(
 
 def _adjoint_check(task: _Task, op: Operation, value: int, run: properties.Run, rows: Tensor) -> Finding:
     graph, activities = task.graph, task.activities
-    outputs = [v for v in op.writes if graph.values[v].floating and graph.values[v].batched]
+    outputs = _handed_on(graph, op)
 
     def carry(cotangents: list[Tensor]) -> Tensor:
         given = {v: graph.values[v].from_rows(g, activities.batch) for v, g in zip(outputs, cotangents, strict=True)}
@@ -227,7 +233,7 @@ def _carried(task: _Task, op: Operation, value: int, cotangents: dict[int, Tenso
 
 
 def _parameter_checks(task: _Task, op: Operation) -> Found:
-    if has_rule(op):
+    if has_rule(op) and _handed_on(task.graph, op):
         for use in op.parameters:
             yield "parameter rule", use.name or "a derived operand", _parameter_check(task, op, use)
 
@@ -235,7 +241,7 @@ def _parameter_checks(task: _Task, op: Operation) -> Found:
 def _parameter_check(task: _Task, op: Operation, use: ParameterUse) -> Finding:
     """The rule assumes that an operator computes what its name says."""
     graph, activities = task.graph, task.activities
-    outputs = [v for v in op.writes if graph.values[v].floating]
+    outputs = _handed_on(graph, op)
     parameter = activities.tensor(use.value)
 
     def run(moved: Tensor) -> list[Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hzo.tape import Operation, Tape
 from hzo.tape.operations import Ref, refs_in
-from hzo.tracing.graph import apart
+from hzo.tracing import apart
 
 
 class Axis(NamedTuple):
