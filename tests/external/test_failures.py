@@ -76,6 +76,17 @@ class TestFailedSamples:
         assert torch.allclose(found[[0, 2]], 2 * x[[0, 2]], rtol=TOLERANCE)
         assert not found[1].any()
 
+    def test_are_not_masks_nor_what_nobody_reads(self):
+        def f(z):
+            return torch.where(z > 0, z.sin(), -torch.inf), (-z.abs()).log()
+
+        def loss(out):
+            return out[0].exp().sum()
+
+        x = normal(5, 4)
+        exact = torch.where(x > 0, x.sin().exp() * x.cos(), 0.0)
+        assert torch.allclose(gradient(hzo.blackbox(f), x, loss), exact, rtol=TOLERANCE)
+
     def test_leave_the_gradient_of_parameters(self):
         class Part(nn.Module):
             def __init__(self):
