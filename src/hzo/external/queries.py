@@ -59,7 +59,9 @@ class Sweep:
 
     def base(self, site: Site) -> list[Tensor]:
         """(rows, m) of the outputs that count, as the forward pass left them."""
-        return [self._bases()[o].reshape(site.rows, -1) for o in self.outputs]
+        found = [self._bases()[o].reshape(site.rows, -1) for o in self.outputs]
+        # What is NaN or infinite here has no cotangent, and is zero in queries, too.
+        return [t if bool(t.sum().isfinite()) else t.nan_to_num(0.0, 0.0, 0.0) for t in found]
 
     def run(self, site: Site, moved: Tensor, sample: int | None = None) -> list[Tensor]:
         """(copies, rows, m) of the outputs that count, for copies (copies, rows, n) of a site's rows.
