@@ -281,7 +281,7 @@ class Sweep:
         if not self.watching:
             return
         self.noted = True
-        alive = ~self.dead
+        alive = ~self.dead if self.failed is None or len(self.failed) != len(self.dead) else ~(self.dead | self.failed)
         for a, b, c in zip(above, below, base, strict=True):
             kept = slice(None, None, max(1, a.numel() // 2**18))  # some of many directions tell as much
             first, second = a[kept] - b[kept], a[kept] + b[kept] - 2 * c
