@@ -203,3 +203,23 @@ def test_queries_that_hand_memory_through(scheme):
         found, _ = hzo.grad_and_value(chain, F.cross_entropy, x, y, plan=plan, memory=1)
         for (name, _), gradient in zip(model.named_parameters(), expected, strict=True):
             torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"tree": "bisect"}])
+def test_an_expanded_cotangent_is_copied_into_grad(options):
+    """A cotangent may be a view that shows memory several times; what is handed to the user is not."""
+
+    class Summed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(1, 3)
+
+        def forward(self, x):
+            return self.layer(x.sum(1, keepdim=True))
+
+    model, y = Summed().double(), torch.arange(4) % 3
+    x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    for _ in range(2):  # the second adds
+        hzo.backward(model, F.cross_entropy, x, y, **options)
+        nn.utils.clip_grad_norm_([x, *model.parameters()], 1e-3)
+    assert x.grad.stride() == x.stride()

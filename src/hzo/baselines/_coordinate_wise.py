@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hzo.baselines import _evaluate as ev
 from hzo.errors import InputError, StepError
+from hzo.reverse import accumulate
 
 
 def coordinate_wise(
@@ -58,8 +59,7 @@ def coordinate_wise(
                 if scheme == "central":
                     lower, below = _query(parameter, copy, index, -step, loss_at)
                 gradient[index] = (above - below) / (upper - lower)
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        ev.accumulate(parameter, gradient)
+    accumulate(zip(parameters, gradients, strict=True))
     return loss
 
 

@@ -185,15 +185,6 @@ def held(parameters: Sequence[nn.Parameter]) -> Iterator[list[Tensor]]:
             parameter.data.copy_(copy)
 
 
-def accumulate(parameter: Tensor, gradient: Tensor) -> None:
-    """Add to ``.grad``, as ``loss.backward()`` does."""
-    with torch.no_grad():
-        if parameter.grad is None:
-            parameter.grad = torch.empty_like(parameter).copy_(gradient)
-        else:
-            parameter.grad += gradient.to(parameter.grad.dtype)
-
-
 def accumulator(parameter: Tensor) -> Tensor:
     """Zeros of the parameter's shape to sum estimates in: float32 for lower precisions."""
     dtype = torch.promote_types(parameter.dtype, torch.float32)

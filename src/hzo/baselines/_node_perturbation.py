@@ -14,6 +14,7 @@ from hzo.errors import CoupledSamplesError, InputError
 from hzo.execution import Activities, base_pass, query, resolve
 from hzo.gradients import Local, parameter_gradients, traced_for
 from hzo.parameter_rules import find_rule
+from hzo.reverse import accumulate
 from hzo.tracing import Graph, Operation, Ref, map_arguments, tensors_in
 
 
@@ -100,8 +101,7 @@ def node_perturbation(
             for value, xi in zip(nodes, noise, strict=True):
                 cotangents[value] += _credit(graph, value, xi.to(cotangents[value].dtype), slope, p.batch)
         gradients = parameter_gradients(Local(graph, activities, perturbed=()), cotangents)
-    for parameter, gradient in gradients.values():
-        ev.accumulate(parameter, gradient)
+    accumulate(gradients.values())
     return loss
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hzo.baselines import _evaluate as ev
 from hzo.baselines import _together as together
+from hzo.reverse import accumulate
 
 
 def two_point(
@@ -39,8 +40,7 @@ def two_point(
     for seed, slope in zip(seeds, slopes, strict=bool(parameters)):
         for gradient, z in zip(gradients, ev.directions(parameters, draw, seed), strict=True):
             gradient.add_(z, alpha=slope / samples)
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        ev.accumulate(parameter, gradient)
+    accumulate(zip(parameters, gradients, strict=True))
     return loss
 
 

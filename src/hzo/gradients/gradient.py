@@ -1,8 +1,9 @@
 """Gradients from queries: record the boundaries, fold the tree, apply the rules.
 
 ``backward``, ``grad_and_value`` and ``cotangents`` are three views of one computation: a base pass gives every
-boundary its activity, the loss gives the last boundary its cotangent, the plan's nodes carry it to the others, and
-every parameter's gradient is a local product of an activity and a cotangent.
+boundary its activation, the loss gives the last boundary its cotangent, the plan's nodes carry it to the others, and
+every parameter's gradient is a local product of an activation and a cotangent. Without a plan, and where nothing is
+declared, ``backward`` and ``grad_and_value`` take the gradient of a recording instead (``hzo.record``).
 """
 
 from __future__ import annotations
@@ -41,22 +42,25 @@ def backward(
     """Estimate the gradient of the mean loss by forward passes only and add it to ``.grad``.
 
     Args:
-        model: a traced chain, or any module (traced and planned on the first call, then cached).
+        model: any module, recorded at every call; or a traced chain. With a plan, options of one or declared modules
+            it is traced and planned on the first call, then cached.
         loss_fn: ``loss_fn(output, y)``: a scalar, or one loss per sample, whose mean is taken.
         x: input with the batch first; a tuple is passed as positional, a dict as keyword arguments.
         y: target; None calls ``loss_fn(output)``.
         plan: from ``hzo.plan``; None plans with ``options`` (those of ``hzo.plan``).
         scale: factor on the gradients, for a ``GradScaler``: ``scale=scaler.scale(torch.ones(()))``.
-        memory: bytes that the perturbed copies of one chunk may take; None takes a share of what is free.
-            What is stored of the base pass is the plan's affair: ``hzo.plan(..., memory=)``.
+        memory: with a plan, bytes that the perturbed copies of one chunk may take; None takes a share of what is
+            free. What is stored of the base pass is the plan's affair: ``hzo.plan(..., memory=)``.
 
     An input that requires a gradient gets one, too. Returns the loss, a scalar without gradient history. Afterwards
     buffers and random state are as after one ordinary forward pass; on an error nothing has changed.
 
-    Cost: ``plan.queries`` and one base pass. Source: paper; parameter rules are backprop's local step.
+    Cost: one forward pass and the small runs that measure weights; with a plan, ``plan.queries`` and one base pass.
+    Source: paper (plans), ours (recordings); parameter rules are backprop's local step.
 
     Raises:
-        InputError, PlanError: batch, target or plan do not fit. NonFiniteError: says which stage came first.
+        InputError, PlanError: batch, target or plan do not fit. NonFiniteError: says where it began, if known.
+        TapeError: the gradient leads through something that was not recorded.
         See ``hzo.trace`` and ``hzo.plan`` for what they raise.
     """
     factor = float(scale)
@@ -67,12 +71,7 @@ def backward(
     gradients, loss, (graph, found) = _estimate(model, loss_fn, x, y, plan, memory, options)
     inputs = tensors_in(call_arguments(x))
     of_inputs = [(inputs[v], found[0][v]) for v in graph.differentiated if v in found.get(0, {})]
-    for parameter, gradient in (*gradients.values(), *of_inputs):
-        scaled = (gradient * factor if factor != 1 else gradient).to(parameter.dtype)
-        if parameter.grad is None:
-            parameter.grad = scaled
-        else:
-            parameter.grad += scaled
+    accumulate([(p, g * factor if factor != 1 else g) for p, g in (*gradients.values(), *of_inputs)])
     return loss
 
 

@@ -1,7 +1,7 @@
 """From the loss at the end of a tape back to the gradients of its leaves."""
 
-from hzo.reverse.backward import call_arguments, gradients_of, named
+from hzo.reverse.backward import gradients_of, named
 from hzo.reverse.step import Gradients, RecordedStep, accumulate, record
 from hzo.reverse.walk import sweep
 
-__all__ = ["Gradients", "RecordedStep", "accumulate", "call_arguments", "gradients_of", "named", "record", "sweep"]
+__all__ = ["Gradients", "RecordedStep", "accumulate", "gradients_of", "named", "record", "sweep"]

@@ -12,15 +12,7 @@ from torch.utils import _pytree as pytree
 from hzo.distributed import averaged, forward_of, refuse_wrappers
 from hzo.errors import InputError, NonFiniteError
 from hzo.reverse.step import Gradients, RecordedStep, record
-
-
-def call_arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """How a model is called with ``x``: a tuple or list as positional, a dict as keyword arguments."""
-    if isinstance(x, (tuple, list)):
-        return tuple(x), {}
-    if isinstance(x, dict):
-        return (), x
-    return (x,), {}
+from hzo.tracing.recorder import call_arguments
 
 
 def recorded_loss(

@@ -40,8 +40,8 @@ class RecordedStep:
         Args:
             loss: a tensor made inside the recording: a number, or one a sample, of which the mean is taken.
             scale: factor on the gradients, for a ``GradScaler``.
-            retain_graph: keep what the tape holds, for another loss of the same recording; otherwise it goes as the
-                sweep passes.
+            retain_graph: keep what the tape holds, for another loss of the same recording; otherwise it is released
+                as the sweep passes.
 
         All or nothing: on an error no ``.grad`` has changed.
 
@@ -57,8 +57,8 @@ class RecordedStep:
         """The gradient of the loss for every leaf that requires one; ``.grad`` is left alone. Errors: ``backward``."""
         if self._swept:
             raise TapeError(
-                "this recording was swept before, and what it held is gone; say retain_graph=True the first time, or "
-                "add the losses up"
+                "this recording was swept before, and what it held was released; say retain_graph=True the first time, "
+                "or add the losses up"
             )
         if self._recorder.wrappers:
             raise DistributedError(
@@ -118,7 +118,9 @@ class RecordedStep:
                     inputs = [self.tape.tensors[r] for r in op.reads()]
                     if all(t is None or not t.is_floating_point() or bool(t.isfinite().all()) for t in inputs):
                         return f"the first call that made NaN or infinity out of numbers is {op.name}: {op!r}"
-        return "NaN or infinity came in with an input or a parameter"
+        if any(not bool(leaf.isfinite().all()) for leaf in self.tape.leaves.values()):
+            return "NaN or infinity came in with a parameter"
+        return "where it began was not kept, or it came in with the data; hzo.record(keep=True) keeps every result"
 
     def _hooks(self) -> dict[int, Callable[[Tensor], Tensor]]:
         """Hooks that the user registered on intermediate tensors, and ``retain_grad``."""
@@ -159,11 +161,11 @@ def accumulate(gradients: Iterable[tuple[Tensor, Tensor]]) -> None:
     made: list[tuple[Tensor, Tensor, bool]] = []
     with torch.no_grad():
         for leaf, gradient in gradients:
-            dense = gradient.to(leaf.dtype)
             before = leaf.grad
+            dense = gradient.to(leaf.dtype if before is None else before.dtype)
             if before is None:
                 made.append((leaf, torch.empty_like(leaf, requires_grad=False).copy_(dense), True))
-            elif _can_be_added_to(before, dense):
+            elif _can_be_added_to(before):
                 made.append((leaf, dense, False))
             else:
                 made.append((leaf, torch.add(dense, before), True))
@@ -177,9 +179,9 @@ def accumulate(gradients: Iterable[tuple[Tensor, Tensor]]) -> None:
             hook(leaf)
 
 
-def _can_be_added_to(grad: Tensor, more: Tensor) -> bool:
+def _can_be_added_to(grad: Tensor) -> bool:
     dense = grad.layout == torch.strided and not grad.requires_grad and not grad.is_inference()
-    return dense and torch._debug_has_internal_overlap(grad) == 0 and grad.dtype == more.dtype
+    return dense and torch._debug_has_internal_overlap(grad) == 0
 
 
 @contextmanager

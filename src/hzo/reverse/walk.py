@@ -11,10 +11,10 @@ from torch import Tensor
 from hzo.errors import TapeError
 from hzo.execution import counting
 from hzo.rules.base import Call, Cotangents, Engine, Key
-from hzo.rules.fallback import flat_results
 from hzo.rules.registry import LEAN, find_rule
 from hzo.tape import Operation, Recorder, Tape
 from hzo.tape.operations import Ref
+from hzo.tape.record import flat
 from hzo.tape.surroundings import recording
 
 
@@ -26,7 +26,7 @@ def sweep(
     Args:
         seeds: the cotangents to begin with, by value.
         hooks: for some values, what replaces their cotangent once it is complete.
-        free: let go what the tape holds as soon as nothing reads it any more.
+        free: release what the tape holds as soon as nothing reads it any more.
 
     Returns what reached the leaves, by value. Cost: one rule an operation on the path; where a rule measures a weight,
     the queries that it needs.
@@ -110,20 +110,8 @@ class _Walk:
     def leaves(self) -> dict[int, Tensor]:
         for value in self.cotangents:
             foreign = self.tape.values[value].foreign
-            if foreign == "CppFunction":
-                raise TapeError(
-                    "the gradient leads through TorchScript, whose executor has begun to differentiate by itself (it "
-                    "does after some runs with autograd); flush what it has compiled, "
-                    "scripted._debug_flush_compilation_cache(), or train by hzo from the start"
-                )
-            if foreign is not None and foreign.startswith("a "):
-                raise TapeError(f"the gradient leads into {foreign}; call clone() on the view before it is written to")
             if foreign is not None:
-                raise TapeError(
-                    f"the gradient leads into {foreign}, which ran before the recording began, in another thread, or "
-                    "in code that PyTorch does not show; begin the recording earlier (hzo.record around all that has a "
-                    "part in the loss), or detach the tensor where its history does not matter"
-                )
+                raise TapeError(f"the gradient leads into {foreign}")
         return {v: g for v, g in self.cotangents.items() if v in self.tape.leaves}
 
 
@@ -159,7 +147,7 @@ def _again(call: Call, function: Callable[..., Any]) -> Cotangents:
         for key, k, made in leaves:
             value = recorder.read(made)
             recorder.tape.values[value].weight = call.weight(key) if k is None else False
-        results = flat_results(function(*args, **kwargs))
+        results = flat(function(*args, **kwargs))
         seeds: dict[int, Tensor] = {}
         for result, grad in zip(results, call.grads, strict=True):
             if grad is not None and isinstance(result, Tensor) and result.requires_grad:

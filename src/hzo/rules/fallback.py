@@ -2,7 +2,7 @@
 
 In this order. An operator that PyTorch tags ``pointwise`` has one slope per element, which two runs measure. Another
 one that PyTorch knows a decomposition of is recorded again, as the calls it consists of. What is left is perturbed
-element by element, and ``print(plan)`` says what that costs.
+element by element: twice as many runs as it has.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ from torch import Tensor
 
 from hzo.errors import TapeError
 from hzo.rules.base import Call, Cotangents, Key, Rule, unbroadcast
-from hzo.tape.operations import Ref
-
-_VMAP_ELEMENTS = 2**22  # of the results of one chunk of queries
+from hzo.tape.record import flat
 
 
 def fallback(target: Any) -> tuple[Rule, str]:
@@ -138,7 +136,7 @@ def _differences(call: Call, key: Key, k: int | None, x: Tensor, parts: Tensor) 
     def at(moved: Tensor) -> list[Any]:
         whole = moved.view(parts.shape)
         operand = torch.view_as_complex(whole) if x.is_complex() else whole
-        return flat_results(call.measure(_with(call, key, k, operand), moved[:1]))
+        return flat(call.measure(_with(call, key, k, operand), moved[:1]))
 
     for j in range(base.numel()):
         upper, lower = base.clone(), base.clone()
@@ -148,15 +146,3 @@ def _differences(call: Call, key: Key, k: int | None, x: Tensor, parts: Tensor) 
         total = sum(((up - down) * g.conj()).real.sum() for up, down, g in pairs if g is not None)
         result[j] = total / (upper[j] - lower[j])
     return result.view(parts.shape)
-
-
-def flat_results(result: Any) -> list[Any]:
-    """The results of a call in order, lists flattened."""
-    if isinstance(result, (list, tuple)):
-        return [leaf for item in result for leaf in flat_results(item)]
-    return [result]
-
-
-def is_operand(template: Any) -> bool:
-    """Whether a template is a tensor's place."""
-    return type(template) is Ref

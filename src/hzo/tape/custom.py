@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from hzo.tape.operations import ref
@@ -39,10 +38,9 @@ class NodeHooks:
 class CustomFunction:
     """A call of a custom Function: the node that autograd made for it, which holds what its backward needs."""
 
-    def __init__(self, node: Any, inputs: int) -> None:
+    def __init__(self, node: Any) -> None:
         self.node = node
         self.function = node._forward_cls
-        self.inputs = inputs
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, CustomFunction) and other.function is self.function
@@ -52,11 +50,6 @@ class CustomFunction:
 
     def __repr__(self) -> str:
         return f"{self.function.__module__}.{self.function.__qualname__}"
-
-    def __call__(self, *args: Any) -> Any:
-        """The function's forward, without a history."""
-        with torch.no_grad():
-            return self.function.apply(*args)
 
     def carry_back(self, cotangents: list[Tensor]) -> tuple[Any, ...]:
         """The user's backward, with the hooks that hang on it; no engine runs."""
@@ -95,7 +88,7 @@ class CustomFunction:
             return ref(recorder.read(argument)) if isinstance(argument, Tensor) else _plain(argument)
 
         refs = tuple(map(place, args))
-        op = recorder.operation(CustomFunction(node, len(args)), refs, {})
+        op = recorder.operation(CustomFunction(node), refs, {})
         writes: list[int | None] = []
         for tensor in outputs:
             made = tensor.grad_fn is node

@@ -14,7 +14,7 @@ _cache: dict[Any, Callable[..., Any]] = {}
 class OutOfPlace:
     """Runs an operator on copies of what it would change; returns its other results, then the changed copies.
 
-    There is one object for each operator, so that fingerprints compare.
+    There is one object for each operator, so that two recordings of one step name the same target.
     """
 
     def __init__(self, func: Any, writes: tuple[int | str, ...]) -> None:

@@ -21,6 +21,8 @@ from hzo.tape.aliases import geometry_of, overlaps_itself, pass_through, read_wi
 from hzo.tape.operations import Operation, Value, ref
 from hzo.tape.tape import Tape
 
+WRITTEN_TWICE = "a write to a view that shows memory several times; call clone() on the view before it is written to"
+
 aten = torch.ops.aten
 _FIX_WEAKREF = getattr(Tensor, "_fix_weakref", None)
 
@@ -73,7 +75,7 @@ class Writer(Protocol):
     def foreign(self, tensor: Tensor, what: str = "") -> int:
         """A value of which nothing is known but that a gradient would lead into it."""
 
-    def operation(self, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation:
+    def operation(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation:
         """Append an operation."""
 
 
@@ -290,7 +292,7 @@ class Memory:
                     continue
                 shown.fill_(True)
             if overlaps_itself(size_, stride):
-                recorder.foreign(window, "a view that shows memory several times")
+                recorder.foreign(window, WRITTEN_TWICE)
             else:
                 recorder.read(window)
             self._put(root, window)

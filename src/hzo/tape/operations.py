@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ class Value:
         requires: whether autograd would carry a gradient to it.
         producer: index of the operation that made it; -1 for a leaf.
         weight: whether it was computed from parameters alone; no weight is read to carry a cotangent to an activation.
-        foreign: the name of the autograd function behind it, where that was not recorded.
+        foreign: where its history is not on the tape: what made it, and the way on, for the error.
     """
 
     __slots__ = ("device", "dtype", "foreign", "producer", "requires", "shape", "weight")
@@ -80,7 +80,7 @@ class Operation:
     def __init__(
         self,
         index: int,
-        target: Callable[..., Any],
+        target: Any,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         writes: tuple[int | None, ...],

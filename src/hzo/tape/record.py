@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from hzo.tape.aliases import geometry_of, overlaps_itself, pass_through, restride, restride_scatter
 from hzo.tape.foreach import on_lists, singles
 from hzo.tape.functions import OutOfPlace, out_of_place
-from hzo.tape.memory import Memory, storage_of
+from hzo.tape.memory import WRITTEN_TWICE, Memory, storage_of
 from hzo.tape.operations import Operation, Value, ref
 from hzo.tape.tape import Tape
 from hzo.tape.undo import Undo
@@ -123,7 +123,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         keep: keep the content of every value, also where code writes over it: for plans that run operations again.
             Without, what PyTorch's own derivatives would save is kept, which is all that rules read.
         lean: operators whose rules read no more than PyTorch's own derivative saves. What only they touch, and nobody
-            else holds any more, is let go while the recording runs.
+            else holds any more, is released while the recording runs.
     """
 
     def __init__(self, keep: bool = False, lean: Collection[Any] = ()) -> None:
@@ -237,15 +237,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self.foreign(tensor)
 
     def foreign(self, tensor: Tensor, what: str = "") -> int:
-        """A value whose history is not on the tape: a gradient that leads there is an error."""
+        """A value whose history is not on the tape: a gradient that leads there is an error, which says ``what``."""
         index = self.new_value(tensor, True, -1, False)
-        function = "an unknown function" if tensor.grad_fn is None else type(tensor.grad_fn).__name__
-        self.tape.values[index].foreign = what or function
+        self.tape.values[index].foreign = what or _unrecorded(tensor)
         return index
 
     def operation(
         self,
-        target: Callable[..., Any],
+        target: Any,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         writes: tuple[int | None, ...] = (),
@@ -318,7 +317,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         op.writes = self._results(op, result)
         self._results_of_last = op.writes
         if self._lean:
-            self._let_go(op)
+            self._release_unneeded(op)
         return result
 
     def _clone(
@@ -405,8 +404,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._frozen.add(id(tensor))
                 self.keep_alive(tensor)
 
-    def _let_go(self, op: Operation) -> None:
-        """Every now and then: forget what lean calls made, autograd did not save, and the user's code has dropped."""
+    def _release_unneeded(self, op: Operation) -> None:
+        """Every now and then: release what lean calls made, autograd did not save, and the user's code has dropped."""
         target = op.target.func if isinstance(op.target, OutOfPlace) else op.target
         if target not in self._lean or self.hold_all:
             self._needed.update(op.reads())
@@ -499,7 +498,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             op.writes = self._results(op, result)
             self._results_of_last = op.writes
             if self._lean:
-                self._let_go(op)
+                self._release_unneeded(op)
             return result
         refs, named = self._refs(args), self._named(kwargs)
         self.memory.register()
@@ -515,10 +514,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._results_of_last = op.writes
         for tensor, put in zip(written, shared, strict=True):
             if overlaps_itself(tensor.shape, tensor.stride()):
-                self.foreign(tensor, "a write to a view that shows memory several times")
+                self.foreign(tensor, WRITTEN_TWICE)
             self.memory.after_write(tensor, put)
         if self._lean:
-            self._let_go(op)
+            self._release_unneeded(op)
         return result
 
     def _drawn(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -595,6 +594,21 @@ def current_recorder() -> Recorder | None:
         if isinstance(mode, Recorder):
             return mode
     return None
+
+
+def _unrecorded(tensor: Tensor) -> str:
+    """What made a tensor whose history the recording has not seen, and the way on."""
+    function = "an unknown function" if tensor.grad_fn is None else type(tensor.grad_fn).__name__
+    if function == "CppFunction":
+        return (
+            "TorchScript, whose executor has begun to differentiate by itself (it does after some runs with autograd); "
+            "flush what it has compiled, scripted._debug_flush_compilation_cache(), or train by hzo from the start"
+        )
+    return (
+        f"{function}, which ran before the recording began, in another thread, or in code that PyTorch does not show; "
+        "begin the recording earlier (hzo.record around all that has a part in the loss), or detach the tensor where "
+        "its history does not matter"
+    )
 
 
 def _looks_like(a: Tensor, b: Tensor) -> bool:

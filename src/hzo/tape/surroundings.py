@@ -25,7 +25,7 @@ from hzo.tape.record import Recorder, current_recorder
 _lock = threading.RLock()
 _recording = [0]  # threads that record at the moment
 _originals: dict[str, Any] = {}
-_module_hooks: Any = module  # where torch.nn.Module finds its BackwardHook
+_replaced: list[tuple[Any, str]] = []  # whose attributes have an original
 
 
 @contextlib.contextmanager
@@ -73,34 +73,32 @@ def _patched() -> Iterator[None]:
                 _put_back()
 
 
+def _replacements() -> list[tuple[Any, str, Any]]:
+    """Whose attribute, its name, and what stands there while anybody records."""
+    return [
+        (torch.autograd.Function, "apply", classmethod(_apply)),
+        (torch.autograd.graph, "disable_saved_tensors_hooks", _without_hooks),
+        (module, "BackwardHook", _recorded_hook(module.BackwardHook)),  # type: ignore[attr-defined]
+        (Tensor, "register_hook", _register_hook),
+        (nn.parallel.DistributedDataParallel, "forward", _wrapped_forward),
+        *((torch._VF, name, _step_by_step(name)) for name in _RECURRENT),
+    ]
+
+
 def _replace() -> None:
-    function = torch.autograd.Function
-    _originals["apply"] = function.__dict__["apply"]
-    _originals["hooks"] = torch.autograd.graph.disable_saved_tensors_hooks
-    _originals["backward_hook"] = _module_hooks.BackwardHook
-    _originals.update({name: getattr(torch._VF, name) for name in _RECURRENT})
-    _originals["register_hook"] = Tensor.register_hook
-    _originals["wrapper"] = nn.parallel.DistributedDataParallel.forward
-    _originals["optimized"] = torch._C._get_graph_executor_optimize()
-    function.apply = classmethod(_apply)  # type: ignore[assignment, method-assign]
-    torch.autograd.graph.disable_saved_tensors_hooks = _without_hooks  # type: ignore[assignment]
-    _module_hooks.BackwardHook = _recorded_hook(_originals["backward_hook"])
-    Tensor.register_hook = _register_hook  # type: ignore[method-assign]
-    nn.parallel.DistributedDataParallel.forward = _wrapped_forward  # type: ignore[method-assign]
-    for name in _RECURRENT:
-        setattr(torch._VF, name, _step_by_step(name))
+    for owner, name, replacement in _replacements():
+        _replaced.append((owner, name))
+        _originals[name] = vars(owner)[name] if isinstance(owner, type) else getattr(owner, name)
+        setattr(owner, name, replacement)
     # TorchScript's executor would differentiate by itself what it has seen often enough.
+    _originals["optimized"] = torch._C._get_graph_executor_optimize()
     torch._C._set_graph_executor_optimize(False)
 
 
 def _put_back() -> None:
-    torch.autograd.Function.apply = _originals["apply"]  # type: ignore[method-assign]
-    torch.autograd.graph.disable_saved_tensors_hooks = _originals["hooks"]
-    _module_hooks.BackwardHook = _originals["backward_hook"]
-    Tensor.register_hook = _originals["register_hook"]  # type: ignore[method-assign]
-    nn.parallel.DistributedDataParallel.forward = _originals["wrapper"]  # type: ignore[method-assign]
-    for name in _RECURRENT:
-        setattr(torch._VF, name, _originals[name])
+    while _replaced:
+        owner, name = _replaced.pop()
+        setattr(owner, name, _originals[name])
     torch._C._set_graph_executor_optimize(_originals["optimized"])
 
 
@@ -136,13 +134,13 @@ def _without_hooks(message: str) -> Iterator[None]:
     """Transforms of torch.func do not support hooks on saved tensors: they run without the tape's."""
     recorder = current_recorder()
     if recorder is None:
-        with _originals["hooks"](message):
+        with _originals["disable_saved_tensors_hooks"](message):
             yield
         return
     torch._C._autograd._pop_saved_tensors_default_hooks()
     outer, recorder.hold_all = recorder.hold_all, True  # autograd does not tell what it saves
     try:
-        with _originals["hooks"](message):
+        with _originals["disable_saved_tensors_hooks"](message):
             yield
     finally:
         recorder.hold_all = outer
@@ -162,7 +160,7 @@ def _wrapped_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     recorder = current_recorder()
     if recorder is not None and self.require_backward_grad_sync:
         recorder.wrappers.append(self)
-    return _originals["wrapper"](self, *args, **kwargs)
+    return _originals["forward"](self, *args, **kwargs)
 
 
 _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")

@@ -63,13 +63,6 @@ class Tape:
         """The value that a tensor of the recorded code holds; None for one that the recording never saw."""
         return self._index.get(id(tensor))
 
-    @property
-    def fingerprint(self) -> tuple[Any, ...]:
-        """Equal for two recordings that a plan cannot tell apart: calls, arguments, shapes, dtypes, requirements."""
-        calls = tuple((op.target, op.args, tuple(op.kwargs.items())) for op in self.operations)
-        about = tuple((v.shape, v.dtype, v.requires, v.weight) for v in self.values)
-        return calls, about
-
     def __str__(self) -> str:
         lines = [f"%{k} = leaf {self.values[k]!r}" for k, v in enumerate(self.values) if v.producer < 0]
         return "\n".join(lines + [repr(op) for op in self.operations])

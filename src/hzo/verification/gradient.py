@@ -17,8 +17,8 @@ from hzo._options import whole
 from hzo.errors import InputError
 from hzo.execution import as_checks, contained, counting
 from hzo.gradients import grad_and_value
-from hzo.reverse import call_arguments
 from hzo.tracing import Chain
+from hzo.tracing.recorder import call_arguments
 
 _TOLERANCE = 5.0  # times the error bar of a direction
 
