@@ -17,17 +17,16 @@ PACKAGES = (
     "hzo._options",
     "hzo._files",
     "hzo.noise",
+    "hzo.tape",
+    "hzo.rules",
     "hzo.tracing",
     "hzo.structure",
     "hzo.execution",
-    "hzo.tracing.recorder",
-    "hzo.tape",
-    "hzo.rules",
     "hzo.reverse",
+    "hzo.tracing.recorder",
     "hzo.finite_differences",
+    "hzo.declared",
     "hzo.losses",
-    "hzo.parameter_rules",
-    "hzo.adjoints",
     "hzo.locality",
     "hzo.plans",
     "hzo.planner",
@@ -45,12 +44,11 @@ PACKAGES = (
     "hzo_lab.training",
     "hzo_lab.reports",
     "hzo_lab.paper",
-    "hzo_lab.zoo",
     "hzo_lab.cli",
     "hzo_lab",
 )
 # Their names are for all to import; of the other packages, others import what the face (__init__) gives.
-OPEN = {"hzo.structure", "hzo.parameter_rules", "hzo.adjoints", "hzo.locality", "hzo.tape", "hzo.rules"}
+OPEN = {"hzo.structure", "hzo.locality", "hzo.tape", "hzo.rules"}
 SHADOWS: dict[str, set[str]] = {}
 # ``python -m hzo``: the one file of the library that knows the application.
 ENTRY = {"hzo.__main__", "hzo_lab.__main__"}

@@ -1,47 +1,24 @@
-"""What is promised of an operation's Jacobian, by exact type and only where nothing is in the way.
+"""What a plan may assume of a Jacobian, and the simplest such thing: *elementwise*, an output element depends on the
+input element of the same place alone, as PyTorch's tag ``pointwise`` says of an operator, or a user of a module.
 
-Here: what a plan may assume, when a layer is what its type says, and the simplest promise, *elementwise* (an output
-element depends on the input element of the same place alone). Locality by axis is in ``locality/``, promises that carry
-a cotangent through one operation are in ``adjoints/``.
+Locality by axis is in ``locality/``, how an operation carries a cotangent back in ``rules/`` and ``declared/``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 from hzo.errors import PlanError
-from hzo.tracing import Graph, Operation, declared, untouched
+from hzo.tracing import Graph, Operation, declared
 
 Assume = Literal["nothing", "locality", "structure"]
 ASSUMPTIONS = get_args(Assume)
 
-_MODULES: tuple[type[nn.Module], ...] = (
-    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh, nn.Sigmoid,
-    nn.LogSigmoid, nn.Softplus, nn.Softsign, nn.Softshrink, nn.Hardshrink, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish,
-    nn.Tanhshrink, nn.Threshold, nn.Identity, nn.Dropout, nn.AlphaDropout,
-)  # fmt: skip
-
-# Unary and binary functions; a binary one is elementwise in an operand that is not broadcast.
-_FUNCTIONS: frozenset[Any] = frozenset(
-    function
-    for name in (
-        "relu", "relu_", "tanh", "tanh_", "sigmoid", "sigmoid_", "exp", "log", "log1p", "expm1", "sqrt", "rsqrt", "sin",
-        "cos", "abs", "square", "neg", "reciprocal", "erf", "clamp", "clip", "pow", "clone", "contiguous", "float",
-        "double", "half", "bfloat16", "to", "type_as", "add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_",
-        "true_divide", "maximum", "minimum", "where", "masked_fill", "masked_fill_", "lerp", "addcmul", "dropout",
-        "relu6", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "logsigmoid", "softplus", "softsign",
-        "softshrink", "hardshrink", "hardtanh", "hardsigmoid", "hardswish", "tanhshrink", "threshold",
-        "__add__", "__radd__", "__iadd__", "__sub__", "__rsub__", "__isub__", "__mul__", "__rmul__", "__imul__",
-        "__truediv__", "__rtruediv__", "__itruediv__", "__neg__", "__abs__", "__pow__", "__rpow__",
-    )
-    for namespace in (torch, Tensor, F)
-    if (function := getattr(namespace, name, None)) is not None
-)  # fmt: skip
+aten = torch.ops.aten
+_COPIES = (aten._to_copy.default, aten.alias.default, aten.lift_fresh.default)
 
 
 def check_assume(assume: str) -> Assume:
@@ -52,13 +29,10 @@ def check_assume(assume: str) -> Assume:
 
 
 def is_elementwise(op: Operation) -> bool:
-    """Whether an operation's type promises it; shapes are for ``elementwise_slice`` to see."""
+    """Whether an operation's kind promises it; shapes are for ``elementwise_slice`` to see."""
     if op.module is not None:
-        return "elementwise" in (declared(op.module) or ()) or (type(op.module) in _MODULES and untouched(op.module))
-    try:
-        return op.target in _FUNCTIONS
-    except TypeError:  # a callable without a hash
-        return False
+        return "elementwise" in (declared(op.module) or ())
+    return op.pointwise or op.target in _COPIES
 
 
 def elementwise_slice(graph: Graph, value: int, operations: Sequence[int], outputs: Sequence[int]) -> bool:

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 
@@ -10,10 +10,11 @@ import torch
 from torch.utils import _pytree as pytree
 
 import hzo
-from hzo.execution.operation import call, resolve
-from hzo.tracing.arguments import Ref
+from hzo.gradients import base_pass
+from hzo.tape import Ref
+from hzo.tape.record import flat
 from hzo.tracing.chain import Chain
-from hzo.tracing.recorder.tracer import call_arguments
+from hzo.tracing.recorder import call_arguments
 from support.cases import CASES, Case, Problem
 
 # Central differences of one node in float64, h = u^(1/3) of the scale: h² of curvature and u/h of rounding are each
@@ -55,8 +56,7 @@ def parameters_of(problem):
 
 def unregistered(chain):
     """Parameters of a traced chain by the chain's names, which cover layers that no module holds."""
-    uses = [use for op in chain.traced.operations for use in op.parameters if use.name]
-    return {use.name: use.where.get() for use in uses}
+    return dict(chain.traced.trainable)
 
 
 def gradients(problem, parameters=None):
@@ -73,37 +73,38 @@ def gradients(problem, parameters=None):
 def cotangents(problem, chain):
     """The cotangent of every floating value alive at every stage boundary: run from there on, differentiate."""
     graph = chain.traced
-    args, kwargs = call_arguments(problem.x)
-    inputs = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-    values = dict(zip(graph.inputs, inputs, strict=True))
-
-    def run(values, start, stop):
-        for op in graph.operations[start:stop]:
-            results = call(op, *resolve(op, values.__getitem__, graph.batch))
-            values.update(zip(op.writes, results, strict=True))
-        return values
-
-    def finish(values):
-        return pytree.tree_map_only(Ref, lambda ref: values[ref.value], graph.output)
-
-    end = len(graph.operations)
     state = torch.get_rng_state()
-    with undisturbed(problem.module), torch.no_grad():
-        output = finish(run(dict(values), 0, end))
+    with undisturbed(problem.module):
+        activities, output = base_pass(chain, problem.x)
         torch.set_rng_state(state)
+        args, kwargs = call_arguments(problem.x)
         again = problem.module(*pytree.tree_map_only(torch.Tensor, torch.clone, args), **kwargs)
         for a, b in zip(pytree.tree_leaves(output), pytree.tree_leaves(again), strict=True):
-            assert torch.equal(a, b)  # the graph computes what the model does
+            assert torch.equal(a, b)  # what was recorded is what the model does
+    tape = activities.tape
+
+    def finish(values, position):
+        for op in tape.operations[position : len(graph.operations)]:
+
+            def fill(a):
+                if type(a) is Ref:
+                    return values[a.value]
+                return tuple(map(fill, a)) if type(a) is tuple else a
+
+            with tape.states[op.index].again() if op.index in tape.states else nullcontext():
+                made = flat(op.target(*fill(op.args), **{k: fill(v) for k, v in op.kwargs.items()}))
+            values.update((v, t) for v, t in zip(op.writes, made, strict=True) if v is not None)
+        return pytree.tree_map_only(Ref, lambda ref: values[ref.value], graph.output)
+
     found = []
     for position in graph.boundaries:
         with undisturbed(problem.module):
-            torch.set_rng_state(state)
-            with torch.no_grad():
-                reached = run(dict(values), 0, position)
             live = [v for v in graph.live[position] if graph.values[v].floating]
-            leaves = {v: reached[v].detach().requires_grad_() for v in live}
+            leaves = {v: tape.tensors[v].detach().clone().requires_grad_() for v in live}
             with torch.enable_grad():
-                loss = mean_loss(problem.loss_fn, finish(run({**reached, **leaves}, position, end)), problem.y)
+                loss = mean_loss(
+                    problem.loss_fn, finish({**dict(enumerate(tape.tensors)), **leaves}, position), problem.y
+                )
                 wanted = list(leaves.values())  # none where only integers are alive
                 found.append(torch.autograd.grad(loss, wanted, allow_unused=True) if wanted else ())
     return found

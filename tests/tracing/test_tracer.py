@@ -7,40 +7,66 @@ import torch.nn.functional as F
 from torch import nn
 
 import hzo
-from hzo.errors import CoupledSamplesError, NondeterministicError, TraceError
+from hzo.errors import CoupledSamplesError, NondeterministicError, PlanError, TraceError
 from support import oracles
 from support.networks import Calls
 from support.oracles import normal
 
+LOOSE = normal(4).requires_grad_()
+UNDERSTOOD = {
+    "a number": lambda h: h * h.sum().item(),
+    "a branch": lambda h: h * 2 if h[0, 0] > 0 else h,
+    "nonzero": lambda h: h[h.nonzero()[:, 0]],
+    "boolean mask": lambda h: torch.cat([h[h > 0].sum().expand(h.shape[0], 1), h], 1),
+    "masked_select": lambda h: h + h.masked_select(h > 0).sum(),
+    "detach": lambda h: h * h.detach(),
+    "data": lambda h: h * h.data,
+    "a mean over the batch": lambda h: h - h.mean(0),
+    "a product of samples": lambda h: h @ h.T,
+    "one sample more": lambda h: h[: h.shape[0] - 1],
+    "a part of the batch": lambda h: h[:2],
+    "a branch on the batch": lambda h: h.sin() if len(h) == 3 else h.cos(),
+    "a view written to": lambda h: (h[:, 0].mul_(2), h)[1],
+    "a mean of the loss": lambda h: h.mean().reshape(1, 1),
+    "a parameter that no module holds": lambda h: h + LOOSE,
+}
+
+
+@pytest.mark.parametrize("assume", ["nothing", "locality", "structure"])
+@pytest.mark.parametrize("batch", [3, 9])
+@pytest.mark.parametrize("name", UNDERSTOOD)
+def test_what_autograd_sees_is_what_is_planned(name, batch, assume):
+    """Values that a forward pass reads are constants, as for autograd; samples that influence each other are refused
+    where they would be perturbed."""
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), Calls(UNDERSTOOD[name])).double(), normal(batch, 4)
+    before = torch.get_rng_state()
+    expected = torch.autograd.grad(oracles.distance(model(x)).mean(), list(model.parameters()))
+    chain = hzo.trace(model, x)
+    assert torch.equal(torch.get_rng_state(), before)
+    try:
+        tree = "planned" if assume == "structure" else "bisect"
+        found, _ = hzo.grad_and_value(chain, oracles.distance, x, tree=tree, assume=assume)
+    except (CoupledSamplesError, PlanError) as error:
+        assert assume != "structure", error  # noqa: PT017
+        return
+    for (parameter, _), gradient in zip(model.named_parameters(), expected, strict=True):
+        torch.testing.assert_close(found[parameter], gradient, rtol=1e-6, atol=1e-9)
+
+
 REFUSED = {
-    "a number": (lambda h: h * h.sum().item(), TraceError, "reads values out of a tensor|mixed|grow in proportion"),
-    "a branch": (lambda h: h * 2 if h[0, 0] > 0 else h, TraceError, "reads values out of a tensor"),
-    "numpy": (lambda h: torch.as_tensor(np.tanh(h.numpy())), TraceError, "reads values out of a tensor"),
-    "nonzero": (lambda h: h[h.nonzero()[:, 0]], TraceError, "reads values out of a tensor"),
-    "boolean mask": (lambda h: h[h > 0], TraceError, "expected one dimension to grow in proportion"),
-    "masked_select": (lambda h: h.masked_select(h > 0), TraceError, "reads values out of a tensor"),
-    "detach": (lambda h: h * h.detach(), TraceError, "finite differences see through it"),
-    "data": (lambda h: h * h.data, TraceError, "finite differences see through it"),
-    "assigned data": (lambda h: setattr(h, "data", h * 2) or h, TraceError, "use an out-of-place call"),
-    "a mean over the batch": (lambda h: h - h.mean(0), TraceError, "samples are mixed"),
-    "a product of samples": (lambda h: h @ h.T, TraceError, "expected one dimension to grow in proportion"),
-    "one sample more": (lambda h: h[: h.shape[0] - 1], TraceError, "not a multiple of the batch size"),
-    "a part of the batch": (lambda h: h[:2], TraceError, "expected one dimension to grow in proportion"),
-    "a branch on the batch": (lambda h: h.sin() if len(h) == 3 else h.cos(), TraceError, "does different things"),
-    "a view written to": (lambda h: (h[:, 0].mul_(2), h)[1], TraceError, "shares memory with another"),
-    "a mean of the loss": (lambda h: h.mean(), TraceError, "samples are mixed"),
-    "no output": (lambda h: None, TraceError, "output is not computed from its input"),
-    "complex numbers": (lambda h: torch.fft.rfft(h).abs(), TraceError, "complex tensor, which has no cotangent"),
-    "a constant": (lambda h: torch.ones(3), TraceError, "output is not computed from its input"),
+    "numpy": (lambda h: torch.as_tensor(np.tanh(h.numpy())), "reads values out of a tensor"),
+    "no output": (lambda h: None, "output is not computed from its input"),
+    "complex numbers": (lambda h: torch.fft.rfft(h).abs(), "complex tensor, which has no cotangent"),
+    "a constant": (lambda h: torch.ones(3), "output is not computed from its input"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refuses(name):
-    function, error, message = REFUSED[name]
+    function, message = REFUSED[name]
     model, x = Calls(function), normal(3, 4)
     call, before = nn.Module.__call__, torch.get_rng_state()
-    with pytest.raises(error, match=message):
+    with pytest.raises(TraceError, match=message):
         hzo.trace(model, x)
     assert nn.Module.__call__ is call
     assert torch.equal(torch.get_rng_state(), before)
@@ -52,9 +78,7 @@ COUPLED = {
     "rolled": lambda h: h.roll(1, 0),
     "flipped": lambda h: h.flip(0),
     "batch softmax": lambda h: h.softmax(0),
-    "divided by the size": lambda h: h / h.shape[0],
     "time first, folded": lambda h: h.view(-1, 2, 2).transpose(0, 1).reshape(2 * h.shape[0], 2).view(-1, 4),
-    "indexed by position": lambda h: h[torch.arange(h.shape[0])],
     "batch norm": nn.BatchNorm1d(4).double(),
     "batch norm and dropout": nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.1)).double(),
 }
@@ -64,6 +88,8 @@ COUPLED = {
 @pytest.mark.parametrize("name", COUPLED)
 def test_samples_that_influence_each_other(name, x):
     """Refused, and seen for what it is whatever the input was traced with."""
+    if x == "one sample" and name == "time first, folded":
+        pytest.skip("one sample is apart from no other")
     x = {"normal": normal(4, 4), "zeros": normal(4, 4) * 0, "ones": normal(4, 4) * 0 + 1, "one sample": normal(1, 4)}[x]
     if x.shape[0] == 1 and "batch norm" in name:
         pytest.skip("BatchNorm refuses one sample by itself")
@@ -95,10 +121,14 @@ def test_opaque_random_stage_that_couples_is_seen():
         hzo.plan(chain, assume="nothing")
 
 
-def test_a_stage_that_does_not_repeat():
+def test_noise_that_is_recorded_repeats():
+    """Numbers from a generator of the model's own stand on the tape as constants; an opaque stage draws them anew."""
     generator = torch.Generator().manual_seed(0)
     noisy = Calls(lambda h: h + 1e-3 * torch.randn(h.shape, generator=generator, dtype=h.dtype))
-    chain = hzo.trace(nn.Sequential(nn.Linear(4, 4).double(), noisy), normal(3, 4))
+    x = normal(3, 4)
+    hzo.plan(hzo.trace(nn.Sequential(nn.Linear(4, 4).double(), noisy), x))
+    noisy.hzo_opaque = True
+    chain = hzo.trace(nn.Sequential(nn.Linear(4, 4).double(), noisy), x)
     with pytest.raises(NondeterministicError, match=r"gave two results for the same input.*noise="):
         hzo.plan(chain)
     assert hzo.plan(chain, noise=1e-3).noise == hzo.Noise(readout=1e-3)
@@ -116,6 +146,8 @@ class TestOpaqueStages:
     """Stages that look at values: one operation each, whose parameters are perturbed."""
 
     class Branching(nn.Module):
+        hzo_opaque = True
+
         def __init__(self):
             super().__init__()
             self.weight = nn.Parameter(normal(3) * 0.5)
@@ -151,7 +183,7 @@ class TestOpaqueStages:
         errors = oracles.relative_errors(found, {name: p.grad for name, p in exact.items()})
         assert oracles.worst(errors) <= oracles.CENTRAL
 
-    def test_memory_used_again_is_refused(self):
+    def test_memory_used_again_is_copied(self):
         """A result that the next call overwrites would make every difference zero."""
         buffer = np.empty((64, 3))
 
@@ -159,8 +191,10 @@ class TestOpaqueStages:
             np.sin(h.numpy(), out=buffer[: len(h)])
             return torch.as_tensor(buffer[: len(h)])
 
-        with pytest.raises(TraceError, match="same memory"):
-            hzo.trace(hzo.Chain([nn.Linear(3, 3).double(), simulate]), normal(4, 3))
+        first, x = nn.Linear(3, 3).double(), normal(4, 3)
+        found, _ = hzo.grad_and_value(hzo.Chain([first, simulate]), oracles.distance, x)
+        oracles.distance(first(x).sin()).mean().backward()
+        torch.testing.assert_close(found["0.weight"], first.weight.grad, rtol=1e-6, atol=1e-9)
 
     def test_hidden_trainable_layer_is_refused(self):
         hidden = nn.Linear(3, 3).double()
@@ -171,23 +205,15 @@ class TestOpaqueStages:
         hzo.trace(chain, normal(4, 3))
 
 
-def test_trainable_tensors_that_no_module_holds():
-    loose = normal(4).requires_grad_()
-    for tensor in (loose, loose * 2):  # a leaf, and one made of it under autograd
-        with pytest.raises(TraceError, match=r"trainable tensor of shape \(4,\) that no module holds"):
-            hzo.trace(Calls(lambda h, t=tensor: h + t), normal(3, 4))
-
-
-def test_a_parameter_written_to_is_refused():
-    """max_norm rewrites the weight in the forward pass: tracing and queries would move it."""
+def test_a_parameter_written_to_is_put_back_after_tracing():
+    """max_norm rewrites the weight in the forward pass."""
     model = nn.Sequential(nn.Embedding(5, 3, max_norm=0.5), nn.Flatten(), nn.Linear(6, 2))
     before = model[0].weight.clone()
-    with pytest.raises(TraceError, match="changes its parameter 'weight' in its forward pass"):
-        hzo.trace(model, torch.randint(5, (3, 2)))
+    hzo.trace(model, torch.randint(5, (3, 2)))
     assert torch.equal(model[0].weight, before)
 
 
-def test_a_buffer_replaced_is_refused():
+def test_a_buffer_replaced_is_put_back_after_tracing():
     class Running(nn.Module):
         def __init__(self):
             super().__init__()
@@ -198,33 +224,40 @@ def test_a_buffer_replaced_is_refused():
             return x + self.mean
 
     model = nn.Sequential(nn.Linear(4, 4).double(), Running())
-    with pytest.raises(TraceError, match="assigns a new tensor to its buffer 'mean'"):
-        hzo.trace(model, normal(3, 4))
+    hzo.trace(model, normal(3, 4))
     assert float(model[1].mean.sum()) == 0
 
 
-def test_a_penalty_among_the_outputs_is_refused():
+def test_a_penalty_among_the_outputs_is_part_of_the_loss():
     class Penalised(nn.Linear):
         def forward(self, x):
-            return super().forward(x), self.weight.square().sum()
+            return super().forward(x).tanh(), self.weight.square().sum()
 
-    with pytest.raises(TraceError, match="made of parameters alone"):
-        hzo.trace(Penalised(4, 4).double(), normal(3, 4))
+    model, x = Penalised(4, 4).double(), normal(3, 4)
+
+    def loss(out):
+        return oracles.distance(out[0]).mean() + 0.1 * out[1]
+
+    expected = torch.autograd.grad(loss(model(x)), [model.weight, model.bias])
+    for assume in ("nothing", "structure"):
+        found, _ = hzo.grad_and_value(hzo.trace(model, x), loss, x, assume=assume)
+        for name, gradient in zip(("weight", "bias"), expected, strict=True):
+            torch.testing.assert_close(found[name], gradient, rtol=1e-6, atol=1e-9)
 
 
-def test_a_buffer_written_to_through_a_view_is_refused():
+def test_a_buffer_written_to_through_a_view_is_put_back_after_tracing():
     class Counting(nn.BatchNorm1d):
         def forward(self, x):
             self.running_mean[:2].add_(1)
             return x
 
     model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(Counting(4)))
-    with pytest.raises(TraceError, match=r"changes a parameter or buffer of shape \(4,\) through a view"):
-        hzo.trace(model, torch.randn(3, 4))
+    hzo.trace(model, torch.randn(3, 4))
     assert float(model[1][0].running_mean.sum()) == 0
 
 
 def test_error_names_the_stage():
-    model = nn.Sequential(nn.Linear(4, 4).double(), Calls(lambda h: h.detach()))
-    with pytest.raises(TraceError, match=r"^1:Calls: the forward pass calls detach"):
-        hzo.trace(model, normal(3, 4))
+    hidden = nn.Linear(4, 4).double()
+    stage = lambda h: torch.as_tensor(hidden(h).detach().numpy())  # noqa: E731
+    with pytest.raises(TraceError, match=r"^1:<lambda>: .*gradient would be lost"):
+        hzo.trace(hzo.Chain([nn.Linear(4, 4).double(), stage]), normal(3, 4))

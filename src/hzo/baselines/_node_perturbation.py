@@ -11,11 +11,12 @@ from torch import Tensor
 from hzo.baselines import _evaluate as ev
 from hzo.baselines._per_sample import contributions
 from hzo.errors import CoupledSamplesError, InputError
-from hzo.execution import Activities, base_pass, query, resolve
-from hzo.gradients import Local, parameter_gradients, traced_for
-from hzo.parameter_rules import find_rule
+from hzo.execution import Activities, query
+from hzo.gradients import Local, base_pass, parameter_gradients, traced_for
+from hzo.plans import has_rule
 from hzo.reverse import accumulate
-from hzo.tracing import Graph, Operation, Ref, map_arguments, tensors_in
+from hzo.tape import Ref
+from hzo.tracing import Graph, Operation, map_arguments
 
 
 def node_perturbation(
@@ -69,7 +70,8 @@ def node_perturbation(
     feedforward networks, Neural Computation 17(12), 2005; with central differences instead of forward ones.
     """
     p = ev.problem(model, loss_fn, x, y)
-    graph = traced_for(model, x, strict=False).traced
+    chain = traced_for(model, x, strict=False)
+    graph = chain.traced
     p = replace(p, stages=len(graph.stages))
     layers = [op for op in graph.operations if op.parameters and op.batched]
     if per_sample:
@@ -80,15 +82,15 @@ def node_perturbation(
 
     seeds = ev.draw_seeds(generator, samples)
     # A stage that is a plain callable may hide modules, which the trace has found.
-    modules = [p.module, *(op.module for op in graph.operations if op.module is not None)]
+    modules = [p.module, *graph.opaque_modules]
     with torch.no_grad(), ev.replayed(modules) as run:
-        activities = run(lambda: base_pass(graph, tensors_in((p.args, p.kwargs))))
+        activities, output = run(lambda: base_pass(chain, x))
+        output = map_arguments(_detached, output)
         for op in graph.operations:
-            _check_rule(op, activities)
-        output = map_arguments(lambda leaf: _filled(leaf, activities.values), graph.output)
+            _check_rule(op)
         loss = ev.mean_loss(p, output)
-        nodes = {op.writes[0]: activities.values[op.writes[0]] for op in layers}
-        named = {f"the output of {op.name}": activities.values[op.writes[0]] for op in layers}
+        nodes = {op.writes[0]: activities.tensor(op.writes[0]) for op in layers}
+        named = {f"the output of {op.name}": activities.tensor(op.writes[0]) for op in layers}
         mu = ev.checked_step(mu, ev.rounding([*nodes.values()]) ** (1 / 3) / 5, named)
         cotangents = {value: ev.accumulator(node) for value, node in nodes.items()}
         for seed in seeds if layers else []:
@@ -114,13 +116,8 @@ def _check_uncoupled(graph: Graph) -> None:
             )
 
 
-def _check_rule(op: Operation, activities: Activities) -> None:
-    if not op.parameters:
-        return
-    args, kwargs = resolve(op, activities.values.__getitem__, activities.batch)
-    slots = [use.slot for use in op.parameters]
-    wanted = frozenset(slot for slot in slots if slot is not None)
-    if None in slots or len(op.writes) != 1 or find_rule(op.target, args, kwargs, wanted) is None:
+def _check_rule(op: Operation) -> None:
+    if op.parameters and op.batched and not has_rule(op):
         names = ", ".join(use.name or "a value derived from a parameter" for use in op.parameters)
         raise InputError(
             f"node perturbation needs a local rule for {names} in {op.name}, and hzo knows none for that "
@@ -128,22 +125,30 @@ def _check_rule(op: Operation, activities: Activities) -> None:
         )
 
 
-def _filled(leaf: Any, values: dict[int, Tensor]) -> Any:
-    return values[leaf.value] if isinstance(leaf, Ref) else leaf
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
 
 
 def _perturbed(graph: Graph, activities: Activities, nodes: dict[int, Tensor], seed: int, step: float) -> Any:
     """The model's output with noise on the nodes; what depends on parameters alone stays as it is."""
     noise = dict(zip(nodes, ev.directions([*nodes.values()], ev.gaussian, seed), strict=False))
-    values = {index: value for index, value in activities.values.items() if not graph.values[index].batched}
-    values |= {index: activities.values[index] for index in graph.inputs}
+    moved: dict[int, Tensor] = {}
     for op in graph.operations:
-        if op.batched:
-            results = query(graph, op, activities, values.__getitem__, activities.batch, copies=1)
-            values.update(zip(op.writes, results, strict=True))
-            if op.writes[0] in noise:
-                values[op.writes[0]] = values[op.writes[0]] + step * noise.pop(op.writes[0])
-    return map_arguments(lambda leaf: _filled(leaf, values), graph.output)
+        if not op.batched:
+            continue
+        if any(v in moved for v in op.reads):
+            moved.update(query(graph, op, activities, moved, 1))
+        value = op.writes[0] if op.writes else None
+        if value in noise:
+            base = moved[value] if value in moved else activities.tensor(value).unsqueeze(0)
+            moved[value] = base + step * noise.pop(value)
+
+    def filled(leaf: Any) -> Any:
+        if not isinstance(leaf, Ref):
+            return leaf
+        return moved[leaf.value].squeeze(0) if leaf.value in moved else activities.tensor(leaf.value)
+
+    return map_arguments(filled, graph.output)
 
 
 def _credit(graph: Graph, value: int, noise: Tensor, slope: Tensor, batch: int) -> Tensor:

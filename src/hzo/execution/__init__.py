@@ -1,37 +1,30 @@
-"""Run a traced model, or a slice of it at a perturbed state; count what runs, and undo what it changed."""
+"""Run slices of a traced model at perturbed states; count what runs, and undo what it changed."""
 
+from hzo.execution.activities import Activities
 from hzo.execution.counting import QueryCount, as_checks, count_queries
-from hzo.execution.operation import Activities, call, query, read, resolve
-from hzo.execution.passes import base_pass, run_again, run_alone, run_slice, run_with_parameter
-from hzo.execution.side_effects import (
-    RandomState,
-    contained,
-    devices_of,
-    random_state,
-    restore_snapshot,
-    set_random_state,
-    take_snapshot,
-    undone_on_error,
-    with_parameters,
-)
+from hzo.execution.copies import VIEWS
+from hzo.execution.operation import query, read
+from hzo.execution.passes import arguments_of, count_probes, run_again, run_probe, run_slice, run_with_parameter
+from hzo.execution.side_effects import contained, devices_of, restore_snapshot, take_snapshot, undone_on_error
+from hzo.tape.opaque import RandomState, random_state, set_random_state, with_parameters
 
 __all__ = [
+    "VIEWS",
     "Activities",
     "QueryCount",
     "RandomState",
+    "arguments_of",
     "as_checks",
-    "base_pass",
-    "call",
     "contained",
+    "count_probes",
     "count_queries",
     "devices_of",
     "query",
     "random_state",
     "read",
-    "resolve",
     "restore_snapshot",
     "run_again",
-    "run_alone",
+    "run_probe",
     "run_slice",
     "run_with_parameter",
     "set_random_state",

@@ -1,161 +1,87 @@
-"""Running one operation: its arguments filled in, its random numbers and buffers those of the base pass.
+"""Running one operation inside a query: same random numbers and same buffers as in the base pass, none of them moved.
 
-Operations that draw random numbers run copy by copy, each time from the random state of the base pass, so that every
-query sees the same dropout mask. Nothing here counts: passes.py does.
+Nothing here counts: passes.py does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from contextlib import nullcontext
 
-import torch
 from torch import Tensor
 
-from hzo.execution.side_effects import RandomState, set_random_state
-from hzo.tracing import Attribute, Extent, Graph, Operation, Ref, map_arguments, tensors_in
-
-
-@dataclass
-class Activities:
-    """What the base pass leaves for the queries: values, and the states that operations started from."""
-
-    batch: int
-    values: dict[int, Tensor] = field(default_factory=dict)
-    random: dict[int, RandomState] = field(default_factory=dict)
-    buffers: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
-    layouts: dict[int, Tensor] = field(default_factory=dict)  # of what random operations read; without memory
-
-    def let_go(self, graph: Graph, values: Iterable[int]) -> None:
-        """Free the memory of these values; a tensor that takes none keeps their shape, dtype and device.
-
-        Whoever reads one by mistake gets NaN, which no estimate survives, or the least integer, which is no index.
-        """
-        for value in values:
-            tensor, about = self.values[value], graph.values[value]
-            if about.batched:
-                integer = torch.iinfo(tensor.dtype).min if not about.floating and tensor.dtype != torch.bool else False
-                nothing = float("nan") if about.floating else integer
-                self.values[value] = tensor.new_full((), nothing).expand(tensor.shape)
-
-
-def resolve(op: Operation, lookup: Callable[[int], Tensor], batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call, with values, parameters and batch sizes filled in."""
-
-    def fill(leaf: Any) -> Any:
-        if isinstance(leaf, Ref):
-            return lookup(leaf.value)
-        if isinstance(leaf, Attribute):
-            return leaf.get()
-        if isinstance(leaf, Extent):
-            return leaf.per_sample * batch
-        return leaf
-
-    # Few arguments are nested and few calls have keywords; walking them would take longer than a small call.
-    args = tuple([lookup(arg.value) if isinstance(arg, Ref) else map_arguments(fill, arg) for arg in op.args])
-    return args, map_arguments(fill, op.kwargs) if op.kwargs else {}
-
-
-def call(op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
-    """Run one operation; what it would change in place is a copy, returned behind its results."""
-    changed: list[Tensor] = []
-    if op.mutates:
-        position = -1
-
-        def copy(leaf: Any) -> Any:
-            nonlocal position
-            position += 1
-            if position in op.mutates:
-                leaf = leaf.clone()
-                changed.append(leaf)
-            return leaf
-
-        args, kwargs = map_arguments(copy, (args, kwargs))
-    result = op.target(*args, **kwargs)
-    if isinstance(result, Tensor) and not changed:
-        return (result,)
-    results = tensors_in(result)
-    return (*results, *(c for c in changed if all(c is not r for r in results)))
+from hzo.execution.activities import Activities
+from hzo.execution.copies import call_with, one_by_one, run_copies
+from hzo.tape import Operation as Call
+from hzo.tape.opaque import Opaque
+from hzo.tape.operations import Ref
+from hzo.tape.record import flat
+from hzo.tracing import Graph, Operation
 
 
 def query(
-    graph: Graph,
-    op: Operation,
-    activities: Activities,
-    lookup: Callable[[int], Tensor],
-    batch: int,
-    copies: int,
-) -> tuple[Tensor, ...]:
-    """One operation inside a query: same random numbers and same buffers as in the base pass, none of them moved."""
-    if not op.random and not op.stateful:
-        return processed(graph, op, call(op, *resolve(op, lookup, batch)))
-    with _as_in_base_pass(op, activities):
-        drawn = _drawn_again(graph, op, activities, lookup, copies) if op.random else None
-        return processed(graph, op, call(op, *resolve(op, lookup, batch)) if drawn is None else drawn)
+    graph: Graph, op: Operation, activities: Activities, moved: Mapping[int, Tensor], copies: int
+) -> dict[int, Tensor]:
+    """The results of one operation by value, copies in front, where some operands are replaced by moved copies."""
+    call = activities.operation(op.index)
+    operands = {v: moved[v] for v in op.reads if v in moved}
+    state = activities.tape.states.get(op.index)
+    again = state.again if state is not None and (op.random or op.stateful) else nullcontext
+    by_copy = op.random or (isinstance(op.target, Opaque) and not _foldable(graph, op))
+    if by_copy and copies > 1:
+
+        def one(*tensors: Tensor) -> tuple[Tensor, ...]:
+            with again():
+                return tuple(flat(call_with(activities.tape, call, dict(zip(operands, tensors, strict=True)))))
+
+        results = one_by_one(one, list(operands.values()), copies)
+    else:
+        with again():
+            if isinstance(op.target, Opaque):
+                results = _folded(graph, activities, call, operands, copies)
+            else:
+                results = run_copies(activities.tape, call, operands, copies)
+    found = {v: r for v, r in zip(call.writes, results, strict=True) if v is not None}
+    return processed(graph, op, found)
 
 
-def _drawn_again(
-    graph: Graph, op: Operation, activities: Activities, lookup: Callable[[int], Tensor], copies: int
-) -> tuple[Tensor, ...]:
-    """One operation that draws random numbers, copy by copy: each copy sees those of the base pass."""
-    parts = []
-    for copy in range(copies):
-        set_random_state(activities.random[op.index])
+def _foldable(graph: Graph, op: Operation) -> bool:
+    """Whether all that an opaque operation reads and makes of activations has its samples in the first dimension."""
+    values = [graph.values[v] for v in (*op.reads, *op.writes) if graph.values[v].batched]
+    return all(v.batch_dim == 0 and v.outer == 1 for v in values)
 
-        def one(value: int, copy: int = copy) -> Tensor:
-            tensor, base = lookup(value), activities.layouts[value]
-            dim = graph.values[value].batch_dim
-            if dim is None:
-                return tensor
-            size = tensor.shape[dim] // copies
-            return _laid_out(tensor.narrow(dim, copy * size, size), base)
 
-        parts.append(call(op, *resolve(op, one, activities.batch)))
+def _folded(graph: Graph, activities: Activities, call: Call, moved: Mapping[int, Tensor], copies: int) -> list[Tensor]:
+    """An opaque operation on copies for samples: operands that depend on the inputs are repeated for each of them."""
     if copies == 1:
-        return parts[0]
-    dims = [graph.values[value].batch_dim for value in op.writes]
-    return tuple(
-        part[0] if dim is None else torch.cat(part, dim)
-        for dim, part in zip(dims, zip(*parts, strict=True), strict=True)
-    )
+        found = flat(call_with(activities.tape, call, {v: t.squeeze(0) for v, t in moved.items()}))
+        return [r.unsqueeze(0) for r in found]
+    given: dict[int, Tensor] = {}
+    _, tensors, _ = call.args
+    for reference in tensors:
+        assert type(reference) is Ref
+        value = reference.value
+        if not graph.values[value].batched:
+            continue
+        tensor = moved[value] if value in moved else expanded(activities.tensor(value), copies)
+        given[value] = tensor.flatten(0, 1)
+    results = flat(call_with(activities.tape, call, given))
+    return [r.unflatten(0, (copies, -1)) for r in results]
 
 
-def _laid_out(tensor: Tensor, base: Tensor) -> Tensor:
-    """With the strides of the base pass: random numbers are drawn in the order of the memory."""
-    if tensor.shape != base.shape or tensor.stride() == base.stride():
-        return tensor
-    return torch.empty_like(base, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
-
-
-@contextmanager
-def _as_in_base_pass(op: Operation, activities: Activities) -> Iterator[None]:
-    """Buffers that the operation moves hold, inside, what they held when the base pass reached it."""
-    if not op.stateful:
-        yield
-        return
-    current = tuple(buffer.get().clone() for buffer in op.stateful)
-    for buffer, saved in zip(op.stateful, activities.buffers[op.index], strict=True):
-        buffer.get().copy_(saved)
-    try:
-        yield
-    finally:
-        for buffer, after in zip(op.stateful, current, strict=True):
-            buffer.get().copy_(after)
-
-
-def processed(graph: Graph, op: Operation, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def processed(graph: Graph, op: Operation, results: dict[int, Tensor]) -> dict[int, Tensor]:
     """What an operation hands on, with the noise of its stage where it is the stage's result."""
     if graph.noise is None:
         return results
     stage, source = graph.stage_of[op.index], graph.noise
-    return tuple(
-        source.processed(tensor, stage) if graph.handed_on[value] else tensor
-        for value, tensor in zip(op.writes, results, strict=True)
-    )
+    return {v: source.processed(t, stage) if graph.handed_on[v] else t for v, t in results.items()}
 
 
 def read(graph: Graph, tensor: Tensor, stage: int) -> Tensor:
     """What a query returns of a tensor behind a stage."""
     return tensor if graph.noise is None else graph.noise.read(tensor, stage)
+
+
+def expanded(tensor: Tensor, copies: int) -> Tensor:
+    """A base value as copies that take no memory."""
+    return tensor.expand(copies, *tensor.shape) if copies > 1 else tensor.unsqueeze(0)

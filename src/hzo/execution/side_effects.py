@@ -7,32 +7,14 @@ and subtracting a perturbation would drift in low precision.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-RandomState = dict[str, Tensor]
-
-
-def random_state(devices: Iterable[torch.device]) -> RandomState:
-    """The state of the random generators that code on these devices may draw from; the CPU's always."""
-    state = {"cpu": torch.get_rng_state()}
-    for device in devices:
-        if device.type == "cuda":
-            state[str(device)] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def set_random_state(state: RandomState) -> None:
-    """Go back to a state saved by ``random_state``."""
-    for device, saved in state.items():
-        if device == "cpu":
-            torch.set_rng_state(saved)
-        else:
-            torch.cuda.set_rng_state(saved, device)
+from hzo.tape.opaque import RandomState, random_state, set_random_state
 
 
 def devices_of(tensors: Iterable[object]) -> tuple[torch.device, ...]:
@@ -85,30 +67,6 @@ def contained(modules: Iterable[nn.Module]) -> Iterator[None]:
         yield
     finally:
         restore_snapshot(snapshot)
-
-
-@contextmanager
-def with_parameters(module: nn.Module, replaced: Mapping[int, Tensor]) -> Iterator[None]:
-    """Inside, other tensors stand for some parameters of a module, wherever in it those stand.
-
-    Not by ``torch.func.functional_call``: where a module is registered twice, that leaves the others in its place.
-
-    Args:
-        replaced: by the identity of the parameter.
-    """
-    slots = [
-        (inner, name, parameter)
-        for inner in module.modules()
-        for name, parameter in inner._parameters.items()
-        if parameter is not None and id(parameter) in replaced
-    ]
-    try:
-        for inner, name, parameter in slots:
-            inner._parameters[name] = replaced[id(parameter)]  # type: ignore[assignment]
-        yield
-    finally:
-        for inner, name, parameter in slots:
-            inner._parameters[name] = parameter
 
 
 @contextmanager

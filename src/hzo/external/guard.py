@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils import _pytree as pytree
 
 from hzo.errors import HzoError, InputError, NonFiniteError, QueryError, QueryTimeoutError
@@ -359,7 +360,7 @@ def within(
     context = copy_context()
     # What torch keeps for each thread: autocast, and a recording that may be under way.
     cast = [(d, torch.get_autocast_dtype(d)) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
-    modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    modes = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]  # type: ignore[no-untyped-call]
 
     def work() -> None:
         try:

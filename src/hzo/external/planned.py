@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from hzo.errors import NondeterministicError
-from hzo.execution import Activities, base_pass, contained, counting, run_again, undone_on_error, with_parameters
+from hzo.execution import Activities, contained, counting, run_again, undone_on_error, with_parameters
 from hzo.external.guard import Guarded, expect
 from hzo.external.state import Saved
 from hzo.finite_differences import accumulation_dtype
-from hzo.gradients import Sweep, at_the_end, plan_of, sweep, traced_for
+from hzo.gradients import Sweep, at_the_end, base_pass, plan_of, sweep, traced_for
 from hzo.measurement import calibrate
 from hzo.planner import plan as make_plan
 from hzo.plans import Plan, schedule
-from hzo.tracing import Chain, Ref
+from hzo.tape import Ref
+from hzo.tracing import Chain
 from hzo.tracing.recorder import close
 
 _measured: WeakKeyDictionary[Chain, Plan] = WeakKeyDictionary()
@@ -99,16 +100,15 @@ def _forward(this: Pass, inputs: Sequence[Tensor], parameters: Sequence[Tensor])
         if noisy is not None and this.repeats:
             raise _two_results(noisy.name)
         with undone_on_error([this.stages]):
-            this.activities = base_pass(graph, [t.detach() for t in this.inputs])
+            this.activities, _ = base_pass(this.chain, this.inputs)
             this.states = {
                 part: part.remembers.start for part in parts_of(this.stages) if part.remembers.start is not None
             }
             this.seed = int(torch.randint(2**62, ())) if "mu" in this.options else 0
 
     _with_parameters(this, run)
-    values = this.activities.values
     # Copies: what becomes of the output must not reach what is stored.
-    output = pytree.tree_map_only(Ref, lambda ref: values[ref.value].clone(), this.chain.traced.output)
+    output = pytree.tree_map_only(Ref, lambda ref: this.activities.tensor(ref.value).clone(), this.chain.traced.output)
     leaves, this.structure = pytree.tree_flatten(in_dtype_of(inputs, output))
     return tuple(leaves)
 
@@ -131,7 +131,7 @@ def _backward(this: Pass, cotangents: Sequence[Tensor | None]) -> list[Tensor | 
             _measured[this.chain] = make_plan(this.chain, calibration=found, **this.options)
         plan = planned(this.chain, this.options)
         # A sweep lets go of what it has read, and there may be another one.
-        activities = replace(this.activities, values=dict(this.activities.values))
+        activities = this.activities.again()
         with contained([this.stages]), _from(this.states):
             for module, training in this.training.items():  # of the forward pass, too
                 module.training = training
@@ -174,11 +174,11 @@ def _with_parameters(this: Pass, run: Callable[[], Any]) -> Any:
 def _check_same(this: Pass) -> None:
     """Run the stages once more: differences of a result that has changed since would mean nothing."""
     graph, first = this.chain.traced, this.activities
-    again = replace(first, values=dict(first.values))
+    again = first.again()
     with counting.doing("the test that it repeats"):
         run_again(graph, again, 0, len(graph.operations), len(graph.stages), [()] * len(graph.operations))
     for op in graph.operations:
-        if not all(close(first.values[v], again.values[v]) for v in op.writes):
+        if not all(close(first.tensor(v), again.tensor(v)) for v in op.writes):
             raise _two_results(op.name)
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from hzo.adjoints import Call, find_adjoint
-from hzo.execution import Activities, counting, read, resolve, run_again, run_alone, run_slice
+from hzo.declared import call_of, find_adjoint
+from hzo.execution import Activities, counting, read, run_again, run_slice
 from hzo.finite_differences import (
     accumulation_dtype,
     directions_per_chunk,
@@ -17,9 +17,9 @@ from hzo.finite_differences import (
     scaled_step,
     vjp_rows,
 )
-from hzo.gradients.parameters import Gradients, Local, add_gradients
+from hzo.gradients.parameters import Gradients, Local, add_gradients, add_to, by_rule
 from hzo.plans import Node, Plan, Schedule, bytes_per_direction
-from hzo.tracing import Graph, Operation
+from hzo.tracing import Graph, Operation, ParameterUse
 
 Cotangents = dict[int, dict[int, Tensor]]
 """By position and value; tensors in the accumulation dtype."""
@@ -57,6 +57,7 @@ def sweep(
     memory: int | None,
     seed: int = 0,
     keep: bool = False,
+    direct: dict[int, Tensor] | None = None,
 ) -> Sweep:
     """Carry the cotangents from the end through the nodes of the plan, and turn them into parameter gradients.
 
@@ -67,6 +68,7 @@ def sweep(
         memory: bytes for the perturbed copies of a chunk; None takes a share of what is free.
         seed: of the signs of approximate probes.
         keep: keep all cotangents.
+        direct: what the loss adds by itself to parameters, and to values derived from them.
 
     Cost: the plan's. Source: paper (the recursion); which nodes, and by which probe, is the plan's affair (ours).
     """
@@ -74,6 +76,8 @@ def sweep(
     local = Local(graph, activities, plan.perturbed, plan.scheme, plan.step or plan.mu)
     state = Sweep(graph, plan, activities, memory, {end: at_the_end}, local, seed)
     found = state.cotangents
+    for value, g in (direct or {}).items():
+        add_to(local, ParameterUse(value, graph.names.get(value, "")), g, state.derived, state.gradients)
     activities.let_go(graph, steps.after_loss)
     for position in range(end, -1, -1):
         for again in steps.again[position]:
@@ -112,7 +116,7 @@ def estimate_node(state: Sweep, node: Node, at_source: dict[int, Tensor]) -> Ten
     if state.plan.scheme == "forward" and node.probe.kind != "adjoint":
         # Read once, as it is stored once: repeats of a query do not make this reading any better.
         stage, activities = graph.stage_of[node.source - 1], state.activities
-        base = [values[v].rows(read(graph, activities.values[v], stage), activities.batch) for v in outputs]
+        base = [values[v].rows(read(graph, activities.tensor(v), stage), activities.batch) for v in outputs]
     total = _estimate(state, node, at_source, outputs, base)
     for draw in range(1, node.repeats):
         total = total + _estimate(state, node, at_source, outputs, base, draw)
@@ -132,15 +136,14 @@ def _estimate(
         return _apply_adjoint(state, node, {v: at_source[v] for v in outputs})
     values = graph.values
     value = values[node.value]
-    rows = value.rows(activities.values[node.value], batch)
+    rows = value.rows(activities.tensor(node.value), batch)
     if state.plan.mu is not None:
         rows = _smoothing(state.plan.mu, rows, _seed(state, node, draw))
-    tiles: dict[int, Tensor] = {}
 
     def run(perturbed: Tensor, copies: int) -> list[Tensor]:
-        moved = {node.value: value.from_rows(perturbed, batch * copies)}
-        results = run_slice(graph, node.operations, activities, moved, outputs, copies, tiles)
-        return [values[v].rows(t, batch * copies) for v, t in zip(outputs, results, strict=True)]
+        moved = {node.value: value.rows_to_copies(perturbed, batch)}
+        results = run_slice(graph, node.operations, activities, moved, outputs, copies)
+        return [values[v].copies_to_rows(t, batch) for v, t in zip(outputs, results, strict=True)]
 
     probe = node.probe
     if probe.coloring is not None:
@@ -196,27 +199,20 @@ def _smoothing(mu: float, rows: Tensor, seed: int) -> Tensor:
 
 
 def _apply_adjoint(state: Sweep, node: Node, cotangents: dict[int, Tensor]) -> Tensor:
-    """Carry a cotangent back through one operation by its structure."""
+    """Carry a cotangent back through one operation by its rule, or by what was declared of it."""
     graph, activities = state.graph, state.activities
     op = graph.operations[node.operations[0]]
-    rule = find_adjoint(graph, op, node.value)
-    if rule is None:
-        raise AssertionError(f"{op.name}: an adjoint was planned and none is found")
-
-    def measure(value: int, probe: Tensor) -> Tensor:
-        return run_alone(graph, op, activities, value, probe)[0]
-
-    args, kwargs = resolve(op, activities.values.__getitem__, activities.batch)
-    outputs = tuple(activities.values[v] for v in op.writes)
     counting.add(adjoints=1)
-    call = Call(graph, op, args, kwargs, outputs, cotangents, measure)
-    if rule.with_parameters is None or not _has_closed_parameters(state, op):
-        return rule.apply(call, node.value)
-    estimate, parameters = rule.with_parameters(call, node.value)
-    state.local.along[op.index] = parameters
-    return estimate
+    declared = find_adjoint(graph, op, node.value)
+    if declared is not None:
+        return declared.apply(call_of(graph, op, activities, node.value, cotangents), node.value)
+    along = frozenset(use.value for use in op.parameters) if _has_closed_parameters(state, op) else frozenset()
+    found = by_rule(graph, activities, op, cotangents, along | {node.value})
+    if along:
+        state.local.along[op.index] = {v: found[v] for v in along}
+    return found[node.value]
 
 
 def _has_closed_parameters(state: Sweep, op: Operation) -> bool:
-    """Whether the operation has trainable parameters, all of them with closed rules."""
+    """Whether the operation has trainable parameters, all of them with rules."""
     return bool(op.parameters) and all(probe.operation != op.index for probe in state.plan.perturbed)

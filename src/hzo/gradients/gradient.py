@@ -15,16 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from hzo.errors import InputError, NonFiniteError
-from hzo.execution import Activities, base_pass, contained, undone_on_error
+from hzo.execution import contained, undone_on_error
 from hzo.gradients.backward_sweep import Cotangents, sweep
+from hzo.gradients.base_pass import BasePass, OtherGraphError, loss_pass
 from hzo.gradients.parameters import Gradients
-from hzo.gradients.trace_cache import prepare
-from hzo.losses import loss_and_cotangent
+from hzo.gradients.trace_cache import made_with, prepare
 from hzo.plans import Plan, schedule
 from hzo.reverse import accumulate, gradients_of, named
-from hzo.tracing import Attribute, Chain, Graph, Operation, Ref, tensors_in
-from hzo.tracing.recorder import call_arguments
+from hzo.tape import Ref
+from hzo.tracing import Chain, Graph
+from hzo.tracing.recorder import batch_size, call_arguments
 
 
 @torch.inference_mode(False)  # whose tensors could be neither clipped nor added to
@@ -68,11 +68,11 @@ def backward(
         found_leaves, loss = gradients_of(model, loss_fn, x, y)
         accumulate([(leaf, g * factor if factor != 1 else g) for leaf, g in found_leaves])
         return loss
-    gradients, loss, (graph, found) = _estimate(model, loss_fn, x, y, plan, memory, options)
-    inputs = tensors_in(call_arguments(x))
-    of_inputs = [(inputs[v], found[0][v]) for v in graph.differentiated if v in found.get(0, {})]
-    accumulate([(p, g * factor if factor != 1 else g) for p, g in (*gradients.values(), *of_inputs)])
-    return loss
+    gradients, base, (graph, found) = _estimate(model, loss_fn, x, y, plan, memory, options)
+    of_inputs = [(base.given[v], found[0][v]) for v in graph.differentiated if v in found.get(0, {})]
+    pairs = [*gradients.values(), *base.beside, *of_inputs]
+    accumulate([(leaf, g * factor if factor != 1 else g) for leaf, g in pairs])
+    return base.loss
 
 
 @torch.inference_mode(False)  # whose tensors could be neither clipped nor added to
@@ -91,8 +91,19 @@ def grad_and_value(
         assert isinstance(model, nn.Module)
         leaves, loss = gradients_of(model, loss_fn, x, y)
         return named(leaves, model, loss_fn), loss
-    gradients, loss, _ = _estimate(model, loss_fn, x, y, plan, memory, options)
-    return {name: gradient.to(parameter.dtype) for name, (parameter, gradient) in gradients.items()}, loss
+    gradients, base, _ = _estimate(model, loss_fn, x, y, plan, memory, options)
+    found = {name: _own(gradient, parameter) for name, (parameter, gradient) in gradients.items()}
+    if isinstance(loss_fn, nn.Module):
+        beside = {id(leaf): g for leaf, g in base.beside}
+        found |= {
+            f"loss_fn.{name}": _own(beside[id(p)], p) for name, p in loss_fn.named_parameters() if id(p) in beside
+        }
+    return found, base.loss
+
+
+def _own(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """A gradient that shares its memory with nothing."""
+    return torch.empty_like(parameter, requires_grad=False).copy_(gradient)
 
 
 @torch.inference_mode(False)  # whose tensors could be neither clipped nor added to
@@ -146,59 +157,30 @@ def _estimate(
     memory: int | None,
     options: dict[str, Any],
     keep: bool = False,
-) -> tuple[Gradients, Tensor, tuple[Graph, Cotangents]]:
-    chain, plan = prepare(model, x, plan, options)
+) -> tuple[Gradients, BasePass, tuple[Graph, Cotangents]]:
+    chain, found = prepare(model, x, plan, options)
     graph = chain.traced
-    inputs = tensors_in(call_arguments(x))
-    for tensor in inputs:
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise NonFiniteError("the input x holds NaN or infinity; clean the data before training on it")
-    modules = [chain.model, *(op.module for op in graph.operations if op.module is not None)]
+    modules = [chain.model, *graph.opaque_modules]
     with undone_on_error(modules):
-        steps = schedule(graph, plan)
-        activities = base_pass(graph, inputs, steps.base_pass)
-        loss, at_end = loss_at_the_end(graph, activities, inputs, loss_fn, y)
+        try:
+            base = loss_pass(chain, x, loss_fn, y)
+        except OtherGraphError:
+            # The model does something else with these numbers than with those it was traced with. Given a plan that is
+            # an error, but for one sample alone: PyTorch copies and broadcasts less for it.
+            if plan is not None and batch_size(*call_arguments(x)) > 1:
+                raise
+            chain, found = prepare(model, x, None, options if plan is None else made_with(plan), anew=True)
+            graph = chain.traced
+            base = loss_pass(chain, x, loss_fn, y)
+        steps = schedule(graph, found)
         # Drawn where it moves the random state on, so that the next gradient has other signs.
-        seed = int(torch.randint(2**62, ())) if plan.random else 0
-        with contained(modules):
-            found = sweep(graph, plan, steps, activities, at_end, memory=memory, seed=seed, keep=keep)
-    return found.gradients, loss, (graph, found.cotangents)
-
-
-def loss_at_the_end(
-    graph: Graph, activities: Activities, inputs: list[Tensor], loss_fn: Callable[..., Any], y: Any
-) -> tuple[Tensor, dict[int, Tensor]]:
-    """The loss and the cotangents of the output's values, in the accumulation dtype.
-
-    Raises:
-        NonFiniteError: names the first operation whose result holds NaN or infinity.
-    """
-    output = pytree.tree_map_only(Ref, lambda ref: activities.values[ref.value], graph.output)
-    output = pytree.tree_map_only(Attribute, Attribute.get, output)
-    loss, cotangent = _loss(graph, inputs, loss_fn, output, y)
-    return loss, at_the_end(graph, cotangent)
-
-
-def _loss(graph: Graph, inputs: list[Tensor], loss_fn: Callable[..., Any], output: Any, y: Any) -> tuple[Tensor, Any]:
-    try:
-        return loss_and_cotangent(loss_fn, output, y)
-    except (NonFiniteError, InputError) as error:
-        # Once more with everything kept; what this moves is undone with the rest.
-        first = _first_not_finite(graph, base_pass(graph, inputs))
-        if first is None:
-            raise
-        raise NonFiniteError(
-            f"{first.name} is the first operation whose result holds NaN or infinity (in stage "
-            f"{graph.stage_of[first.index]}, {graph.stages[graph.stage_of[first.index]].name}); {error}"
-        ) from error
-
-
-def _first_not_finite(graph: Graph, activities: Activities) -> Operation | None:
-    for op in graph.operations:
-        tensors = (activities.values[v] for v in op.writes)
-        if not all(bool(t.isfinite().all()) for t in tensors if t.is_floating_point()):
-            return op
-    return None
+        seed = int(torch.randint(2**62, ())) if found.random else 0
+        with contained(graph.opaque_modules):
+            swept = sweep(
+                graph, found, steps, base.activities, base.at_end, memory=memory, seed=seed, keep=keep,
+                direct=base.direct,
+            )  # fmt: skip
+    return swept.gradients, base, (graph, swept.cotangents)
 
 
 def at_the_end(graph: Graph, cotangent: Any) -> dict[int, Tensor]:

@@ -1,23 +1,25 @@
-"""Parameter gradients: local products of an activity and a cotangent, or differences where no rule is known.
+"""Parameter gradients: rules of single operations, or differences where there is none.
 
-The local product is backprop's own step, on a layer known to compute what its type says; a layer of which that cannot
-be said has its parameters perturbed, one element at a time, through that operation alone.
+A rule is backprop's own step on the operation that reads the parameter; an opaque operation has its parameters
+perturbed, one element at a time, through that operation alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hzo.errors import NonFiniteError
-from hzo.execution import Activities, counting, resolve, run_with_parameter
+from hzo.execution import Activities, count_probes, counting, run_probe, run_with_parameter
 from hzo.finite_differences import Scheme, accumulation_dtype, default_step, narrowest, stepped
-from hzo.parameter_rules import find_rule
 from hzo.plans import ParameterProbe
-from hzo.tracing import Attribute, Graph, Operation, ParameterUse, Ref
+from hzo.reverse import again, carry_back
+from hzo.rules.base import Call, Engine
+from hzo.tracing import Graph, Operation, ParameterUse
 
 Gradients = dict[str, tuple[Tensor, Tensor]]
 """Parameter and gradient by the parameter's name."""
@@ -29,7 +31,7 @@ class Local:
 
     Attributes:
         perturbed: parameters without a rule. scheme, step: how they are perturbed.
-        along: gradients already known, by operation and name of the parameter.
+        along: gradients already known, by operation and operand.
     """
 
     graph: Graph
@@ -37,7 +39,36 @@ class Local:
     perturbed: tuple[ParameterProbe, ...]
     scheme: Scheme = "central"
     step: float | None = None
-    along: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    along: dict[int, dict[int, Tensor]] = field(default_factory=dict)
+
+
+def by_rule(
+    graph: Graph, activities: Activities, op: Operation, cotangents: Mapping[int, Tensor], wanted: frozenset[int]
+) -> dict[int, Tensor]:
+    """The cotangents of some operands by the operation's rule, in the accumulation dtype.
+
+    Cost: what the rule measures, counted operand by operand.
+    """
+
+    def measure(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], size: Tensor) -> Any:
+        del size  # what is counted is what the plan knows of
+        if call.tape is not activities.tape:  # inside a decomposition
+            return call.op.target(*args, **kwargs)
+        return run_probe(graph, activities, op, call.op, args, kwargs)
+
+    tape = activities.tape
+    grads = [None if v is None or v not in cotangents else cotangents[v].to(tape.values[v].dtype) for v in op.results]
+    found: dict[int, Tensor] = {}
+    for value, g in carry_back(tape, activities.operation(op.index), grads, wanted, Engine(measure, again)):
+        wide = g.to(accumulation_dtype(tape.values[value].dtype))
+        found[value] = found[value] + wide if value in found else wide
+    for value in wanted:
+        count_probes(graph, op, value, activities)
+        if value not in found:  # a derivative of zero wherever it exists
+            about = tape.values[value]
+            device = next(g.device for g in grads if g is not None)
+            found[value] = torch.zeros(about.shape, dtype=accumulation_dtype(about.dtype), device=device)
+    return found
 
 
 def parameter_gradients(local: Local, cotangents: Mapping[int, Tensor]) -> Gradients:
@@ -66,58 +97,55 @@ def add_gradients(
     given = {v: at[v] for v in op.writes if v in at}
     if not op.parameters or not given:
         return
-    perturbed = {probe.use for probe in local.perturbed if probe.operation == op.index}
-    closed = [use for k, use in enumerate(op.parameters) if k not in perturbed]
-    results = _by_rule(local, op, closed, given)
-    results += [(op.parameters[k], _by_perturbation(local, op, op.parameters[k], given)) for k in sorted(perturbed)]
-    for use, gradient in results:
-        if isinstance(use.where, Ref):
-            known = derived.get(use.where.value)
-            derived[use.where.value] = gradient if known is None else known + gradient
-        else:
-            tied = gradients.get(use.name)
-            gradients[use.name] = (use.where.get(), gradient if tied is None else tied[1] + gradient)
+    perturbed = {probe.use for probe in local.perturbed if probe.operation == op.index and probe.elements}
+    closed = frozenset(use.value for k, use in enumerate(op.parameters) if k not in perturbed)
+    found = _closed(local, op, closed, given)
+    for k in sorted(perturbed):
+        found[op.parameters[k].value] = _by_perturbation(local, op, op.parameters[k], given)
+    for use in op.parameters:
+        if use.value in found:
+            add_to(local, use, found[use.value], derived, gradients)
 
 
-def _by_rule(
-    local: Local, op: Operation, uses: Iterable[ParameterUse], given: dict[int, Tensor]
-) -> list[tuple[ParameterUse, Tensor]]:
-    slots = {use.slot: use for use in uses if use.slot is not None}
-    if not slots:
-        return []
-    counting.add(parameter_rules=len(slots))
+def add_to(local: Local, use: ParameterUse, gradient: Tensor, derived: dict[int, Tensor], gradients: Gradients) -> None:
+    """Add a contribution to the gradient of a parameter, or to the cotangent of a derived value."""
+    if not use.name:
+        known = derived.get(use.value)
+        derived[use.value] = gradient if known is None else known + gradient
+    else:
+        tied = gradients.get(use.name)
+        leaf = local.activities.tape.leaves[use.value]
+        gradients[use.name] = (leaf, gradient if tied is None else tied[1] + gradient)
+
+
+def _closed(local: Local, op: Operation, wanted: frozenset[int], given: dict[int, Tensor]) -> dict[int, Tensor]:
+    if not wanted:
+        return {}
+    counting.add(parameter_rules=len(wanted))
     along = local.along.pop(op.index, {})
-    if slots.keys() <= along.keys():
-        return [(use, along[str(slot)]) for slot, use in slots.items()]
-    args, kwargs = resolve(op, local.activities.values.__getitem__, local.activities.batch)
-    wanted = frozenset(slots)
-    rule = find_rule(op.target, args, kwargs, wanted)
-    if rule is None:
-        raise AssertionError(f"{op.name}: a rule was planned for {sorted(map(str, wanted))} and none is found")
-    (cotangent,) = given.values()
-    gradients = rule(op.target, args, kwargs, cotangent, wanted)
-    return [(use, gradients[slot]) for slot, use in slots.items()]
+    if wanted <= along.keys():
+        return dict(along)
+    return by_rule(local.graph, local.activities, op, given, wanted)
 
 
 def _by_perturbation(local: Local, op: Operation, use: ParameterUse, given: dict[int, Tensor]) -> Tensor:
     """Differences of one operation along every element of a parameter."""
-    values = local.activities.values
-    parameter = use.where.get() if isinstance(use.where, Attribute) else values[use.where.value]
+    activities = local.activities
+    parameter = activities.tensor(use.value).detach()
     wide = accumulation_dtype(parameter.dtype)
     scheme = local.scheme
     where = use.name or f"an operand of {op.name}"
     precision = narrowest([parameter.dtype, *(local.graph.values[v].dtype for v in given)])
     step = local.step or default_step(parameter, scheme, where, precision)
-    upper, lower, distance = stepped(parameter.detach(), step, scheme, where)
+    upper, lower, distance = stepped(parameter, step, scheme, where)
     result = torch.empty(parameter.numel(), dtype=wide, device=parameter.device)
 
     def product(k: int, moved: Tensor) -> Tensor:
-        changed = parameter.detach().clone(memory_format=torch.contiguous_format)
+        changed = parameter.clone(memory_format=torch.contiguous_format)
         changed.view(-1)[k] = moved.reshape(-1)[k]
         with counting.doing(f"a query that moves element {k} of {where}"):
-            results = run_with_parameter(local.graph, op, local.activities, use, changed)
-        outputs = dict(zip(op.writes, results, strict=True))
-        differences = ((outputs[v].to(wide) - values[v].to(wide)) * g.to(wide) for v, g in given.items())
+            outputs = run_with_parameter(local.graph, op, activities, use.value, changed)
+        differences = ((outputs[v].to(wide) - activities.tensor(v).to(wide)) * g.to(wide) for v, g in given.items())
         return sum((d.sum() for d in differences), start=torch.zeros((), dtype=wide, device=parameter.device))
 
     for k in range(parameter.numel()):

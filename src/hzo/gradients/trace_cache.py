@@ -31,8 +31,12 @@ class _Kept(dict[tuple[Any, ...], Chain]):
         return type(self), ()
 
 
-def prepare(model: Chain | nn.Module, x: Any, plan: Plan | None, options: Mapping[str, Any]) -> tuple[Chain, Plan]:
+def prepare(
+    model: Chain | nn.Module, x: Any, plan: Plan | None, options: Mapping[str, Any], *, anew: bool = False
+) -> tuple[Chain, Plan]:
     """The chain traced for inputs like ``x``, and the plan given or made with ``options``.
+
+    ``anew``: what is remembered does not fit; trace all of ``x`` again.
 
     Raises:
         PlanError: the plan was made for another chain, shape, dtype or mode, or options stand beside it.
@@ -41,7 +45,7 @@ def prepare(model: Chain | nn.Module, x: Any, plan: Plan | None, options: Mappin
         raise PlanError(f"got a plan and options for one ({', '.join(options)}); give them to hzo.plan instead")
     if plan is not None and not isinstance(plan, Plan):
         raise PlanError(f"expected a plan made by hzo.plan, got {type(plan).__name__}; options go by their names")
-    chain = traced_for(model, x, strict=plan is not None)
+    chain = traced_for(model, x, strict=plan is not None, anew=anew)
     if plan is not None:
         if plan.fingerprint != chain.traced.fingerprint:
             raise PlanError(
@@ -59,6 +63,18 @@ def prepare(model: Chain | nn.Module, x: Any, plan: Plan | None, options: Mappin
     return chain, plan_of(chain, options)
 
 
+def made_with(plan: Plan) -> dict[str, Any]:
+    """The options that a plan was made with, but for what was measured.
+
+    Raises:
+        PlanError: it was made for a noise or a target, which hold for its own calls alone.
+    """
+    if plan.expected is not None:
+        raise PlanError("PyTorch runs other calls for one sample than this plan was made for; plan that by itself")
+    names = ("tree", "assume", "scheme", "step", "boundaries", "spacing", "mu", "draws")
+    return {name: getattr(plan, name) for name in names}
+
+
 def plan_of(chain: Chain, options: Mapping[str, Any]) -> Plan:
     """The plan of a traced chain with these options of ``hzo.plan``, made once."""
     kept = _plans.setdefault(chain, {})
@@ -68,14 +84,14 @@ def plan_of(chain: Chain, options: Mapping[str, Any]) -> Plan:
     return kept[key]
 
 
-def traced_for(model: Chain | nn.Module, x: Any, *, strict: bool) -> Chain:
+def traced_for(model: Chain | nn.Module, x: Any, *, strict: bool, anew: bool = False) -> Chain:
     """``model`` itself where it is a chain traced for inputs like ``x``, else a trace of it, from memory if there."""
     module = model.model if isinstance(model, Chain) else model
     if not isinstance(module, nn.Module):
         raise InputError(f"expected an nn.Module or an hzo.Chain, got {type(model).__name__}; wrap it: hzo.Chain([f])")
     batch_size(*call_arguments(x))
     wanted = signature(module, x)
-    if isinstance(model, Chain) and model.graph is not None:
+    if isinstance(model, Chain) and model.graph is not None and not anew:
         if model.graph.signature == wanted:
             return model
         if strict:
@@ -84,10 +100,10 @@ def traced_for(model: Chain | nn.Module, x: Any, *, strict: bool) -> Chain:
                 "parameters) than it is used with; trace and plan again: chain = hzo.trace(model, x)"
             )
     kept = module.__dict__.setdefault(_Kept.name, _Kept())
-    if wanted not in kept:
+    if wanted not in kept or anew:
         while len(kept) >= _KEPT:
             kept.pop(next(iter(kept)))
-        kept[wanted] = trace(model, x)
+        kept[wanted] = trace(model, x, samples=batch_size(*call_arguments(x)) if anew else None)
     found: Chain = kept[wanted]
     if isinstance(model, Chain) and model.graph is not None and model.graph.noise is not None:
         return Chain(found.model, replace(found.traced, noise=model.graph.noise))

@@ -1,28 +1,27 @@
 """Which elements an output may depend on: patterns of single operations, composed along a slice.
 
-Every rule holds for an exact type or function with nothing in the way, and is decided from shapes and options alone.
+Every rule holds for one ATen operator, and is decided from shapes and options alone; what a user declared speaks for a
+module of their own.
 What no rule covers depends on everything, which is always safe. Source: receptive fields, paper; axis by axis through
 reshapes, skips and concatenations: ours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hzo.adjoints.common import slots_of
+
 from hzo.finite_differences import Link, Links, Pattern, either, follow, identity, without_full
 from hzo.locality import declared, mixing, pointwise, reindexing, spatial
 from hzo.locality.common import Rule, free
 from hzo.structure import is_elementwise
-from hzo.tracing import Graph, Operation, untouched
-from hzo.tracing import declared as declared_of
+from hzo.tracing import Graph, Operation
 
 __all__ = ["Locality", "operation_links", "slice_locality"]
 
 _FILES = (mixing, pointwise, reindexing, spatial)
-MODULES: dict[type, Rule] = {kind: rule for file in _FILES for kind, rule in file.MODULES.items()}
-FUNCTIONS: dict[object, Rule] = {function: rule for file in _FILES for function, rule in file.FUNCTIONS.items()}
+RULES: dict[object, Rule] = {target: rule for file in _FILES for target, rule in file.RULES.items()}
 
 
 @dataclass(frozen=True)
@@ -44,16 +43,15 @@ def operation_links(graph: Graph, op: Operation, read: int, write: int) -> Links
     Dimensions are those of a single sample (``Value.sample_shape``). Where samples influence each other, and where no
     rule covers the call, every link is free.
     """
-    rule: Rule | None = None
     if op.coupled or not op.deterministic:
         return free(graph, read)
-    if declared_of(op.module) is not None:
+    interleaved = graph.values[read].outer > 1 or graph.values[write].outer > 1
+    rule: Rule | None = RULES.get(getattr(op.target, "func", op.target))
+    if interleaved and rule is not reindexing.by_numbers and not is_elementwise(op):
+        return free(graph, read)
+    if op.module is not None:
         rule = declared.links
-    elif op.module is not None:
-        rule = MODULES.get(type(op.module)) if untouched(op.module) else None
-    elif isinstance(op.target, Hashable):
-        rule = FUNCTIONS.get(op.target)
-    if rule is None and is_elementwise(op) and slots_of(op, read):
+    elif rule is None and is_elementwise(op):
         rule = pointwise.broadcast
     found = rule(graph, op, read, write) if rule is not None else None
     return free(graph, read) if found is None else found

@@ -6,20 +6,14 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from hzo.finite_differences import Link, Links, identity
+from hzo.tape import Ref
+from hzo.tape.operations import refs_in
 from hzo.tracing import Graph, Operation
 
 Rule = Callable[[Graph, Operation, int, int], "Links | None"]
 """(graph, operation, operand, result) -> a link for each dimension of the operand; None where it does not hold."""
-
-
-def functions(*names: str) -> list[Any]:
-    """All functions of these names that torch offers."""
-    spaces = (torch, Tensor, F)
-    return [found for name in names for space in spaces if (found := getattr(space, name, None)) is not None]
 
 
 def sizes(graph: Graph, value: int) -> tuple[int, ...]:
@@ -30,6 +24,33 @@ def sizes(graph: Graph, value: int) -> tuple[int, ...]:
 def free(graph: Graph, value: int) -> Links:
     """Everything may depend on everything."""
     return tuple({} for _ in graph.values[value].shape)
+
+
+def is_first_operand(op: Operation, value: int) -> bool:
+    """Whether the value is the call's first argument, and nothing else."""
+    return places_of(op, value) == [0]
+
+
+def places_of(op: Operation, value: int) -> list[int | str]:
+    """Top-level positions and keywords of the call that hold the value; −1 for one nested deeper."""
+    slots: list[tuple[int | str, Any]] = [*enumerate(op.args), *op.kwargs.items()]
+    found: list[int | str] = []
+    for slot, given in slots:
+        if type(given) is Ref and given.value == value:
+            found.append(slot)
+        elif type(given) is tuple and value in refs_in(given):
+            found.append(-1)
+    return found
+
+
+def argument(op: Operation, name: str) -> Any:
+    """An argument by the name in the operator's schema; its default where the call left it out."""
+    target = getattr(op.target, "func", op.target)
+    assert isinstance(target, torch._ops.OpOverload)
+    for k, about in enumerate(target._schema.arguments):
+        if about.name == name:
+            return op.args[k] if k < len(op.args) else op.kwargs.get(name, about.default_value)
+    return None
 
 
 def along(graph: Graph, read: int, write: int, targets: Sequence[int | None]) -> Links | None:

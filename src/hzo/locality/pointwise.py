@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
-from torch import nn
+import torch
 
-from hzo.adjoints.common import argument, is_first_operand
 from hzo.finite_differences import Links
-from hzo.locality.common import Rule, along, dims_of, functions, mixed, sizes
+from hzo.locality.common import Rule, along, argument, dims_of, is_first_operand, mixed, sizes
 from hzo.tracing import Graph, Operation
+
+aten = torch.ops.aten
 
 
 def broadcast(graph: Graph, _: Operation, read: int, write: int) -> Links | None:
@@ -21,36 +21,23 @@ def broadcast(graph: Graph, _: Operation, read: int, write: int) -> Links | None
 
 
 def _same_place(graph: Graph, op: Operation, read: int, write: int) -> Links | None:
-    return mixed(graph, read, write, ()) if is_first_operand(graph, op, read) else None
-
-
-def _batch_norm(graph: Graph, op: Operation, read: int, write: int) -> Links | None:
-    """With its running statistics; with those of the batch, samples are coupled and nothing is promised."""
-    module: Any = op.module
-    by_batch = module.training or module.running_mean is None
-    return None if by_batch else _same_place(graph, op, read, write)
-
-
-def _functional_batch_norm(graph: Graph, op: Operation, read: int, write: int) -> Links | None:
-    training = argument(op, 5, "training", False)
-    return _same_place(graph, op, read, write) if training is False else None
+    return mixed(graph, read, write, ()) if is_first_operand(op, read) else None
 
 
 def _over_the_last(graph: Graph, op: Operation, read: int, write: int) -> Links | None:
     """Layer and RMS norm: statistics over the last dimensions."""
-    module: Any = op.module
-    shape = module.normalized_shape if module is not None else argument(op, 1, "normalized_shape")
-    across = range(-len(tuple(shape)), 0)
-    return mixed(graph, read, write, across) if is_first_operand(graph, op, read) else None
+    across = range(-len(argument(op, "normalized_shape")), 0)
+    return mixed(graph, read, write, across) if is_first_operand(op, read) else None
 
 
 def _group_norm(graph: Graph, op: Operation, read: int, write: int) -> Links | None:
     """Statistics over groups of channels, and all of space."""
-    module: Any = op.module
-    groups = int(module.num_groups if module is not None else argument(op, 1, "num_groups"))
+    groups = int(argument(op, "group"))
     links = mixed(graph, read, write, range(2, len(sizes(graph, read))))
-    if links is None or not is_first_operand(graph, op, read) or graph.values[read].batch_dim != 0:
+    if links is None or not is_first_operand(op, read) or graph.values[read].batch_dim != 0:
         return None
+    if sizes(graph, read)[0] != 1:  # instances: what is left of the batch dimension is channels
+        return links
     channels = sizes(graph, read)[1]
     return (links[0], {1: blocks(channels, channels, groups)}, *links[2:])
 
@@ -61,25 +48,29 @@ def blocks(rows: int, columns: int, groups: int) -> tuple[int, ...]:
     return tuple(((1 << width) - 1) << (row // height * width) for row in range(rows))
 
 
-def _instance_norm(graph: Graph, op: Operation, read: int, write: int) -> Links | None:
-    holds = is_first_operand(graph, op, read) and graph.values[read].batch_dim == 0
-    return mixed(graph, read, write, range(2, len(sizes(graph, read)))) if holds else None
+def _batch_norm(graph: Graph, op: Operation, read: int, write: int) -> Links | None:
+    """With its running statistics; with those of the batch, see below."""
+    rule = _batch_statistics if argument(op, "training") else _same_place
+    return rule(graph, op, read, write)
+
+
+def _batch_statistics(graph: Graph, op: Operation, read: int, write: int) -> Links | None:
+    """Normalization of each of (samples × channels) over space: an instance norm, where samples are folded into the
+    channels, or a batch norm, which couples samples and never comes here."""
+    if not is_first_operand(op, read) or graph.values[read].batch_dim != 1:
+        return None
+    return mixed(graph, read, write, range(2, len(sizes(graph, read))))
 
 
 def _over_dim(graph: Graph, op: Operation, read: int, write: int) -> Links | None:
     """Softmax and running sums: mixed along one dimension."""
-    module: Any = op.module
-    dims = dims_of(module.dim if module is not None else argument(op, 1, "dim"))
-    return mixed(graph, read, write, dims) if dims and is_first_operand(graph, op, read) else None
-
-
-def _softmax_2d(graph: Graph, op: Operation, read: int, write: int) -> Links | None:
-    return mixed(graph, read, write, (-3,)) if is_first_operand(graph, op, read) else None
+    dims = dims_of(argument(op, "dim"))
+    return mixed(graph, read, write, dims) if dims and is_first_operand(op, read) else None
 
 
 def _reduction(graph: Graph, op: Operation, read: int, write: int) -> Links | None:
-    dims = dims_of(argument(op, 1, "dim"))
-    if not dims or not is_first_operand(graph, op, read):
+    dims = dims_of(argument(op, "dim"))
+    if not dims or not is_first_operand(op, read):
         return None
     before, after = sizes(graph, read), sizes(graph, write)
     gone = {d % len(before) for d in dims}
@@ -91,37 +82,37 @@ def _reduction(graph: Graph, op: Operation, read: int, write: int) -> Links | No
 
 def _gated(graph: Graph, op: Operation, read: int, write: int) -> Links | None:
     """GLU: an output sees its own place in both halves."""
-    module: Any = op.module
-    dim = module.dim if module is not None else argument(op, 1, "dim", -1)
     before, after = sizes(graph, read), sizes(graph, write)
-    dim %= len(before)
+    dim = int(argument(op, "dim")) % len(before)
     half = before[dim] // 2
-    if not is_first_operand(graph, op, read) or after != (*before[:dim], half, *before[dim + 1 :]):
+    if not is_first_operand(op, read) or after != (*before[:dim], half, *before[dim + 1 :]):
         return None
     pairs = tuple((1 << i) | (1 << (i + half)) for i in range(half))
     links = along(graph, read, write, [None if d == dim else d for d in range(len(before))])
     return None if links is None else tuple({dim: pairs} if d == dim else link for d, link in enumerate(links))
 
 
-MODULES: dict[type[nn.Module], Rule] = {
-    nn.PReLU: _same_place,
-    **dict.fromkeys((nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.FeatureAlphaDropout, nn.RReLU), _same_place),
-    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), _batch_norm),
-    **dict.fromkeys((nn.LayerNorm, nn.RMSNorm), _over_the_last),
-    nn.GroupNorm: _group_norm,
-    **dict.fromkeys((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), _instance_norm),
-    **dict.fromkeys((nn.Softmax, nn.LogSoftmax, nn.Softmin), _over_dim),
-    nn.Softmax2d: _softmax_2d,
-    nn.GLU: _gated,
-}
-FUNCTIONS: dict[Any, Rule] = {
-    **dict.fromkeys(functions("prelu", "dropout1d", "dropout2d", "dropout3d", "rrelu"), _same_place),
-    F.batch_norm: _functional_batch_norm,
-    **dict.fromkeys((F.layer_norm, F.rms_norm), _over_the_last),
-    F.group_norm: _group_norm,
-    F.instance_norm: _instance_norm,
-    **dict.fromkeys(functions("softmax", "log_softmax", "softmin"), _over_dim),
-    **dict.fromkeys(functions("cumsum", "cumprod", "logcumsumexp"), _over_dim),
-    **dict.fromkeys(functions("mean", "sum", "amax", "amin", "max", "min", "logsumexp", "var", "std"), _reduction),
-    F.glu: _gated,
-}
+_REDUCTIONS = (
+    aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default, aten.max.dim, aten.min.dim,
+    aten.logsumexp.default, aten.var.correction, aten.std.correction, aten.var_mean.correction, aten.prod.dim_int,
+    aten.linalg_vector_norm.default, aten.argmax.default,
+)  # fmt: skip
+
+RULES: dict[Any, Rule] = {
+    **dict.fromkeys((aten._to_copy.default, aten.alias.default, aten.lift_fresh.default), _same_place),
+    aten._prelu_kernel.default: broadcast,
+    aten._native_batch_norm_legit_no_training.default: _same_place,
+    **dict.fromkeys(
+        (aten.native_batch_norm.default, aten.cudnn_batch_norm.default, aten._native_batch_norm_legit.no_stats),
+        _batch_norm,
+    ),
+    **dict.fromkeys((aten.native_layer_norm.default, aten._fused_rms_norm.default), _over_the_last),
+    aten.native_group_norm.default: _group_norm,
+    **dict.fromkeys(
+        (aten._softmax.default, aten._log_softmax.default, aten._safe_softmax.default, aten.cumsum.default,
+         aten.cumprod.default, aten.logcumsumexp.default, aten.sort.default, aten.sort.stable),
+        _over_dim,
+    ),
+    **dict.fromkeys(_REDUCTIONS, _reduction),
+    aten.glu.default: _gated,
+}  # fmt: skip

@@ -7,18 +7,23 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from hzo.execution import VIEWS
 from hzo.finite_differences import Links, matrix_of, without_full
-from hzo.locality.common import Rule, functions, sizes
-from hzo.tracing import Attribute, Extent, Graph, Operation, Ref, leaves, map_arguments, tensors_in
+from hzo.locality.common import Rule, sizes
+from hzo.tape import Ref
+from hzo.tape.aliases import read_window, write_window
+from hzo.tape.record import flat
+from hzo.tracing import Graph, Operation
 
+aten = torch.ops.aten
 _LARGEST = 2**22  # elements of an operand whose places are numbered
 _known: WeakKeyDictionary[Graph, dict[tuple[int, int, int], Links | None]] = WeakKeyDictionary()
 
 
-def _by_numbers(graph: Graph, op: Operation, read: int, write: int) -> Links | None:
+def by_numbers(graph: Graph, op: Operation, read: int, write: int) -> Links | None:
+    """Links of an operation that copies places, found once."""
     known = _known.setdefault(graph, {})
     key = (op.index, read, write)
     if key not in known:
@@ -45,71 +50,57 @@ def _links(graph: Graph, op: Operation, read: int, write: int) -> Links | None:
 
 @torch.no_grad()
 def _places(graph: Graph, op: Operation, read: int, write: int) -> Tensor | None:
-    """For every place of one sample of the result the place of the operand that it copies, −1 where it copies none.
-
-    The operation runs on two samples, so that a batch of one cannot be taken for an axis of size one, and twice with
-    other numbers: what stays the same is a constant.
-    """
+    """For every place of the first sample of the result the place of the operand that it copies, −1 where it copies
+    none. The operation runs twice, with other numbers: what stays the same is a constant."""
     value, result = graph.values[read], graph.values[write]
-    elements = value.per_sample
+    elements, one = value.numel, value.per_sample
     if elements > _LARGEST or value.batch_dim is None or result.batch_dim is None:
         return None
-    one = torch.arange(1, elements + 1, dtype=torch.float64, device="cpu").view(value.sample_shape)
-    numbers = torch.cat([one, one + elements], value.batch_dim)
+    numbers = torch.arange(1, elements + 1, dtype=torch.float64, device="cpu")
+    numbers = value.joined(numbers.view(graph.batch, *value.sample_shape)).reshape(value.shape)
 
     def fill(leaf: Any, numbers: Tensor) -> Any:
-        if isinstance(leaf, Extent):
-            return 2 * leaf.per_sample
-        if leaf == Ref(read):
+        if type(leaf) is tuple:
+            return tuple([fill(item, numbers) for item in leaf])
+        if type(leaf) is not Ref:
+            return leaf
+        if leaf.value == read:
             return numbers
-        if isinstance(leaf, Attribute):
-            return torch.zeros(leaf.get().shape, dtype=torch.float64, device="cpu")
-        if isinstance(leaf, Ref):
-            other = graph.values[leaf.value]
-            shape = [s // graph.batch * 2 if d == other.batch_dim else s for d, s in enumerate(other.shape)]
-            return torch.zeros(shape, dtype=torch.float64, device="cpu")
-        return leaf
+        about, constant = graph.values[leaf.value], graph.constants.get(leaf.value)
+        if about.floating:
+            return torch.zeros(about.shape, dtype=torch.float64, device="cpu")
+        if constant is None or about.batched:  # what values pick is for values to say
+            raise LookupError
+        return constant.cpu()
 
     def run(numbers: Tensor) -> Tensor:
-        args, kwargs = map_arguments(lambda leaf: fill(leaf, numbers), (op.args, op.kwargs))
-        found = dict(zip(op.writes, tensors_in(op.target(*args, **kwargs)), strict=True))[write]
-        return found.narrow(result.batch_dim or 0, 0, found.shape[result.batch_dim or 0] // 2)
+        args = fill(op.args, numbers)
+        if op.target in VIEWS:  # the numbers may lie in memory otherwise than the operand
+            args = (args[0].contiguous(), *args[1:])
+        made = flat(op.target(*args, **{k: fill(v, numbers) for k, v in op.kwargs.items()}))
+        return result.sample(made[op.results.index(write)], 0, graph.batch)
 
-    first, second = run(numbers), run(numbers + 2 * elements)
+    try:
+        first, second = run(numbers), run(numbers + 2 * elements)
+    except LookupError:
+        return None
     if tuple(first.shape) != result.sample_shape:
         return None
     places = torch.where(second - first == 2 * elements, first.long() - 1, -1)
-    return places if bool((places < elements).all()) else None
+    return places if bool((places < one).all()) else None
 
 
-def _indexed(graph: Graph, op: Operation, read: int, write: int) -> Links | None:
-    """Integers, slices, None and Ellipsis; what tensors pick is for values to say."""
-    return (
-        None
-        if any(isinstance(leaf, (Ref, Attribute, Tensor)) for leaf in leaves(op.args[1:]))
-        else _by_numbers(graph, op, read, write)
-    )
-
-
-_NAMES = (
-    "reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "swapaxes", "swapdims", "permute",
-    "t", "movedim", "moveaxis", "cat", "concat", "concatenate", "stack", "hstack", "vstack", "chunk", "split",
-    "unbind", "narrow", "select", "expand", "expand_as", "view_as", "reshape_as", "flip", "roll", "repeat", "tile",
-    "tensor_split", "repeat_interleave", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "tril", "triu",
-    "diagonal", "rot90", "unfold",
+_TARGETS = (
+    aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default, aten.unsqueeze.default,
+    aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.t.default, aten.transpose.int,
+    aten.permute.default, aten.slice.Tensor, aten.select.int, aten.diagonal.default, aten.unfold.default,
+    aten.split.Tensor, aten.split_with_sizes.default, aten.unsafe_split.Tensor, aten.unbind.int, aten.cat.default,
+    aten.stack.default, aten.expand.default, aten.repeat.default, aten.flip.default, aten.roll.default,
+    aten.rot90.default, aten.pixel_shuffle.default, aten.pixel_unshuffle.default, aten.channel_shuffle.default,
+    aten.tril.default, aten.triu.default, aten.im2col.default, aten.constant_pad_nd.default,
+    aten.reflection_pad1d.default, aten.reflection_pad2d.default, aten.reflection_pad3d.default,
+    aten.replication_pad1d.default, aten.replication_pad2d.default, aten.replication_pad3d.default,
+    aten.slice_scatter.default, aten.select_scatter.default, aten.diagonal_scatter.default, aten.index.Tensor,
+    aten.index_select.default, aten.gather.default, aten.as_strided.default, read_window, write_window,
 )  # fmt: skip
-
-MODULES: dict[type[nn.Module], Rule] = dict.fromkeys(
-    (
-        nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle,
-        nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d,
-        nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d, nn.ReplicationPad1d, nn.ReplicationPad2d,
-        nn.ReplicationPad3d, nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d,
-    ),
-    _by_numbers,
-)  # fmt: skip
-FUNCTIONS: dict[Any, Rule] = {
-    **dict.fromkeys(functions(*_NAMES), _by_numbers),
-    F.pad: _by_numbers,
-    Tensor.__getitem__: _indexed,
-}
+RULES: dict[Any, Rule] = dict.fromkeys(_TARGETS, by_numbers)

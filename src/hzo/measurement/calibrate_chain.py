@@ -15,17 +15,16 @@ import torch
 from torch import Tensor
 
 from hzo.errors import InputError
-from hzo.execution import Activities, as_checks, base_pass, contained
+from hzo.execution import Activities, as_checks, contained
 from hzo.finite_differences import Scheme, accumulation_dtype, check_scheme, scale_of
-from hzo.gradients import at_the_end, loss_at_the_end, traced_for
+from hzo.gradients import at_the_end, base_pass, loss_pass, traced_for
 from hzo.measurement import noise_split as scatter
 from hzo.measurement.hops import Hops
 from hzo.measurement.timing import timed
 from hzo.planner import Calibration, points_of, tree_edges, unitary
-from hzo.plans import Allowed, Hop, Plan, Wanted, plan_without_nodes, schedule, wanted_by, with_hops
+from hzo.plans import Allowed, Hop, Plan, Wanted, plan_without_nodes, wanted_by, with_hops
 from hzo.structure import Assume, check_assume
-from hzo.tracing import Chain, Graph, tensors_in
-from hzo.tracing.recorder import call_arguments
+from hzo.tracing import Chain, Graph
 
 
 @torch.inference_mode(False)
@@ -70,13 +69,11 @@ def calibrate(
         raise InputError(f"expected 2 repeats or more, to see how far two estimates lie apart; got {repeats}")
     graph = chain.traced
     traced_for(chain, x, strict=True)  # raises where x is not what the chain was traced for
-    modules = [chain.model, *(op.module for op in graph.operations if op.module is not None)]
+    modules = [chain.model, *graph.opaque_modules]
     with contained(modules), as_checks():
-        inputs = tensors_in(call_arguments(x))
-        activities = base_pass(graph, inputs)
         began = perf_counter()
-        at_end = _at_the_end(graph, activities, inputs, loss_fn, y, cotangent)
-        loss = perf_counter() - began
+        activities, at_end = _base(chain, x, loss_fn, y, cotangent)
+        first = perf_counter() - began
         total = scatter.of_stages(graph, activities)
         allowed = Allowed(assume, scheme)
         reference = _reference(graph, allowed)
@@ -88,19 +85,15 @@ def calibrate(
             fingerprint=graph.fingerprint,
             norms=hops.norms,
             transport=hops.transport,
-            scales={v.index: scale_of(activities.values[v.index]) for v in graph.values if v.batched and v.floating},
+            scales={v.index: scale_of(activities.tensor(v.index)) for v in graph.values if v.batched and v.floating},
             bends=hops.bends,
             noise=noise,
             rounding=hops.rounding_of_stages() if total is None else unitary(graph, scheme).rounding,
             parameters=hops.parameters,
-            seconds=hops.seconds(_forward(graph, inputs, reference) + loss) if seconds else None,
+            seconds=hops.seconds(min(first, timed(lambda: _base(chain, x, loss_fn, y, cotangent))[0]))
+            if seconds
+            else None,
         )
-
-
-def _forward(graph: Graph, inputs: list[Tensor], reference: Plan) -> float:
-    """Seconds of a base pass that lets go of what no later step reads, as that of a gradient does."""
-    steps = schedule(graph, reference)
-    return timed(lambda: base_pass(graph, inputs, steps.base_pass))[0]
 
 
 def _reference(graph: Graph, allowed: Allowed) -> Plan:
@@ -132,23 +125,22 @@ def hops_of(graph: Graph, wanted: Wanted, allowed: Allowed) -> list[tuple[int, i
     return found
 
 
-def _at_the_end(
-    graph: Graph,
-    activities: Activities,
-    inputs: list[Tensor],
-    loss_fn: Callable[..., Any] | None,
-    y: Any,
-    cotangent: Any,
-) -> dict[int, Tensor]:
-    """The cotangents given, the loss's, or random ones; scaled so that their squared norm is one."""
-    if cotangent is not None:
-        found = {v: g.to(accumulation_dtype(g.dtype)) for v, g in at_the_end(graph, cotangent).items()}
-    elif loss_fn is not None:
-        found = loss_at_the_end(graph, activities, inputs, loss_fn, y)[1]
+def _base(
+    chain: Chain, x: Any, loss_fn: Callable[..., Any] | None, y: Any, cotangent: Any
+) -> tuple[Activities, dict[int, Tensor]]:
+    """A base pass, and at its end the cotangents given, the loss's, or random ones, of a squared norm of one."""
+    graph = chain.traced
+    if cotangent is None and loss_fn is not None:
+        base = loss_pass(chain, x, loss_fn, y)
+        activities, found = base.activities, base.at_end
     else:
-        values = {v: activities.values[v] for v in graph.outputs if graph.values[v].floating}
-        found = {v: torch.randn_like(t, dtype=accumulation_dtype(t.dtype)) for v, t in values.items()}
+        activities, _ = base_pass(chain, x)
+        if cotangent is not None:
+            found = {v: g.to(accumulation_dtype(g.dtype)) for v, g in at_the_end(graph, cotangent).items()}
+        else:
+            values = {v: activities.tensor(v) for v in graph.outputs if graph.values[v].floating}
+            found = {v: torch.randn_like(t, dtype=accumulation_dtype(t.dtype)) for v, t in values.items()}
     size = sum(float(g.double().square().sum()) for g in found.values()) ** 0.5
     if not size > 0:
         raise InputError("the loss has no gradient at this batch; calibrate on one that has, or without a loss")
-    return {v: g / size for v, g in found.items()}
+    return activities, {v: g / size for v, g in found.items()}

@@ -9,14 +9,13 @@ from math import log
 import torch
 from torch import Tensor
 
-from hzo.adjoints import find_adjoint
 from hzo.execution import Activities
 from hzo.finite_differences import evaluations, scale_of, scaled_step
 from hzo.gradients import Cotangents, Gradients, Local, Sweep, add_gradients, estimate_node, with_carried
 from hzo.measurement.timing import operation_seconds, timed
 from hzo.planner import Bend, Seconds, share
 from hzo.plans import Allowed, Node, Plan, check_coupling, has_rule, make_node
-from hzo.tracing import Attribute, Graph, Operation
+from hzo.tracing import Graph, Operation
 
 LADDER = (1.0, 0.25, 0.0625, 0.015625)  # steps at which curvature is seen, in units of the activity
 SMALL, NOISY, LARGEST = 0.25, 0.5, 1.0  # those of a noisy chain: smaller ones drown
@@ -155,7 +154,7 @@ class Hops:
         return share(self.allowed.scheme) * node.probe.directions * variance / height
 
     def _rows(self, node: Node) -> Tensor:
-        return self.graph.values[node.value].rows(self.activities.values[node.value], self.activities.batch)
+        return self.graph.values[node.value].rows(self.activities.tensor(node.value), self.activities.batch)
 
     def _bend(self, sweep: Sweep, node: Node, at_source: dict[int, Tensor], reference: Tensor) -> Bend | None:
         """Curvature from what larger steps change, where noise and rounding do not explain it."""
@@ -196,7 +195,7 @@ class Hops:
             seen = LADDER[0]
             shown = _square(self._at(sweep, node, at_source, seen) - self._at(sweep, node, at_source, 0.93 * seen)) / 2
         fade = {step: self._inverse_square(rows, step) for step in (seen, *LADDER)}
-        stage = self.graph.stage_of[node.source - 1]
+        stage = self.graph.stage_before(node.source)
         self._rounding[stage] += shown / (share(self.allowed.scheme) * node.probe.directions * fade[seen])
         found = {step: self._at(sweep, node, at_source, step) for step in LADDER}
         apart, floor = [], []
@@ -250,8 +249,8 @@ class Hops:
         op = self.graph.operations[position - 1]
         at = self.cotangents.get(position, {})
         given = {v: at[v] for v in op.writes if v in at}
-        uses = [use for use in op.parameters if use.name and isinstance(use.where, Attribute)]
-        if not given or not uses or not op.batched or not all(has_rule(self.graph, op, use) for use in op.parameters):
+        uses = [use for use in op.parameters if use.name]
+        if not given or not uses or not op.batched or not has_rule(op):
             return
 
         def gradients(cotangents: dict[int, Tensor]) -> Gradients:
@@ -274,8 +273,7 @@ class Hops:
         """Whether the adjoint of an operation gives the gradients of its parameters along."""
         if self.allowed.assume != "structure":
             return False
-        rules = [find_adjoint(self.graph, op, v) for v in op.reads if self.graph.requires[v]]
-        return any(rule is not None and rule.with_parameters is not None for rule in rules)
+        return any(self.graph.requires[v] for v in op.reads)
 
     def _scattered(self, value: int, cotangent: Tensor) -> Tensor:
         """A random error as large as the cotangent, in every sample."""

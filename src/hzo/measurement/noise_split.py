@@ -72,10 +72,10 @@ def _scatter(graph: Graph, activities: Activities, first: int, last: int, copies
     outputs = [v for v in graph.live[stop] if v in written and graph.values[v].floating]
     if not operations or not outputs:
         return {}
-    results = run_slice(graph, operations, activities, {}, outputs, copies, {})
+    results = run_slice(graph, operations, activities, {}, outputs, copies)
     found = {}
     for v, tensor in zip(outputs, results, strict=True):
-        rows = graph.values[v].rows(tensor, activities.batch * copies)
+        rows = graph.values[v].copies_to_rows(tensor, activities.batch)
         found[v] = rows.view(copies, activities.batch, -1).double()
     return found
 

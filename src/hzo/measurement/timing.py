@@ -6,8 +6,6 @@ from collections.abc import Callable
 from time import perf_counter
 from typing import TypeVar
 
-from torch import Tensor
-
 from hzo.execution import Activities, run_slice
 from hzo.finite_differences import Probe, directions_per_chunk
 from hzo.plans import Cost, Node, bytes_per_direction
@@ -40,13 +38,12 @@ def _seconds(graph: Graph, activities: Activities, op: Operation) -> float:
     moved = next((v for v in op.reads if graph.values[v].batched and graph.values[v].floating), None)
     if not op.batched or moved is None or op.coupled:
         return 0.0
-    batch, value, at = activities.batch, graph.values[moved], activities.values[moved]
+    batch, value, at = activities.batch, graph.values[moved], activities.tensor(moved)
     probe = Probe("coordinate", value.per_sample)
     node = Node(moved, op.index, op.index + 1, (op.index,), op.writes, False, probe, Cost())
     chunk = directions_per_chunk(bytes_per_direction(graph, node, batch), None, at.device)
     copies = max(1, min(chunk, value.per_sample, _MOST_COPIES))
-    state = {moved: value.from_rows(value.rows(at, batch).repeat(copies, 1), batch * copies)}
+    state = {moved: at.repeat(copies, *[1] * at.dim()).view(copies, *at.shape)}
     outputs = [v for v in op.writes if graph.values[v].batched]
-    tiles: dict[int, Tensor] = {}
-    taken, _ = timed(lambda: run_slice(graph, [op.index], activities, state, outputs, copies, tiles))
+    taken, _ = timed(lambda: run_slice(graph, [op.index], activities, state, outputs, copies))
     return taken / (copies * batch)

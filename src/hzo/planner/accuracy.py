@@ -20,7 +20,7 @@ from math import log
 import torch
 from torch import Tensor
 
-from hzo.adjoints.affine import impulse_size
+from hzo.declared import impulse_size
 from hzo.finite_differences import Scheme
 from hzo.noise import Noise
 from hzo.planner.calibration import Calibration

@@ -125,7 +125,7 @@ def points_of(graph: Graph, wanted: Wanted, allowed: Allowed) -> list[int]:
     if not needed:
         return [end]
     if allowed.assume == "structure":
-        return list(range(needed[0], end + 1))
+        return [p for p in range(needed[0], end + 1) if p in needed or p == end or graph.passable(p)]
 
     def width(position: int) -> int:
         return sum(graph.values[v].per_sample for v in graph.live[position] if graph.requires[v])

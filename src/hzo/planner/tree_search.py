@@ -66,7 +66,7 @@ def shortest_path(graph: Graph, points: Sequence[int], allowed: Allowed) -> list
     """
     edges: list[Edge] = []
     for left, right in pairwise(points[1:]):
-        between = range(left, right + 1)
+        between = [p for p in range(left, right + 1) if p in (left, right) or graph.passable(p)]
         best: dict[int, Path] = {right: (0, Fraction(0), 0, right)}
         for target in reversed(between[:-1]):
             best[target] = min(_through(graph, target, s, best[s], allowed) for s in between if s > target)

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from hzo.adjoints import find_adjoint
 from hzo.plans.plan import Node, Plan
 from hzo.plans.storage import Event, last_uses, passes
 from hzo.tracing import Graph
@@ -115,22 +114,15 @@ def reads_of_step(graph: Graph, plan: Plan, step: int, nodes: Iterable[Node]) ->
     op = graph.operations[step] if step < len(graph.operations) else None
     if op is not None and op.parameters:
         yield from op.reads
-        if any(probe.operation == step for probe in plan.perturbed):
-            yield from op.writes
+        yield from op.writes
 
 
 def read_by_node(graph: Graph, plan: Plan, node: Node) -> Iterator[int]:
     """The values whose activities the estimate of a node reads."""
     if node.probe.kind == "adjoint":
         op = graph.operations[node.operations[0]]
-        rule = find_adjoint(graph, op, node.value)
-        reads = rule.reads if rule is not None else "all"
-        if reads in ("all", "inputs"):
-            yield from op.reads
-        else:  # shapes of floating operands; a mask or an index is read all the same
-            yield from (v for v in op.reads if not graph.values[v].floating)
-        if reads in ("all", "output"):
-            yield from op.writes
+        yield from op.reads
+        yield from op.writes
     elif node.operations:
         yield node.value
         made: set[int] = set()  # by the query itself

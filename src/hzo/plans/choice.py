@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hzo._options import whole
-from hzo.adjoints import find_adjoint
+from hzo.declared import find_adjoint
 from hzo.errors import PlanError
 from hzo.finite_differences import DRAWS, Probe, Scheme, color, thin
 from hzo.locality import slice_locality
-from hzo.plans.cost import adjoint_cost, node_cost
+from hzo.plans.cost import adjoint_cost, node_cost, rule_cost
 from hzo.plans.plan import Cost
 from hzo.structure import Assume, elementwise_slice
-from hzo.tracing import Graph
+from hzo.tracing import Graph, Operation
 
 
 @dataclass(frozen=True)
@@ -41,17 +41,26 @@ def choose_probe(
     """The cheapest probe that what is assumed allows, and its cost."""
     elements = graph.values[value].per_sample
     if allowed.assume == "structure" and len(operations) == 1:
-        rule = find_adjoint(graph, graph.operations[operations[0]], value)
-        if rule is not None:
-            shapes = rule.probes(graph, graph.operations[operations[0]], value)
-            return Probe("adjoint", elements, rule.promise), adjoint_cost(graph, operations[0], value, shapes)
+        op = graph.operations[operations[0]]
+        if has_adjoint(op):
+            return Probe("adjoint", elements, op.rule), rule_cost(graph, op, value)
+        declared = find_adjoint(graph, op, value)
+        if declared is not None:
+            shapes = declared.probes(graph, op, value)
+            return Probe("adjoint", elements, declared.promise), adjoint_cost(graph, operations[0], value, shapes)
     probe = Probe("coordinate", elements)
-    if operations and allowed.assume != "nothing":
+    apart = all(graph.values[v].batch_dim is not None for v in (value, *outputs))
+    if operations and allowed.assume != "nothing" and apart:
         if elementwise_slice(graph, value, operations, outputs):
             probe = Probe("elementwise", elements)
         else:
             probe = _colored(graph, value, operations, outputs, allowed.spacing) or probe
     return probe, node_cost(graph, probe, operations, allowed.scheme)
+
+
+def has_adjoint(op: Operation) -> bool:
+    """Whether an operation has a rule that is no queries."""
+    return op.rule not in ("queries", "")
 
 
 def _colored(

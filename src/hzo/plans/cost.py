@@ -14,7 +14,7 @@ import torch
 
 from hzo.finite_differences import Probe, Scheme, accumulation_dtype, evaluations
 from hzo.plans.plan import Cost, Node
-from hzo.tracing import Graph
+from hzo.tracing import Graph, Measured, Operation
 
 
 def node_cost(graph: Graph, probe: Probe, operations: Sequence[int], scheme: Scheme) -> Cost:
@@ -35,6 +35,20 @@ def adjoint_cost(graph: Graph, operation: int, value: int, probes: Sequence[tupl
         measurements=sum(shape[0] for shape in probes),
         measured=sum((graph.cost_alone(operation, value, prod(shape)) for shape in probes), start=Fraction(0)),
         adjoints=1,
+    )
+
+
+def rule_cost(graph: Graph, op: Operation, value: int, adjoints: int = 1) -> Cost:
+    """One application of an operation's rule to one operand, and what it measures."""
+    measured = (op.measured or {}).get(value) or Measured()
+    queries = len(measured.per_sample)
+    return Cost(
+        queries,
+        queries,
+        Fraction(queries * op.cost, graph.cost),
+        sum(rows for rows, _ in measured.fixed),
+        sum((graph.cost_alone(op.index, value, elements) for _, elements in measured.fixed), start=Fraction(0)),
+        adjoints,
     )
 
 

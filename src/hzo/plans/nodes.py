@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
-
 from hzo.errors import CoupledSamplesError
 from hzo.finite_differences import Scheme
 from hzo.noise import Noise
-from hzo.parameter_rules import find_rule
-from hzo.plans.choice import Allowed, choose_probe
-from hzo.plans.cost import parameter_cost
+from hzo.plans.choice import Allowed, choose_probe, has_adjoint
+from hzo.plans.cost import parameter_cost, rule_cost
 from hzo.plans.plan import Boundaries, Hop, Node, ParameterProbe, Plan
 from hzo.plans.trees import Tree
 from hzo.structure import Assume
-from hzo.tracing import Attribute, Graph, Operation, ParameterUse, declared_step
+from hzo.tracing import Graph, Operation, declared_step
 
 Wanted = dict[int, set[int]]
 """Values whose cotangents are asked for, by position."""
@@ -166,28 +163,19 @@ def check_coupling(graph: Graph, node: Node) -> None:
 
 
 def perturbed_parameters(graph: Graph, scheme: Scheme) -> list[ParameterProbe]:
-    """Parameters and derived values that no closed rule covers."""
+    """Parameters and derived values that no rule covers; those whose rule measures something, with no elements."""
     found = []
     for op in graph.operations:
         for k, use in enumerate(op.parameters):
-            if not has_rule(graph, op, use):
-                elements = operand(graph, use).numel()
+            if not has_rule(op):
+                elements = graph.values[use.value].numel
                 cost = parameter_cost(graph, op.index, elements, scheme)
                 found.append(ParameterProbe(op.index, k, elements, cost))
+            elif use.value in (op.measured or {}):
+                found.append(ParameterProbe(op.index, k, 0, rule_cost(graph, op, use.value, adjoints=0)))
     return found
 
 
-def operand(graph: Graph, use: ParameterUse) -> torch.Tensor:
-    """The tensor that a use refers to; for a derived value one of its shape, without memory."""
-    if isinstance(use.where, Attribute):
-        return use.where.get()
-    return graph.values[use.where.value].without_memory()
-
-
-def has_rule(graph: Graph, op: Operation, use: ParameterUse) -> bool:
-    """Whether the gradient of this operand has a closed form; decided from shapes alone."""
-    written = [v for v in op.writes if graph.values[v].floating]
-    if use.slot is None or len(written) != 1:
-        return False
-    args, kwargs = graph.arguments_without_memory(op)
-    return find_rule(op.target, args, kwargs, frozenset({use.slot})) is not None
+def has_rule(op: Operation) -> bool:
+    """Whether the gradients of an operation's parameters follow from its rule; of a use, see ``measured``."""
+    return has_adjoint(op)

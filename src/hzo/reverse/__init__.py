@@ -1,7 +1,20 @@
 """From the loss at the end of a tape back to the gradients of its leaves."""
 
-from hzo.reverse.backward import gradients_of, named
+from hzo.reverse.backward import as_data, gradients_of, named
 from hzo.reverse.step import Gradients, RecordedStep, accumulate, record
-from hzo.reverse.walk import sweep
+from hzo.reverse.walk import again, carry_back, measurements_of, sweep, sweep_end
 
-__all__ = ["Gradients", "RecordedStep", "accumulate", "gradients_of", "named", "record", "sweep"]
+__all__ = [
+    "Gradients",
+    "RecordedStep",
+    "accumulate",
+    "again",
+    "as_data",
+    "carry_back",
+    "gradients_of",
+    "measurements_of",
+    "named",
+    "record",
+    "sweep",
+    "sweep_end",
+]

@@ -26,7 +26,7 @@ def recorded_loss(
     for tensor in pytree.tree_leaves(x):
         if isinstance(tensor, Tensor) and tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise NonFiniteError("the input x holds NaN or infinity; clean the data before training on it")
-    x, y = pytree.tree_map_only(Tensor, _as_data, (x, y))
+    x, y = pytree.tree_map_only(Tensor, as_data, (x, y))
     refuse_wrappers(model)
     args, kwargs = call_arguments(x)
     modules = [m for m in (model, loss_fn) if isinstance(m, nn.Module)]
@@ -41,7 +41,7 @@ def recorded_loss(
     return step, loss
 
 
-def _as_data(tensor: Tensor) -> Tensor:
+def as_data(tensor: Tensor) -> Tensor:
     """What hangs on a history from before is data here; autograd cannot take tensors made in inference mode."""
     tensor = tensor if tensor.is_leaf or not tensor.requires_grad else tensor.detach()
     return tensor.clone() if tensor.is_inference() else tensor

@@ -66,20 +66,24 @@ class RecordedStep:
                 "over the processes by hooks of autograd; call hzo.backward(wrapped_model, loss_fn, x, y), which "
                 "averages as they would, or record inside wrapped_model.no_sync() and average .grad yourself"
             )
-        value = self._value_of_loss(loss)
-        hooks = self._hooks()
+        seeds, hooks = self.seed(loss)
         self._swept = not retain_graph
         if self._swept:
             self._recorder.release()
         # What autocast chose was recorded; the sweep's own products are taken as they are.
         with torch.no_grad(), torch.autocast(loss.device.type, enabled=False):
-            seed = torch.full_like(loss, 1 / max(loss.numel(), 1))
-            found = sweep(self.tape, {value: seed}, hooks, free=not retain_graph)
+            found = sweep(self.tape, seeds, hooks, free=not retain_graph)
         leaves: dict[int, tuple[Tensor, Tensor]] = {}
         for v, g in found.items():  # one tensor may stand for two leaves, where autograd was told to forget in between
             leaf = self.tape.leaves[v]
             leaves[id(leaf)] = (leaf, leaves[id(leaf)][1] + g if id(leaf) in leaves else g)
         return [(leaf, _hooked(leaf, g)) for leaf, g in leaves.values()]
+
+    def seed(self, loss: Tensor) -> tuple[dict[int, Tensor], dict[int, Callable[[Tensor], Tensor]]]:
+        """What a sweep begins with, by value, and the hooks on intermediate tensors. Errors as ``backward``."""
+        value = self._value_of_loss(loss)
+        with torch.no_grad():
+            return {value: torch.full_like(loss, 1 / max(loss.numel(), 1))}, self._hooks()
 
     def undo(self) -> None:
         """Put back what the recorded code changed: tensors that were there before, random states, mode flags."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from hzo.errors import TapeError
 from hzo.execution import counting
 from hzo.rules.base import Call, Cotangents, Engine, Key
-from hzo.rules.registry import LEAN, find_rule
+from hzo.rules.registry import LEAN, find_rule, kind_of
 from hzo.tape import Operation, Recorder, Tape
 from hzo.tape.operations import Ref
 from hzo.tape.record import flat
@@ -19,13 +19,20 @@ from hzo.tape.surroundings import recording
 
 
 def sweep(
-    tape: Tape, seeds: dict[int, Tensor], hooks: dict[int, Callable[[Tensor], Tensor]], *, free: bool = False
+    tape: Tape,
+    seeds: dict[int, Tensor],
+    hooks: dict[int, Callable[[Tensor], Tensor]],
+    engine: Engine | None = None,
+    counted: bool = True,
+    *,
+    free: bool = False,
 ) -> dict[int, Tensor]:
     """Carry cotangents from some values back through all operations.
 
     Args:
         seeds: the cotangents to begin with, by value.
         hooks: for some values, what replaces their cotangent once it is complete.
+        engine: what rules measure with; None runs operations and counts them. counted: whether adjoints are counted.
         free: release what the tape holds as soon as nothing reads it any more.
 
     Returns what reached the leaves, by value. Cost: one rule an operation on the path; where a rule measures a weight,
@@ -34,10 +41,10 @@ def sweep(
     Raises:
         TapeError: the path leads through a function that was not recorded.
     """
-    walk = _Walk(tape, dict(seeds), hooks)
+    walk = _Walk(tape, dict(seeds), hooks, engine or ENGINE)
     last_reads = _last_reads(tape) if free else {}
     for op in reversed(tape.operations):
-        walk.through(op)
+        walk.through(op, counted)
         if free:
             for v in (*(w for w in op.writes if w is not None), *last_reads.get(op.index, ())):
                 tape.tensors[v] = None
@@ -58,31 +65,88 @@ def _last_reads(tape: Tape) -> dict[int, list[int]]:
     return found
 
 
+def sweep_end(
+    tape: Tape, start: int, seeds: dict[int, Tensor], hooks: dict[int, Callable[[Tensor], Tensor]]
+) -> dict[int, Tensor]:
+    """The same through the operations from ``start`` on alone: what reached all values from before, by value."""
+    walk = _Walk(tape, dict(seeds), hooks, ENGINE)
+    for op in reversed(tape.operations[start:]):
+        walk.through(op, counted=False)
+    walk.leaves()
+    return walk.cotangents
+
+
+def carry_back(
+    tape: Tape, op: Operation, grads: list[Tensor | None], wanted: frozenset[int] | None, engine: Engine
+) -> Iterator[tuple[int, Tensor]]:
+    """What one operation's rule adds to the cotangents of its operands: pairs of value and cotangent.
+
+    Args:
+        grads: of its results. wanted: the operands asked for; None for all that require a gradient.
+    """
+    found = find_rule(op.target).vjp(Call(tape, op, grads, engine, wanted))
+    for key, grad in found.items():
+        template = op.kwargs[key] if isinstance(key, str) else op.args[key]
+        if type(template) is Ref:
+            if grad is not None and (wanted is None or template.value in wanted):
+                yield template.value, grad
+        elif grad is not None:
+            for leaf, g in zip(template, grad, strict=True):
+                if type(leaf) is Ref and g is not None and (wanted is None or leaf.value in wanted):
+                    yield leaf.value, g
+
+
+def measurements_of(tape: Tape, op: Operation, wanted: frozenset[int]) -> list[tuple[tuple[int, ...], bool]]:
+    """What an operation's rule measures for some operands, seen by applying it once.
+
+    Returns the size of every probe, and whether it grows with the batch because it is made of an activation.
+    """
+    kind = kind_of(op.target)
+    if kind == "custom Function" or (kind == "rule" and not find_rule(op.target).measures):
+        return []
+    found: list[tuple[tuple[int, ...], bool]] = []
+
+    def measure(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], size: Tensor) -> Any:
+        of_batch = any(size is g for g in call.grads) or kind_of(call.op.target) == "slope"
+        found.append((tuple(size.shape), of_batch))
+        return call.op.target(*args, **kwargs)
+
+    grads = [_ones(tape, v) for v in op.writes]
+    with torch.no_grad():
+        for _ in carry_back(tape, op, grads, wanted, Engine(measure, again)):
+            pass
+    return found
+
+
+def _ones(tape: Tape, value: int | None) -> Tensor | None:
+    tensor = None if value is None else tape.tensors[value]
+    return torch.ones_like(tensor) if tensor is not None and tensor.is_floating_point() else None
+
+
 class _Walk:
-    def __init__(self, tape: Tape, cotangents: dict[int, Tensor], hooks: dict[int, Callable[[Tensor], Tensor]]) -> None:
+    def __init__(
+        self,
+        tape: Tape,
+        cotangents: dict[int, Tensor],
+        hooks: dict[int, Callable[[Tensor], Tensor]],
+        engine: Engine,
+    ) -> None:
         self.tape = tape
         self.cotangents = cotangents
         self.owned: set[int] = set()  # sums that were made here and may be added to in place
         self.hooks = hooks
+        self.engine = engine
 
-    def through(self, op: Operation) -> None:
+    def through(self, op: Operation, counted: bool = True) -> None:
         cotangents = self.cotangents
         grads: list[Tensor | None] = [None if v is None else cotangents.pop(v, None) for v in op.writes]
         if all(g is None for g in grads):
             return
         if self.hooks:
             grads = [self._hooked(v, g) for v, g in zip(op.writes, grads, strict=True)]
-        counting.add(adjoints=1)
-        rule = find_rule(op.target)
-        found = rule.vjp(Call(self.tape, op, grads, ENGINE))
-        for key, grad in found.items():
-            template = op.kwargs[key] if isinstance(key, str) else op.args[key]
-            if type(template) is Ref:
-                self.add(template.value, grad)
-            elif grad is not None:
-                for leaf, g in zip(template, grad, strict=True):
-                    if type(leaf) is Ref and g is not None:
-                        self.add(leaf.value, g)
+        counting.add(adjoints=int(counted))
+        for value, grad in carry_back(self.tape, op, grads, None, self.engine):
+            self.add(value, grad)
 
     def _hooked(self, value: int | None, grad: Tensor | None) -> Tensor | None:
         hook = self.hooks.get(value) if value is not None else None
@@ -115,14 +179,14 @@ class _Walk:
         return {v: g for v, g in self.cotangents.items() if v in self.tape.leaves}
 
 
-def _measured(op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any], size: Tensor) -> Any:
+def _measured(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], size: Tensor) -> Any:
     """Run an operator on a probe; counted as so many queries as the probe has rows."""
     samples = size.shape[0] if size.dim() else 1
     counting.add(queries=samples, stage_evaluations=samples)
-    return op.target(*args, **kwargs)
+    return call.op.target(*args, **kwargs)
 
 
-def _again(call: Call, function: Callable[..., Any]) -> Cotangents:
+def again(call: Call, function: Callable[..., Any]) -> Cotangents:
     """The cotangents of a call's operands through ``function``, which computes the same by other calls."""
     leaves: list[tuple[Key, int | None, Tensor]] = []
 
@@ -154,7 +218,7 @@ def _again(call: Call, function: Callable[..., Any]) -> Cotangents:
                 value = recorder.read(result)
                 seeds[value] = seeds[value] + grad if value in seeds else grad
     with torch.no_grad():
-        found = sweep(recorder.tape, seeds, {})
+        found = sweep(recorder.tape, seeds, {}, call.engine, counted=False)
     cotangents: dict[Key, Any] = {}
     for key, k, made in leaves:
         value_of = recorder.tape.value_of(made)
@@ -168,4 +232,4 @@ def _again(call: Call, function: Callable[..., Any]) -> Cotangents:
     return cotangents
 
 
-ENGINE = Engine(_measured, _again)
+ENGINE = Engine(_measured, again)

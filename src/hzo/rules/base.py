@@ -30,11 +30,11 @@ class Engine:
     """What a rule may ask of the sweep that applies it.
 
     Attributes:
-        measure: run an operation on other arguments, counted: ``measure(op, args, kwargs, size)``.
+        measure: run a call's operation on other arguments, counted: ``measure(call, args, kwargs, size)``.
         again: the cotangents of a call through another function that computes the same, recorded for the purpose.
     """
 
-    measure: Callable[[Operation, tuple[Any, ...], dict[str, Any], Tensor], Any]
+    measure: Callable[[Call, tuple[Any, ...], dict[str, Any], Tensor], Any]
     again: Callable[[Call, Callable[..., Any]], Cotangents]
 
 
@@ -44,9 +44,10 @@ class Call:
     Attributes:
         args, kwargs: its arguments; tensors hold what they held when it ran.
         out: its results in order (lists flattened). grads: their cotangents; None for those without.
+        wanted: the values of which cotangents are asked for; None for all that require one.
     """
 
-    __slots__ = ("args", "engine", "grads", "kwargs", "op", "out", "tape")
+    __slots__ = ("args", "engine", "grads", "kwargs", "op", "out", "tape", "wanted")
 
     def __init__(
         self,
@@ -54,6 +55,7 @@ class Call:
         op: Operation,
         grads: list[Tensor | None],
         engine: Engine,
+        wanted: frozenset[int] | None = None,
     ) -> None:
         self.tape = tape
         self.op = op
@@ -62,6 +64,7 @@ class Call:
         self.grads = grads
         self.out = [None if v is None else tape.tensors[v] for v in op.writes]
         self.engine = engine
+        self.wanted = wanted
 
     @property
     def grad(self) -> Tensor:
@@ -94,15 +97,16 @@ class Call:
     def needs(self, key: Key) -> bool:
         """Whether a cotangent of this operand is asked for; of a list, whether one of any of its tensors is."""
         template = self._template(key)
-        values = self.tape.values
         if type(template) is Ref:
-            return values[template.value].requires
-        return type(template) is tuple and any(values[v].requires for v in refs_in(template))
+            return self._asked(template.value)
+        return type(template) is tuple and any(self._asked(v) for v in refs_in(template))
+
+    def _asked(self, value: int) -> bool:
+        return self.tape.values[value].requires and (self.wanted is None or value in self.wanted)
 
     def each(self, key: Key) -> list[bool]:
         """For a list of tensors: of which of them a cotangent is asked for."""
-        values = self.tape.values
-        return [type(leaf) is Ref and values[leaf.value].requires for leaf in self._template(key)]
+        return [type(leaf) is Ref and self._asked(leaf.value) for leaf in self._template(key)]
 
     def weight(self, key: Key) -> bool:
         """Whether this operand was computed from parameters alone, so that a rule may not read it for an activation."""
@@ -122,7 +126,7 @@ class Call:
                 kwargs[key] = argument
             else:
                 args[key] = argument
-        return self.engine.measure(self.op, tuple(args), kwargs, size)
+        return self.engine.measure(self, tuple(args), kwargs, size)
 
 
 @dataclass(frozen=True)

@@ -67,3 +67,20 @@ def _same_arguments(packet: Any, func: Any) -> Any:
         if [(a.name, str(a.type)) for a in overload._schema.arguments] == wanted:
             return overload
     return None
+
+
+def _rrelu_again(
+    x: Tensor, noise: Tensor, lower: Any = 0.125, upper: Any = 1 / 3, training: bool = False, _: Any = None
+) -> Tensor:
+    """Random slopes once more: those that were drawn stand in the noise."""
+    if not training:
+        slope = (lower + upper) / 2
+        return torch.where(x > 0, x, slope * x)
+    return torch.where(x > 0, x, x * noise)
+
+
+def replay_of(target: Callable[..., Any]) -> Callable[..., Any]:
+    """What computes the same again, with the random numbers that a call drew where these stand among its operands."""
+    if getattr(target, "func", target) is torch.ops.aten.rrelu_with_noise.default:
+        return _rrelu_again
+    return target

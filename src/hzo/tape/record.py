@@ -21,6 +21,7 @@ from hzo.tape.aliases import geometry_of, overlaps_itself, pass_through, restrid
 from hzo.tape.foreach import on_lists, singles
 from hzo.tape.functions import OutOfPlace, out_of_place
 from hzo.tape.memory import WRITTEN_TWICE, Memory, storage_of
+from hzo.tape.opaque import State, random_state
 from hzo.tape.operations import Operation, Value, ref
 from hzo.tape.tape import Tape
 from hzo.tape.undo import Undo
@@ -150,6 +151,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.undo = Undo()
         self.memory = Memory(self)
         self._stale, self._passed = self.memory.stale, self.memory.passed
+        self.paused = False  # what runs is inside one operation
+        self.touched: dict[int, Tensor] = {}  # trainable tensors that it has used
+        self.opaque: Callable[[nn.Module], str | None] | None = None  # the name of a module that is one operation
+        self.taint: dict[int, Tensor] | None = None  # storages of what depends on the tensors followed, kept alive
+        self.altered: Callable[[int, Tensor], Tensor] | None = None  # what an operation hands on in place of a result
+
+    def follow(self, tensors: Iterable[Tensor]) -> None:
+        """Mark as tainted, from here on, whatever is computed from these tensors."""
+        self.taint = {storage_of(t): t for t in tensors}
 
     # -- values -------------------------------------------------------------------------------------------------------
 
@@ -157,6 +167,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """A value for what ``tensor`` holds now."""
         tape = self.tape
         index = len(tape.values)
+        if self.taint is not None and producer < 0 and storage_of(tensor) in self.taint:
+            tape.tainted.add(index)
         tape.values.append(Value(tensor.shape, tensor.dtype, tensor.device, requires, producer, weight))
         tape.tensors.append(tensor)
         key = id(tensor)
@@ -261,6 +273,19 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         about = _OPERATORS.get(func) or _operator(func)
+        if self.paused:
+            self._touch(args)
+            return func(*args, **kwargs)
+        if self.taint is None:
+            return self._dispatch(func, about, args, kwargs)
+        tainted = any(storage_of(t) in self.taint for t in (*_tensors(args), *_tensors(tuple(kwargs.values()))))
+        result = self._dispatch(func, about, args, kwargs)
+        if tainted and not about.constant:
+            written = _written(about, args, kwargs) if about.writes else []
+            self.taint.update((storage_of(t), t) for t in (*_tensors(result), *written))
+        return result
+
+    def _dispatch(self, func: Any, about: _Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if about.detach:
             return self._detach(func, args, kwargs)
         self._unpacking = None
@@ -312,13 +337,28 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._call(single[0], _about(single[0]), single[1], single[2]) for single in singles(func, args, kwargs)
             ]
         refs, named = self._refs(args), self._named(kwargs)
+        if self.keeps_all:
+            self._remember_state(func, args)
         result = _run(func, args, kwargs)
+        if self.altered is not None and isinstance(result, Tensor):
+            result = self.altered(len(self.tape.operations), result)
         op = self._restrided(func, refs, args, kwargs, result) if about.restrides else self.operation(func, refs, named)
         op.writes = self._results(op, result)
         self._results_of_last = op.writes
         if self._lean:
             self._release_unneeded(op)
         return result
+
+    def _remember_state(self, func: Any, args: tuple[Any, ...]) -> None:
+        """Kernels that draw inside: whoever runs one again needs the numbers of the first time."""
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            devices = dict.fromkeys(t.device for t in _tensors(args))
+            self.tape.states[len(self.tape.operations)] = State(random_state(devices))
+
+    def _touch(self, args: tuple[Any, ...]) -> None:
+        for tensor in _tensors(args):
+            if tensor.requires_grad and tensor.is_leaf:
+                self.touched[id(tensor)] = tensor
 
     def _clone(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], differentiable: bool, copies: list[tuple[Tensor, Tensor]]
@@ -478,11 +518,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         copies: list[tuple[Tensor, Tensor]],
     ) -> Any:
         """A call that changes some of its arguments."""
-        written = [
-            tensor
-            for slot in about.writes
-            for tensor in _tensors(args[slot] if isinstance(slot, int) and slot < len(args) else kwargs.get(str(slot)))
-        ]
+        written = _written(about, args, kwargs)
         if about.layout:
             return self._relayout(func, about, args, kwargs, written[0], differentiable)
         if not differentiable:
@@ -492,6 +528,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return result
         if not about.in_place:  # statistics that a layer keeps, noise that a call draws: read as they are afterwards
             self._before_write(written)
+            if self.keeps_all:
+                self._remember_state(func, args)
             result = self._drawn(func, args, kwargs)
             self._after_hidden_write(written)
             op = self.operation(about.functional, self._refs(args), self._named(kwargs))
@@ -592,8 +630,17 @@ def current_recorder() -> Recorder | None:
     """The innermost recorder that is active in this thread, or None."""
     for mode in reversed(_get_current_dispatch_mode_stack()):
         if isinstance(mode, Recorder):
-            return mode
+            return None if mode.paused else mode
     return None
+
+
+def _written(about: _Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that a call changes."""
+    return [
+        tensor
+        for slot in about.writes
+        for tensor in _tensors(args[slot] if isinstance(slot, int) and slot < len(args) else kwargs.get(str(slot)))
+    ]
 
 
 def _unrecorded(tensor: Tensor) -> str:

@@ -20,6 +20,7 @@ from torch.nn.modules import module
 
 from hzo.errors import TapeError
 from hzo.tape.custom import CustomFunction, NodeHooks
+from hzo.tape.opaque import call_opaque, hooks_allowed
 from hzo.tape.record import Recorder, current_recorder
 
 _lock = threading.RLock()
@@ -31,7 +32,9 @@ _replaced: list[tuple[Any, str]] = []  # whose attributes have an original
 @contextlib.contextmanager
 def recording(recorder: Recorder) -> Iterator[None]:
     """Inside, what autograd would differentiate is recorded: grad mode on, autograd keeping numbers of values only."""
-    saved = torch.autograd.graph.saved_tensors_hooks(*_hooks(recorder))
+    saved: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if hooks_allowed():
+        saved = torch.autograd.graph.saved_tensors_hooks(*_hooks(recorder))
     with _patched(), torch.inference_mode(False), torch.enable_grad(), _eager(), saved, recorder:
         yield
 
@@ -80,6 +83,7 @@ def _replacements() -> list[tuple[Any, str, Any]]:
         (torch.autograd.graph, "disable_saved_tensors_hooks", _without_hooks),
         (module, "BackwardHook", _recorded_hook(module.BackwardHook)),  # type: ignore[attr-defined]
         (Tensor, "register_hook", _register_hook),
+        (nn.Module, "__call__", _call),
         (nn.parallel.DistributedDataParallel, "forward", _wrapped_forward),
         *((torch._VF, name, _step_by_step(name)) for name in _RECURRENT),
     ]
@@ -110,6 +114,15 @@ def _eager() -> Iterator[None]:
         return
     with torch.compiler.set_stance("force_eager"):
         yield
+
+
+def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """``Module.__call__``: a module that is one operation runs out of the recorder's sight."""
+    recorder = current_recorder()
+    name = None if recorder is None or recorder.opaque is None else recorder.opaque(module)
+    if recorder is None or name is None:
+        return _originals["__call__"](module, *args, **kwargs)
+    return call_opaque(recorder, module, name, args, kwargs)
 
 
 def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,6 +10,9 @@ from torch import Tensor
 from hzo.errors import TapeError
 from hzo.tape.absent import Absent
 from hzo.tape.operations import Operation, Ref, Value
+
+if TYPE_CHECKING:
+    from hzo.tape.opaque import State
 
 
 class Tape:
@@ -19,6 +22,8 @@ class Tape:
         operations: calls in order. values: what they read and made; a leaf was there before the recording.
         tensors: what each value held. None for content that no rule reads (see ``Recorder``), and behind a sweep.
         leaves: the tensors that a gradient is for, by value.
+        states: what operations started from that draw random numbers or move buffers inside, by their index.
+        tainted: leaves that were computed from tensors which the recorder was told to follow.
     """
 
     def __init__(self) -> None:
@@ -26,6 +31,8 @@ class Tape:
         self.values: list[Value] = []
         self.tensors: list[Tensor | None] = []
         self.leaves: dict[int, Tensor] = {}
+        self.states: dict[int, State] = {}
+        self.tainted: set[int] = set()
         self._index: dict[int, int] = {}  # id of a tensor alive -> its newest value
 
     def tensor(self, value: int) -> Tensor:

@@ -1,8 +1,8 @@
 """What a traced model is: a chain of stages over a graph of operations, and what is promised of its modules."""
 
-from hzo.tracing.arguments import Attribute, Extent, Ref, leaves, map_arguments, tensors_in
+from hzo.tracing.arguments import leaves, map_arguments, tensors_in
 from hzo.tracing.chain import Chain, Stages, noisy
-from hzo.tracing.graph import Graph, Operation, ParameterUse, Stage, Value
+from hzo.tracing.graph import Graph, Measured, Operation, ParameterUse, Stage, Value, apart
 from hzo.tracing.promises import (
     PROMISES,
     Local,
@@ -17,18 +17,17 @@ from hzo.tracing.promises import (
 
 __all__ = [
     "PROMISES",
-    "Attribute",
     "Chain",
-    "Extent",
     "Graph",
     "Local",
+    "Measured",
     "Operation",
     "ParameterUse",
     "Promise",
-    "Ref",
     "Stage",
     "Stages",
     "Value",
+    "apart",
     "declare",
     "declared",
     "declared_links",

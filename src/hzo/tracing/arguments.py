@@ -1,40 +1,12 @@
-"""Arguments of a recorded call: what stands for a value, a parameter or a batch size, and walks over nested ones."""
+"""Walks over nested arguments."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-
-@dataclass(frozen=True)
-class Ref:
-    """An argument that is a value of the graph."""
-
-    value: int
-
-
-@dataclass(frozen=True)
-class Attribute:
-    """An argument that is a parameter or buffer; looked up when the operation runs, so that it may move or change."""
-
-    owner: nn.Module
-    name: str
-
-    def get(self) -> Tensor:
-        tensor = getattr(self.owner, self.name)
-        assert isinstance(tensor, Tensor)
-        return tensor
-
-
-@dataclass(frozen=True)
-class Extent:
-    """An integer argument proportional to the batch size, such as the 6 of ``x.view(6, -1)`` for a batch of 2."""
-
-    per_sample: int
+from torch import Tensor
 
 
 def map_arguments(function: Callable[[Any], Any], argument: Any) -> Any:

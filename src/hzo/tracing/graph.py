@@ -1,10 +1,10 @@
-"""What a model does, recorded: operations in order, the values between them, and the stages that group them.
+"""What a model does, as a graph: the operations of its tape in order, the values between them, and the stages.
 
-``trace`` (recorder/tracer.py) makes a ``Graph`` by running a model; nothing here runs one. Positions count operations:
-position ``p`` lies before operation ``p``, and the boundary there is the set of values that are alive: made before
-``p`` and read at or after it. Stages are contiguous groups of operations. A value is *batched* when it has a
-dimension that grows with the batch; values without one are constants or derived from parameters alone, and play the
-role of parameters.
+``trace`` (tracing/recorder) makes a ``Graph`` by recording a model; nothing here runs one. Operations and values have
+the numbers of the tape. Positions count operations: position ``p`` lies before operation ``p``, and the boundary there
+is the set of values that are alive: made before ``p`` and read at or after it. Stages are contiguous groups of
+operations. A value is *batched* when it depends on the model's inputs; all others are parameters, what is derived from
+parameters alone, and constants.
 """
 
 from __future__ import annotations
@@ -20,84 +20,140 @@ import torch
 from torch import Tensor, nn
 
 from hzo.noise import NoiseSource
-from hzo.tracing.arguments import Attribute, Ref, leaves, map_arguments
+from hzo.tape import Ref
+from hzo.tape.opaque import Opaque
+from hzo.tracing.arguments import leaves
 
 
 @dataclass(frozen=True)
 class Value:
     """A tensor of the graph, as seen when the model was traced.
 
-    ``batch_dim`` is the dimension that grows with the batch (its size is a multiple of the batch size), or None.
+    Attributes:
+        batched: whether it depends on the model's inputs.
+        batch_dim: the dimension that holds the samples (its size is a multiple of the batch size); None where samples
+            are mixed in it. outer: how often it runs through all samples: 1 where one stands behind the other.
+        producer: operation that writes it; -1 for what was there before. batch: batch size of the trace.
+        finite: a mask of minus infinities is not, and cannot be perturbed.
     """
 
     index: int
     shape: tuple[int, ...]
     dtype: torch.dtype
+    batched: bool
     batch_dim: int | None
-    producer: int  # operation that writes it; -1 for an input of the model
-    batch: int  # batch size of the trace
-    finite: bool = True  # a mask of minus infinities is not, and cannot be perturbed
-
-    @property
-    def batched(self) -> bool:
-        return self.batch_dim is not None
+    producer: int
+    batch: int
+    finite: bool = True
+    outer: int = 1
 
     @property
     def floating(self) -> bool:
         return self.dtype.is_floating_point
 
     @property
-    def per_sample(self) -> int:
-        """Elements that belong to one sample."""
+    def numel(self) -> int:
         numel = 1
         for size in self.shape:
             numel *= size
-        return numel // self.batch if self.batched else numel
+        return numel
+
+    @property
+    def per_sample(self) -> int:
+        """Elements that belong to one sample; of a value in which samples are mixed, its share."""
+        return -(-self.numel // self.batch) if self.batched else self.numel
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
         """The shape with the batch size divided out."""
         return tuple(size // self.batch if d == self.batch_dim else size for d, size in enumerate(self.shape))
 
-    def without_memory(self) -> Tensor:
-        """A tensor of this shape and dtype, for decisions that need no more."""
-        return torch.empty(self.shape, dtype=self.dtype, device="meta")
-
     def rows(self, tensor: Tensor, batch: int) -> Tensor:
         """``tensor`` as a matrix with one row per sample."""
-        if self.batch_dim is None:
-            raise AssertionError("a value without a batch dimension has no rows")
-        return (tensor.movedim(self.batch_dim, 0) if self.batch_dim else tensor).reshape(batch, -1)
+        return self.copies_to_rows(tensor.unsqueeze(0), batch)
 
     def from_rows(self, rows: Tensor, batch: int) -> Tensor:
         """The inverse of ``rows``."""
+        return self.rows_to_copies(rows, batch).squeeze(0)
+
+    def copies_to_rows(self, tensor: Tensor, batch: int) -> Tensor:
+        """Copies of the value along a new first dimension as rows, the samples of the first copy first."""
+        if self.batch_dim is None:
+            raise AssertionError("a value in which samples are mixed has no rows")
+        d = self.batch_dim + 1
+        if self.outer > 1:
+            tensor = apart(tensor, d, self.outer, batch).movedim(d + 1, 1)
+            return tensor.movedim((d + 1, d + 2), (2, 3)).reshape(tensor.shape[0] * batch, -1)
+        moved = tensor.movedim(d, 1) if self.batch_dim else tensor
+        return moved.reshape(tensor.shape[0] * batch, -1)
+
+    def rows_to_copies(self, rows: Tensor, batch: int) -> Tensor:
+        """The inverse of ``copies_to_rows``: (copies, *shape) from (copies × batch, n)."""
         d = self.batch_dim or 0
-        moved = rows.reshape(self.shape[d] // self.batch * batch, *self.shape[:d], *self.shape[d + 1 :])
-        return moved.movedim(0, d) if d else moved
+        size = self.shape[d] // self.batch
+        copies, before, after = rows.shape[0] // batch, self.shape[:d], self.shape[d + 1 :]
+        if self.outer > 1:
+            split = rows.reshape(copies, batch, self.outer, size // self.outer, *before, *after)
+            return split.movedim((2, 1, 3), (d + 1, d + 2, d + 3)).flatten(d + 1, d + 3)
+        moved = rows.reshape(copies, size * batch, *before, *after)
+        return moved.movedim(1, d + 1) if d else moved
+
+    def sample(self, tensor: Tensor, number: int, batch: int) -> Tensor:
+        """One sample, of ``sample_shape``."""
+        d = self.batch_dim or 0
+        return apart(tensor, d, self.outer, batch).select(d + 1, number).flatten(d, d + 1)
+
+    def joined(self, samples: Tensor) -> Tensor:
+        """The value that holds these samples, (batch, *sample_shape)."""
+        d = self.batch_dim or 0
+        shape = samples.shape
+        split = samples.reshape(*shape[: d + 1], self.outer, -1, *shape[d + 2 :])
+        return split.movedim(0, d + 1).flatten(d, d + 2)
+
+
+def apart(tensor: Tensor, dim: int, outer: int, batch: int) -> Tensor:
+    """A dimension as three: how often it runs through the samples, the samples, and what belongs to each."""
+    shape = tensor.shape
+    return tensor.reshape(*shape[:dim], outer, batch, shape[dim] // (outer * batch), *shape[dim + 1 :])
 
 
 @dataclass(frozen=True)
 class ParameterUse:
     """An operand to differentiate by, shared by all samples: a trainable parameter, or a value derived from such.
 
-    ``slot`` is the module's name for it, or the position or keyword of a function's operand; None where it is nested
-    deeper or occurs twice, so that no closed rule applies.
+    ``name`` is the parameter's; empty for a derived value.
     """
 
-    slot: int | str | None
+    value: int
     name: str
-    where: Attribute | Ref
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a rule measures when it carries a cotangent back to one operand.
+
+    Attributes:
+        rows, elements: of the probes whose size does not depend on the batch.
+        per_sample: rows and elements, for each sample, of those whose size does.
+    """
+
+    fixed: tuple[tuple[int, int], ...] = ()
+    per_sample: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One call of a module or function, with what was learned about it by running it.
+    """One call of the tape, with what was learned about it by running it.
 
     Attributes:
-        target: the module or function; ``args`` and ``kwargs`` hold ``Ref``, ``Attribute`` and ``Extent`` leaves.
-        reads: values among the arguments; writes: values it makes, arguments changed in place included.
-        mutates: positions (among all leaves of args, kwargs) of tensors that the call changes in place.
-        random: draws from the random state. stateful: the buffers that the call changes.
+        target, args, kwargs: as on the tape of the trace. results: the values it makes, None for what is no tensor.
+        reads, writes: values among the arguments and among the results.
+        batched: whether it depends on the model's inputs.
+        rule: how it is carried back: "rule", "slope", "decomposition", "custom Function", "queries" or, of an opaque
+            operation, the promise that was declared ("" where there is none).
+        measured: by operand, what its rule measures.
+        random: draws from the random state whenever it runs. stateful: moves buffers. Both only of opaque operations
+            and of kernels that draw inside.
         deterministic: gave the same result twice. coupled: samples of a batch influence each other.
         cost: operations per sample (multiply and add of matrix products and convolutions, one per element else).
     """
@@ -107,32 +163,43 @@ class Operation:
     target: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    results: tuple[int | None, ...]
     reads: tuple[int, ...]
-    writes: tuple[int, ...]
     parameters: tuple[ParameterUse, ...]
     batched: bool
-    mutates: tuple[int, ...] = ()
+    rule: str = "rule"
+    measured: dict[int, Measured] | None = None
     random: bool = False
-    stateful: tuple[Attribute, ...] = ()
+    stateful: bool = False
     deterministic: bool = True
     coupled: bool = False
     cost: int = 0
 
+    @cached_property
+    def writes(self) -> tuple[int, ...]:
+        return tuple(v for v in self.results if v is not None)
+
     @property
     def module(self) -> nn.Module | None:
-        return self.target if isinstance(self.target, nn.Module) else None
+        """The module that an opaque operation runs."""
+        target = self.target
+        return target.function if isinstance(target, Opaque) and isinstance(target.function, nn.Module) else None
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether PyTorch says that a result's element depends on the operands' elements of the same place alone."""
+        return torch.Tag.pointwise in getattr(self.target, "tags", ())
 
     @property
     def described(self) -> tuple[Any, ...]:
-        """What tells this operation from another, without weights and addresses: kind, links and what was learned."""
+        """What tells this operation from another, without weights, addresses and sizes."""
         module = self.module
-        kind = getattr(self.target, "__qualname__", "") if module is None else type(module).__qualname__
         options = "" if module is None else module.extra_repr()
-        constants = [leaf for leaf in leaves((self.args, self.kwargs)) if isinstance(leaf, (bool, int, float, str))]
-        uses = [(use.name, use.slot) for use in self.parameters]
+        constants = [leaf for leaf in leaves((self.args, self.kwargs)) if type(leaf) in (bool, str)]
+        uses = [(use.name, use.value) for use in self.parameters]
         promises = getattr(module, "hzo_promises", None)
-        learned = (self.random, self.deterministic, self.coupled, self.mutates)
-        return (self.name, kind, options, constants, self.reads, self.writes, uses, repr(promises), learned)
+        learned = (self.random, self.deterministic, self.coupled)
+        return (self.name, str(self.target), options, constants, self.reads, self.writes, uses, repr(promises), learned)
 
 
 @dataclass(frozen=True)
@@ -151,17 +218,25 @@ class Graph:
     operations: tuple[Operation, ...]
     values: tuple[Value, ...]
     inputs: tuple[int, ...]
-    output: Any  # the model's output with values in place of tensors
+    output: Any  # the model's output with references to values in place of tensors
     stages: tuple[Stage, ...]
     batch: int  # of the samples that the trace ran, to which all shapes refer
     nominal_batch: int  # of the input that was handed over, to which predicted totals refer
     signature: tuple[Any, ...]  # what must not change for the trace to stay valid
+    names: dict[int, str]  # of the trainable leaves, by value
+    trainable: dict[str, Tensor]  # these leaves, by name
+    constants: dict[int, Tensor]  # contents of leaves that are neither parameters nor inputs
+    opaque_stages: frozenset[int] = frozenset()  # by identity, callables that ran out of the recorder's sight
     noise: NoiseSource | None = None  # added to what runs, for experiments
     differentiated: tuple[int, ...] = ()  # inputs that require a gradient, as trainable parameters do
 
     @cached_property
     def outputs(self) -> tuple[int, ...]:
         return tuple(dict.fromkeys(leaf.value for leaf in leaves(self.output) if isinstance(leaf, Ref)))
+
+    def passable(self, position: int) -> bool:
+        """Whether a position differs from the one before it; behind an operation on parameters alone it does not."""
+        return position == 0 or self.operations[position - 1].batched
 
     @cached_property
     def cost(self) -> int:
@@ -173,23 +248,31 @@ class Graph:
         """The stage of every operation."""
         return tuple(k for k, stage in enumerate(self.stages) for _ in range(stage.start, stage.stop))
 
+    def stage_before(self, position: int) -> int:
+        """The stage of the operation before a position; the first for the beginning."""
+        return self.stage_of[max(position - 1, 0)] if self.operations else 0
+
     @cached_property
     def last_read(self) -> tuple[int, ...]:
-        """For every value the position up to which it is alive: its last reader, or the end for an output."""
+        """For every value the position up to which it is alive: its last reader, or the end for an output. Branches
+        that end nowhere are not counted."""
+        wanted = set(self.outputs)
         last = [value.producer for value in self.values]
-        for op in self.operations:
-            for value in op.reads:
-                last[value] = op.index
+        for op in reversed(self.operations):
+            if wanted.intersection(op.writes):
+                wanted.update(op.reads)
+                for value in op.reads:
+                    last[value] = max(last[value], op.index)
         for value in self.outputs:
             last[value] = len(self.operations)
         return tuple(last)
 
     @cached_property
     def live(self) -> tuple[tuple[int, ...], ...]:
-        """For every position the batched values that are alive there."""
+        """For every position the batched values that are alive there; a constant leaf is alive nowhere."""
         alive: list[list[int]] = [[] for _ in range(len(self.operations) + 1)]
         for value in self.values:
-            if value.batched:
+            if value.batched and (value.producer >= 0 or value.index in self.inputs):
                 for position in range(value.producer + 1, self.last_read[value.index] + 1):
                     alive[position].append(value.index)
         return tuple(tuple(values) for values in alive)
@@ -234,20 +317,15 @@ class Graph:
         names = (getattr(self.operations[k].module, "hzo_box", None) for k in operations)
         return tuple(name for name in names if name is not None)
 
+    @cached_property
+    def opaque_modules(self) -> tuple[nn.Module, ...]:
+        """The modules that run as one operation: all that queries may move."""
+        found = (op.module for op in self.operations)
+        return tuple(dict.fromkeys(module for module in found if module is not None))
+
     def cost_of(self, operations: Sequence[int]) -> int:
         """Operations that one sample costs when these run."""
         return sum(self.operations[k].cost for k in operations)
-
-    def arguments_without_memory(self, op: Operation) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of a call, with tensors that take no memory in place of values."""
-
-        def fill(leaf: Any) -> Any:
-            if isinstance(leaf, Ref):
-                return self.values[leaf.value].without_memory()
-            return leaf.get() if isinstance(leaf, Attribute) else leaf
-
-        args, kwargs = map_arguments(fill, (op.args, op.kwargs))
-        return args, kwargs
 
     def cost_alone(self, operation: int, value: int, elements: int) -> Fraction:
         """Forward passes of one sample that an operation costs when its operand ``value`` has so many elements."""
@@ -269,7 +347,11 @@ class Graph:
         text = repr(
             (
                 [op.described for op in self.operations],
-                [(value.sample_shape, str(value.dtype), value.batch_dim) for value in self.values],
+                [
+                    (value.sample_shape, str(value.dtype), value.batch_dim, value.outer)
+                    for value in self.values
+                    if value.batched
+                ],
                 self.stages,
                 *([self.differentiated] if self.differentiated else []),
             )

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from hzo.errors import ColoringError
-from hzo.execution import Activities, base_pass, contained, counting, run_slice
+from hzo.execution import Activities, contained, counting, run_slice
 from hzo.finite_differences import Coloring, Pattern
-from hzo.gradients import prepare
+from hzo.gradients import base_pass, prepare
 from hzo.plans import Node, Plan
-from hzo.tracing import Chain, Graph, tensors_in
-from hzo.tracing.recorder import call_arguments
+from hzo.tracing import Chain, Graph
 
 
 def check_coloring(chain: Chain, x: Any, plan: Plan, *, step: float = 1e-2, elements: int | None = None) -> None:
@@ -37,9 +36,9 @@ def check_coloring(chain: Chain, x: Any, plan: Plan, *, step: float = 1e-2, elem
     """
     chain, plan = prepare(chain, x, plan, {})
     graph = chain.traced
-    modules = [chain.model, *(op.module for op in graph.operations if op.module is not None)]
+    modules = [chain.model, *graph.opaque_modules]
     with torch.no_grad(), contained(modules):
-        activities = base_pass(graph, tensors_in(call_arguments(x)))
+        activities, _ = base_pass(chain, x)
         for node in plan.nodes:
             if node.probe.coloring is not None:
                 where = f"{graph.describe(node.target)} from {graph.describe(node.source)}"
@@ -92,7 +91,7 @@ def _check_coverage(
     coloring = node.probe.coloring
     assert coloring is not None
     value, batch = graph.values[node.value], activities.batch
-    rows = value.rows(activities.values[node.value], batch)
+    rows = value.rows(activities.tensor(node.value), batch)
     count = rows.shape[1]
     stride = 1 if elements is None else max(1, count // elements)
     for flat in range(0, count, stride):
@@ -113,10 +112,10 @@ def _check_coverage(
 def _run_moved(graph: Graph, activities: Activities, node: Node, rows: Tensor, element: int, by: float) -> list[Tensor]:
     moved = rows.clone()
     moved[:, element] += by
-    perturbed = {node.value: graph.values[node.value].from_rows(moved, activities.batch)}
+    perturbed = {node.value: graph.values[node.value].rows_to_copies(moved, activities.batch)}
     with counting.as_checks():
-        results = run_slice(graph, node.operations, activities, perturbed, node.outputs, 1, {})
-    return [graph.values[v].rows(t, activities.batch) for v, t in zip(node.outputs, results, strict=True)]
+        results = run_slice(graph, node.operations, activities, perturbed, node.outputs, 1)
+    return [graph.values[v].copies_to_rows(t, activities.batch) for v, t in zip(node.outputs, results, strict=True)]
 
 
 def _unravel(flat: int, shape: tuple[int, ...]) -> tuple[int, ...]:

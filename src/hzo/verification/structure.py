@@ -9,17 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hzo.adjoints import Adjoint, Call, find_adjoint
+from hzo.declared import call_of, find_adjoint
 from hzo.errors import StructureError
-from hzo.execution import Activities, base_pass, contained, counting, query, resolve, run_alone, run_with_parameter
-from hzo.finite_differences import accumulation_dtype
-from hzo.gradients import traced_for
+from hzo.execution import Activities, contained, counting, query, run_with_parameter
+from hzo.gradients import base_pass, by_rule, traced_for
 from hzo.locality import slice_locality
-from hzo.parameter_rules import find_rule
 from hzo.plans import has_rule
 from hzo.structure import is_elementwise
-from hzo.tracing import Attribute, Chain, Graph, Operation, ParameterUse, declared, tensors_in
-from hzo.tracing.recorder import call_arguments
+from hzo.tracing import Chain, Graph, Operation, ParameterUse, declared
 from hzo.verification import properties
 from hzo.verification.adjoint import dot_product_test
 from hzo.verification.properties import Finding
@@ -96,9 +93,9 @@ def check_structure(model: Chain | nn.Module, x: Any, *, coordinates: int = 16, 
     """
     chain = traced_for(model, x, strict=False)
     graph = chain.traced
-    modules = [chain.model, *(op.module for op in graph.operations if op.module is not None)]
+    modules = [chain.model, *graph.opaque_modules]
     with contained(modules), counting.as_checks():
-        activities = base_pass(graph, tensors_in(call_arguments(x)))
+        activities, _ = base_pass(chain, x)
         task = _Task(graph, activities, torch.Generator().manual_seed(seed), coordinates)
         checks = [
             Check(_stage(graph, op), op.name, promise, operand, finding)
@@ -140,26 +137,28 @@ Found = Iterator[tuple[str, str, Finding]]
 
 def _operand_checks(task: _Task, op: Operation) -> Found:
     graph, activities, generator = task.graph, task.activities, task.generator
-    outputs = [v for v in op.writes if graph.values[v].floating and graph.values[v].batched]
+    outputs = _handed_on(graph, op)
     if not op.batched or not outputs:
         return
     for value in op.reads:
         found = graph.values[value]
-        if not (found.batched and found.floating and bool(activities.values[value].isfinite().all())):
+        if not found.batched or found.batch_dim is None or not found.floating:
             continue
-        rows = found.rows(activities.values[value], activities.batch)
+        if not bool(activities.tensor(value).isfinite().all()):
+            continue
+        rows = found.rows(activities.tensor(value), activities.batch)
         shape = _row_shape(graph, value)
         operand = f"its operand of shape {'×'.join(map(str, found.sample_shape))}"
 
         def run(moved: Tensor, value: int = value) -> list[Tensor]:
-            state = {**activities.values, value: graph.values[value].from_rows(moved, activities.batch)}
-            results = query(graph, op, activities, state.__getitem__, activities.batch, copies=1)
+            state = {value: graph.values[value].rows_to_copies(moved, activities.batch)}
+            written = query(graph, op, activities, state, 1)
             counting.add(check_evaluations=activities.batch)
-            written = dict(zip(op.writes, results, strict=True))
-            return [graph.values[v].rows(written[v], activities.batch) for v in outputs]
+            return [graph.values[v].copies_to_rows(written[v], activities.batch) for v in outputs]
 
         yield "repeats", operand, properties.repeats(run, rows)
-        rule = find_adjoint(graph, op, value)
+        declared_rule = find_adjoint(graph, op, value)
+        promise = op.rule if has_rule(op) else declared_rule.promise if declared_rule is not None else None
         if not op.coupled or declared(op.module):  # whatever is declared, is declared of each sample
             yield "samples apart", operand, properties.samples_apart(run, rows, generator)
         yield from ((p, operand, f) for p, f in _declared_checks(task, op, run, rows, shape))
@@ -172,11 +171,14 @@ def _operand_checks(task: _Task, op: Operation) -> Found:
                 for k, pattern in enumerate(patterns):
                     if any(pattern.links):
                         yield "local", operand, properties.within(run, rows, pattern, k, generator)
-            if rule is not None and rule.promise in ("affine", "stationary") and declared(op.module) is None:
-                yield "affine", operand, properties.affine(run, rows, generator)
-        if rule is not None:
-            finding = _adjoint_check(task, op, value, rule, run, rows)
-            yield f"adjoint rule ({rule.promise})", operand, finding
+        if promise is not None:
+            yield f"adjoint rule ({promise})", operand, _adjoint_check(task, op, value, run, rows)
+
+
+def _handed_on(graph: Graph, op: Operation) -> list[int]:
+    """The results that something reads: a rule is asked for no others, the statistics of a norm, say."""
+    read = [v for v in op.writes if graph.values[v].floating and graph.last_read[v] > op.index]
+    return [v for v in read if not graph.values[v].batched or graph.values[v].batch_dim is not None]
 
 
 def _row_shape(graph: Graph, value: int) -> tuple[int, ...]:
@@ -206,13 +208,13 @@ def _declared_checks(
             yield "tokens", properties.alike(run, rows, rows.shape[1] // shape[-1], task.generator)
 
 
-def _adjoint_check(task: _Task, op: Operation, value: int, rule: Adjoint, run: properties.Run, rows: Tensor) -> Finding:
+def _adjoint_check(task: _Task, op: Operation, value: int, run: properties.Run, rows: Tensor) -> Finding:
     graph, activities = task.graph, task.activities
-    outputs = [v for v in op.writes if graph.values[v].floating and graph.values[v].batched]
+    outputs = _handed_on(graph, op)
 
     def carry(cotangents: list[Tensor]) -> Tensor:
         given = {v: graph.values[v].from_rows(g, activities.batch) for v, g in zip(outputs, cotangents, strict=True)}
-        return graph.values[value].rows(_carried(task, op, value, rule, given)[0], activities.batch)
+        return graph.values[value].rows(_carried(task, op, value, given), activities.batch)
 
     apart = not op.coupled
     shape = _row_shape(graph, value)
@@ -223,52 +225,34 @@ def _adjoint_check(task: _Task, op: Operation, value: int, rule: Adjoint, run: p
         return Finding(float("inf"), 0.0, 0, words)
 
 
-def _carried(
-    task: _Task, op: Operation, value: int, rule: Adjoint, cotangents: dict[int, Tensor]
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """What the engine would get of this rule: the operand's cotangent, and parameter gradients that came along."""
+def _carried(task: _Task, op: Operation, value: int, cotangents: dict[int, Tensor]) -> Tensor:
+    """What the engine would get of the rule, or of what was declared: the operand's cotangent."""
     graph, activities = task.graph, task.activities
-    args, kwargs = resolve(op, activities.values.__getitem__, activities.batch)
-    written = tuple(activities.values[v] for v in op.writes)
-
-    def measure(v: int, probe: Tensor) -> Tensor:
-        return run_alone(graph, op, activities, v, probe)[0]
-
-    call = Call(graph, op, args, kwargs, written, cotangents, measure)
-    if rule.with_parameters is not None and op.parameters and all(has_rule(graph, op, use) for use in op.parameters):
-        return rule.with_parameters(call, value)
-    return rule.apply(call, value), {}
+    adjoint = find_adjoint(graph, op, value)
+    if adjoint is not None:
+        return adjoint.apply(call_of(graph, op, activities, value, cotangents), value)
+    return by_rule(graph, activities, op, cotangents, frozenset({value}))[value]
 
 
 def _parameter_checks(task: _Task, op: Operation) -> Found:
-    for use in op.parameters:
-        if has_rule(task.graph, op, use):
+    if has_rule(op) and _handed_on(task.graph, op):
+        for use in op.parameters:
             yield "parameter rule", use.name or "a derived operand", _parameter_check(task, op, use)
 
 
 def _parameter_check(task: _Task, op: Operation, use: ParameterUse) -> Finding:
-    """The closed rule assumes that a layer computes what its type says."""
+    """The rule assumes that an operator computes what its name says."""
     graph, activities = task.graph, task.activities
-    (output,) = [v for v in op.writes if graph.values[v].floating]
-    assert use.slot is not None
-    slot = use.slot
-    parameter = use.where.get() if isinstance(use.where, Attribute) else activities.values[use.where.value]
-    args, kwargs = resolve(op, activities.values.__getitem__, activities.batch)
+    outputs = _handed_on(graph, op)
+    parameter = activities.tensor(use.value)
 
     def run(moved: Tensor) -> list[Tensor]:
-        results = run_with_parameter(graph, op, activities, use, moved.reshape(parameter.shape))
-        return [dict(zip(op.writes, results, strict=True))[output].reshape(1, -1)]
+        results = run_with_parameter(graph, op, activities, use.value, moved.reshape(parameter.shape))
+        return [results[v].reshape(1, -1) for v in outputs]
 
     def carry(cotangents: list[Tensor]) -> Tensor:
-        g = cotangents[0].view(activities.values[output].shape).to(accumulation_dtype(parameter.dtype))
-        for value in op.reads:
-            rule = find_adjoint(graph, op, value)
-            along = _carried(task, op, value, rule, {output: g})[1] if rule is not None and op.batched else {}
-            if str(slot) in along:
-                return along[str(slot)].reshape(1, -1)
-        rule_of_parameters = find_rule(op.target, args, kwargs, frozenset({slot}))
-        assert rule_of_parameters is not None
-        return rule_of_parameters(op.target, args, kwargs, g, frozenset({slot}))[slot].reshape(1, -1)
+        given = {v: g.view(activities.tensor(v).shape) for v, g in zip(outputs, cotangents, strict=True)}
+        return by_rule(graph, activities, op, given, frozenset({use.value}))[use.value].reshape(1, -1)
 
     rows = parameter.detach().reshape(1, -1)
     return dot_product_test(run, carry, rows, tuple(parameter.shape), task.generator, coordinates=task.coordinates)

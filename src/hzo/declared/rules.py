@@ -14,11 +14,10 @@ from math import prod
 import torch
 from torch import Tensor
 
-from hzo.adjoints import convolution
-from hzo.adjoints.affine import impulse_size
-from hzo.adjoints.common import Adjoint, Call, Shape, is_first_operand
-from hzo.adjoints.convolution import Geometry
-from hzo.tracing import Graph, Local, Operation, Promise, Ref, declared, local_along, map_arguments
+from hzo.declared import impulses
+from hzo.declared.common import Adjoint, Call, Shape, impulse_size, is_first_operand
+from hzo.declared.impulses import Geometry
+from hzo.tracing import Graph, Local, Operation, Promise, declared, local_along
 
 _CHUNK = 512  # impulses in one call
 
@@ -35,9 +34,17 @@ def rules_of(promises: Sequence[Promise]) -> list[Adjoint]:
     return [*found, _TOKENS if "tokens" in promises else _AFFINE]
 
 
+def find_adjoint(graph: Graph, op: Operation, value: int) -> Adjoint | None:
+    """How ``op`` carries a cotangent back to its operand ``value`` by what was declared of it, or None."""
+    promises = declared(op.module)
+    if promises is None or op.random or not op.deterministic:
+        return None
+    return next((rule for rule in rules_of(promises) if rule.accepts(graph, op, value)), None)
+
+
 def _one_to_one(graph: Graph, op: Operation, value: int) -> bool:
     """One tensor to one tensor, the batch first in both, and its samples kept apart."""
-    alone = is_first_operand(graph, op, value) and len(op.reads) == 1 and len(op.writes) == 1
+    alone = is_first_operand(op, value) and len(op.writes) == 1
     return alone and not op.coupled and graph.values[value].batch_dim == 0 == graph.values[op.writes[0]].batch_dim
 
 
@@ -52,23 +59,23 @@ def _chunks(count: int) -> list[tuple[int, int]]:
     return [(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
 
 
-def _affine_probes(graph: Graph, op: Operation, value: int) -> list[Shape]:
+def _affine_probes(graph: Graph, _: Operation, value: int) -> list[Shape]:
     shape = _sample(graph, value)
     chunks = [(stop - start, *shape[1:]) for start, stop in _chunks(prod(shape))]
     return [(shape[0], *shape[1:]), *chunks]
 
 
 def _affine(call: Call, value: int) -> Tensor:
-    operand = call.activity(value)
+    operand = call.operand
     sample, h = _sample(call.graph, value), impulse_size(operand.dtype)
     n = prod(sample)
-    offset = call.measure(value, torch.zeros(sample, dtype=operand.dtype, device=operand.device)).to(call.dtype)
+    offset = call.measure(torch.zeros(sample, dtype=operand.dtype, device=operand.device)).to(call.dtype)
     g = call.cotangent.reshape(call.cotangent.shape[0], -1)
     found = torch.empty(g.shape[0], n, dtype=call.dtype, device=operand.device)
     for start, stop in _chunks(n):
         probe = torch.zeros(stop - start, n, dtype=operand.dtype, device=operand.device)
         probe[:, start:stop].fill_diagonal_(h)
-        response = call.measure(value, probe.view(stop - start, *sample[1:])).to(call.dtype) - offset
+        response = call.measure(probe.view(stop - start, *sample[1:])).to(call.dtype) - offset
         found[:, start:stop] = g @ (response.reshape(stop - start, -1) / h).T
     return found.view(operand.shape)
 
@@ -80,16 +87,16 @@ def _affine_accepts(graph: Graph, op: Operation, value: int) -> bool:
 # ---- affine and elementwise: all places at once ---------------------------------------------------------------------
 
 
-def _diagonal_probes(graph: Graph, op: Operation, value: int) -> list[Shape]:
+def _diagonal_probes(graph: Graph, _: Operation, value: int) -> list[Shape]:
     return [(2, *_sample(graph, value)[1:])]
 
 
-def _diagonal(call: Call, value: int) -> Tensor:
-    operand = call.activity(value)
+def _diagonal(call: Call, _: int) -> Tensor:
+    operand = call.operand
     h = impulse_size(operand.dtype)
     probe = torch.zeros(2, *operand.shape[1:], dtype=operand.dtype, device=operand.device)
     probe[0] = h
-    response = call.measure(value, probe).to(call.dtype)
+    response = call.measure(probe).to(call.dtype)
     return call.cotangent * ((response[0] - response[1]) / h)
 
 
@@ -100,7 +107,7 @@ def _diagonal_accepts(graph: Graph, op: Operation, value: int) -> bool:
 # ---- affine, tokens alike: the features of one token ----------------------------------------------------------------
 
 
-def _token_probes(graph: Graph, op: Operation, value: int) -> list[Shape]:
+def _token_probes(graph: Graph, _: Operation, value: int) -> list[Shape]:
     shape = graph.values[value].shape
     places = prod(shape[1:-1])
     return [(-(-(shape[-1] + 1) // places), *shape[1:])]
@@ -108,12 +115,12 @@ def _token_probes(graph: Graph, op: Operation, value: int) -> list[Shape]:
 
 def _tokens(call: Call, value: int) -> Tensor:
     """Impulses in the features, packed into as few samples as hold so many tokens."""
-    operand = call.activity(value)
+    operand = call.operand
     n, h = operand.shape[-1], impulse_size(operand.dtype)
     (shape,) = _token_probes(call.graph, call.op, value)
     probe = torch.zeros(shape, dtype=operand.dtype, device=operand.device)
     probe.view(-1, n)[:n].fill_diagonal_(h)
-    response = call.measure(value, probe).to(call.dtype)
+    response = call.measure(probe).to(call.dtype)
     response = response.reshape(-1, response.shape[-1])
     return call.cotangent @ ((response[:n] - response[n : n + 1]) / h).T
 
@@ -126,14 +133,13 @@ def _tokens_accept(graph: Graph, op: Operation, value: int) -> bool:
 # ---- reindexing: the places that a run on their numbers shows -------------------------------------------------------
 
 
-def _copied(call: Call, value: int) -> Tensor:
-    operand = call.activity(value)
+def _copied(call: Call, _: int) -> Tensor:
+    operand = call.operand
     # A module of the user's own may insist on its dtype; where that cannot count so far, float64 can.
     countable = operand.numel() < 2 / torch.finfo(operand.dtype).eps
     dtype = operand.dtype if countable else torch.float64
     numbers = torch.arange(1, operand.numel() + 1, dtype=dtype, device=operand.device).view(operand.shape)
-    args, kwargs = map_arguments(lambda leaf: numbers if leaf == Ref(value) else leaf, (call.op.args, call.op.kwargs))
-    origin = call.op.target(*args, **kwargs).reshape(-1).long()
+    origin = call.copied(numbers).reshape(-1).long()
     found = torch.zeros(operand.numel() + 1, dtype=call.dtype, device=operand.device)
     return found.index_add_(0, origin, call.cotangent.reshape(-1))[1:].view(operand.shape)
 
@@ -195,7 +201,7 @@ def _stationary_probes(graph: Graph, op: Operation, value: int) -> list[Shape]:
 def _stationary(call: Call, value: int) -> Tensor:
     geometry = declared_geometry(call.graph, call.op, value)
     assert geometry is not None
-    return convolution.carry_back(call, value, geometry)
+    return impulses.carry_back(call, geometry)
 
 
 _AFFINE = Adjoint("affine", _affine, _affine_accepts, _affine_probes)

@@ -16,11 +16,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from hzo.adjoints.affine import impulse_size
-from hzo.adjoints.common import Adjoint, Call, Shape, argument, is_first_operand
-from hzo.tracing import Attribute, Graph, Operation
+from hzo.declared.common import Call, Shape, impulse_size
 
 
 @dataclass(frozen=True)
@@ -76,68 +74,12 @@ class Geometry:
         return (count, self.channels_in, *self.canvas)
 
 
-def geometry(op: Operation) -> Geometry | None:
-    """The geometry of a call; shapes and options only."""
-    found = _of_module(op.target) if isinstance(op.target, nn.Module) else _of_function(op)
-    return found if found and all(k > 0 for k in found.kernel) else None
-
-
-def _of_module(module: Any) -> Geometry:
-    return Geometry(
-        module.in_channels,
-        module.out_channels,
-        module.groups,
-        tuple(module.kernel_size),
-        tuple(module.stride),
-        tuple(module.dilation),
-        _both_sides(module.padding, module.kernel_size, module.dilation),
-        module.padding_mode,
-        module.transposed,
-        tuple(module.output_padding),
-    )
-
-
-def _of_function(op: Operation) -> Geometry | None:
-    weight = argument(op, 1, "weight")
-    if not isinstance(weight, Attribute):
-        return None
-    shape = weight.get().shape
-    axes = len(shape) - 2
-    transposed = "transpose" in op.name
-    names = (
-        ("stride", "padding", "output_padding", "groups", "dilation")
-        if transposed
-        else ("stride", "padding", "dilation", "groups")
-    )
-    defaults = {"stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
-    options = {name: argument(op, 3 + k, name, defaults[name]) for k, name in enumerate(names)}
-    stride, dilation, extra = (_each(options.get(n, 0), axes) for n in ("stride", "dilation", "output_padding"))
-    groups = int(options["groups"])
-    channels = (shape[0], shape[1] * groups) if transposed else (shape[1] * groups, shape[0])
-    padding = _both_sides(options["padding"], shape[2:], dilation)
-    return Geometry(*channels, groups, tuple(shape[2:]), stride, dilation, padding, "zeros", transposed, extra)
-
-
-def _each(value: Any, axes: int) -> tuple[int, ...]:
-    values = (value,) if isinstance(value, int) else tuple(value)
-    return values * axes if len(values) == 1 else values
-
-
-def _both_sides(padding: Any, kernel: Any, dilation: Any) -> tuple[tuple[int, int], ...]:
-    if padding == "valid":
-        return tuple((0, 0) for _ in kernel)
-    if padding == "same":
-        totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-        return tuple((total // 2, total - total // 2) for total in totals)
-    return tuple((p, p) for p in _each(padding, len(kernel)))
-
-
-def measured_weight(call: Call, value: int, shape: Geometry) -> Tensor:
+def measured_weight(call: Call, shape: Geometry) -> Tensor:
     """The kernel that the layer's responses to impulses show, in the layout of ``torch`` for such a layer."""
     per_group = shape.channels_in // shape.groups
-    operand = call.activity(value)
+    operand = call.operand
     h = impulse_size(operand.dtype)
-    response = call.measure(value, impulses(shape, h, operand)).to(call.dtype)
+    response = call.measure(impulses(shape, h, operand)).to(call.dtype)
     response = (response[:-1] - response[-1:]) / h
     size = (
         (shape.channels_in, shape.channels_out // shape.groups) if shape.transposed else (shape.channels_out, per_group)
@@ -186,30 +128,28 @@ def where_taps_answer(shape: Geometry, phase: tuple[int, ...], outputs: tuple[in
     return (*every, *torch.meshgrid(*places, indexing="ij")), (*every, *torch.meshgrid(*taps, indexing="ij"))
 
 
-def _backward(call: Call, value: int, shape: Geometry, parameters: bool) -> tuple[Tensor, dict[str, Tensor]]:
-    weight = measured_weight(call, value, shape)
-    operand = call.activity(value)
+def _backward(call: Call, shape: Geometry) -> Tensor:
+    weight = measured_weight(call, shape)
+    operand = call.operand
     axes = len(shape.kernel)
     by_hand = pads_by_hand(shape)
     size = tuple(n + (b + a if by_hand else 0) for n, (b, a) in zip(operand.shape[2:], shape.padding, strict=True))
-    if parameters:
-        given = operand.to(call.dtype)
-    else:  # the kernel needs the shape of the input, not its values: an expanded scalar takes no memory
-        given = torch.empty((), dtype=call.dtype, device=operand.device).expand(*operand.shape[:2], *size)
-    of_input, of_weight, of_bias = torch.ops.aten.convolution_backward(
+    # The kernel needs the shape of the input, not its values: an expanded scalar takes no memory.
+    given = torch.empty((), dtype=call.dtype, device=operand.device).expand(*operand.shape[:2], *size)
+    of_input: Tensor = torch.ops.aten.convolution_backward(
         call.cotangent.contiguous(),
         given,
         weight,
-        [shape.channels_out] if parameters else None,
+        None,
         list(shape.stride),
         [0] * axes if by_hand else [before for before, _ in shape.padding],
         list(shape.dilation),
         shape.transposed,
         list(shape.output_padding),
         shape.groups,
-        [True, parameters, parameters],
-    )
-    return of_input, {"weight": of_weight, "bias": of_bias}
+        [True, False, False],
+    )[0]
+    return of_input
 
 
 def pads_by_hand(shape: Geometry) -> bool:
@@ -217,22 +157,10 @@ def pads_by_hand(shape: Geometry) -> bool:
     return shape.mode != "zeros" or any(before != behind for before, behind in shape.padding)
 
 
-def carry_back(call: Call, value: int, shape: Geometry) -> Tensor:
+def carry_back(call: Call, shape: Geometry) -> Tensor:
     """The cotangent of what went into a convolution of this geometry."""
-    found, _ = _backward(call, value, shape, parameters=False)
-    return _fold_padding(found, call.activity(value).shape, shape) if pads_by_hand(shape) else found
-
-
-def _apply(call: Call, value: int) -> Tensor:
-    shape = geometry(call.op)
-    assert shape is not None
-    return carry_back(call, value, shape)
-
-
-def _with_parameters(call: Call, value: int) -> tuple[Tensor, dict[str, Tensor]]:
-    shape = geometry(call.op)
-    assert shape is not None
-    return (_apply(call, value), {}) if pads_by_hand(shape) else _backward(call, value, shape, parameters=True)
+    found = _backward(call, shape)
+    return _fold_padding(found, call.operand.shape, shape) if pads_by_hand(shape) else found
 
 
 def _fold_padding(cotangent: Tensor, shape: torch.Size, of: Geometry) -> Tensor:
@@ -243,28 +171,3 @@ def _fold_padding(cotangent: Tensor, shape: torch.Size, of: Geometry) -> Tensor:
     folded = cotangent.new_zeros(*shape[:2], numbers.numel() + 1)
     folded.index_add_(2, origin, cotangent.flatten(2))
     return folded[..., 1:].reshape(shape)
-
-
-def _accepts(graph: Graph, op: Operation, value: int) -> bool:
-    shape = geometry(op)
-    operand = graph.values[value]
-    batched = operand.batch_dim == 0 and shape is not None and len(operand.shape) == len(shape.kernel) + 2
-    # A transposed convolution may be asked for an output size, which no canvas has.
-    plain = op.module is None or len(op.args) + len(op.kwargs) == 1
-    return batched and plain and is_first_operand(graph, op, value)
-
-
-def _probes(graph: Graph, op: Operation, value: int) -> list[Shape]:
-    shape = geometry(op)
-    assert shape is not None
-    return [shape.probe]
-
-
-_CONVOLUTION = Adjoint("stationary", _apply, _accepts, _probes, _with_parameters, reads="shapes")
-
-MODULES: dict[type[nn.Module], Adjoint] = dict.fromkeys(
-    (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _CONVOLUTION
-)
-FUNCTIONS: dict[Any, Adjoint] = dict.fromkeys(
-    (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), _CONVOLUTION
-)

@@ -1,0 +1,15 @@
+"""How a declared module carries a cotangent back: by what its user promised of it, measured with impulses.
+
+==============  ============================================================  ===============================
+promise         the Jacobian is                                               queries
+==============  ============================================================  ===============================
+reindexing      a map of places                                               0
+affine          one matrix for all samples (and tokens, channels)             one sample an input feature
+stationary      a convolution                                                 (C/groups)·s² small canvases
+==============  ============================================================  ===============================
+"""
+
+from hzo.declared.common import Adjoint, Call, Shape, call_of, impulse_size, is_first_operand
+from hzo.declared.rules import find_adjoint
+
+__all__ = ["Adjoint", "Call", "Shape", "call_of", "find_adjoint", "impulse_size", "is_first_operand"]

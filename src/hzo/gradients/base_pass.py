@@ -1,0 +1,197 @@
+"""The base pass: the model, and the loss behind it, as one recording; the loss carried back by rules to the outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from hzo.errors import InputError, NonFiniteError, PlanError
+from hzo.execution import Activities, counting
+from hzo.finite_differences import accumulation_dtype
+from hzo.reverse import RecordedStep, as_data, sweep_end
+from hzo.tape import Recorder, Tape
+from hzo.tape.operations import Ref
+from hzo.tracing import Chain, Graph, tensors_in
+from hzo.tracing.recorder import Run, batch_size, call_arguments, recorded
+
+
+class OtherGraphError(PlanError):
+    """The model did something else than when it was traced."""
+
+
+@dataclass(frozen=True)
+class BasePass:
+    """A base pass with its loss.
+
+    Attributes:
+        activities: what the model left. output: what it returned, without a history.
+        loss: the mean loss. at_end: cotangents of the output's values, in the accumulation dtype.
+        direct: what the loss adds by itself to values that do not depend on the inputs: parameters, and what is derived
+            from them. beside: gradients of the loss's own parameters, with these.
+        given: the caller's inputs, by value.
+    """
+
+    activities: Activities
+    output: Any
+    loss: Tensor
+    at_end: dict[int, Tensor] = field(default_factory=dict)
+    direct: dict[int, Tensor] = field(default_factory=dict)
+    beside: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    given: dict[int, Tensor] = field(default_factory=dict)
+
+
+@contextmanager
+def _running(chain: Chain, x: Any) -> Iterator[tuple[Run, int]]:
+    graph = chain.traced
+    args, kwargs = call_arguments(x)
+    batch = batch_size(args, kwargs)
+    for tensor in tensors_in((args, kwargs)):
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise NonFiniteError("the input x holds NaN or infinity; clean the data before training on it")
+    altered = None if graph.noise is None else _noise(graph)
+    with recorded(chain.model, args, kwargs, opaque=graph.opaque_stages, altered=altered) as run:
+        check_same(graph, run.tape, run.end, batch)
+        yield run, batch
+
+
+def _noise(graph: Graph) -> Callable[[Recorder, int, Tensor], Tensor]:
+    """What every stage adds to what it hands on, as the graph says."""
+
+    def altered(_: Recorder, index: int, tensor: Tensor) -> Tensor:
+        if index >= len(graph.operations) or graph.noise is None:
+            return tensor
+        writes = graph.operations[index].writes
+        return graph.noise.processed(tensor, graph.stage_of[index]) if writes and graph.handed_on[writes[0]] else tensor
+
+    return altered
+
+
+@torch.no_grad()
+def base_pass(chain: Chain, x: Any) -> tuple[Activities, Any]:
+    """Run a chain once, as an ordinary forward pass does, and keep what queries will need; also what it returned.
+
+    Cost: one forward pass (``base_evaluations``). Buffers and random state move as in one ordinary forward pass.
+
+    Raises:
+        PlanError: the model does something else than when it was traced.
+    """
+    with _running(chain, x) as (run, batch):
+        output = run.output
+    counting.add(base_evaluations=batch * len(chain.traced.stages))
+    return _activities(run.tape, batch), output
+
+
+def _activities(tape: Tape, batch: int) -> Activities:
+    tape.tensors = [None if t is None else t.detach() for t in tape.tensors]
+    return Activities(batch, tape)
+
+
+@torch.no_grad()
+def loss_pass(chain: Chain, x: Any, loss_fn: Callable[..., Any], y: Any) -> BasePass:
+    """A base pass, its loss, and the cotangents that the loss gives to the outputs.
+
+    Raises:
+        InputError: the loss is no tensor of numbers. NonFiniteError: names the first call that made NaN or infinity.
+        PlanError: the model does something else than when it was traced, or the loss reads what it did not return.
+    """
+    graph = chain.traced
+    y = pytree.tree_map_only(Tensor, as_data, y)
+    with _running(chain, x) as (run, batch):
+        loss = loss_fn(run.output) if y is None else loss_fn(run.output, y)
+        if not isinstance(loss, Tensor):
+            raise InputError(
+                f"expected loss_fn to return a tensor (one number, or one a sample), got {type(loss).__name__}; a "
+                "score without a derivative goes through hzo.smoothed"
+            )
+    try:
+        seeds, hooks = RecordedStep(run.recorder).seed(loss)
+        found = sweep_end(run.tape, run.end, seeds, hooks)
+        at_end, direct, beside = _sorted(graph, run.tape, found)
+        loss = loss.detach().mean()
+    except BaseException:
+        run.recorder.undo.restore()
+        raise
+    counting.add(base_evaluations=batch * len(graph.stages))
+    given = dict(zip(run.inputs, run.given, strict=True))
+    return BasePass(_activities(run.tape, batch), run.output, loss, at_end, direct, beside, given)
+
+
+def _sorted(
+    graph: Graph, tape: Tape, found: dict[int, Tensor]
+) -> tuple[dict[int, Tensor], dict[int, Tensor], list[tuple[Tensor, Tensor]]]:
+    at_end: dict[int, Tensor] = {}
+    direct: dict[int, Tensor] = {}
+    beside: list[tuple[Tensor, Tensor]] = []
+    for value, g in found.items():
+        about = graph.values[value] if value < len(graph.values) else None
+        wide = g.to(accumulation_dtype(tape.values[value].dtype))
+        if about is None:
+            if value in tape.leaves:
+                beside.append((tape.leaves[value], wide))
+        elif not about.batched:
+            direct[value] = wide
+        elif value in graph.outputs:
+            at_end[value] = wide
+        elif graph.requires[value]:
+            raise PlanError(
+                f"the loss reads what {graph.operations[about.producer].name} made, which the model does not return; "
+                "return it beside the output, or leave out plan and options"
+            )
+    return at_end, direct, beside
+
+
+def check_same(graph: Graph, tape: Tape, end: int, batch: int) -> None:
+    """Whether the model did what it did when it was traced, but for the batch size and numbers.
+
+    Raises:
+        PlanError: it did something else; names the first call that differs.
+    """
+    for op, call in zip(graph.operations, tape.operations[:end], strict=False):
+        if op.target != call.target or op.results != call.writes:
+            raise _other(graph, op.index, f"{call!r} ran where {op.target}{op.args} had run")
+        pointwise = op.pointwise
+        if not _alike(
+            (op.args, tuple(op.kwargs.items())), (call.args, tuple(call.kwargs.items())), graph.batch, batch, pointwise
+        ):
+            raise _other(graph, op.index, f"{call!r} ran where the arguments had been {op.args} {op.kwargs}")
+        for v in op.writes:
+            if not _fits(graph, v, tuple(tape.values[v].shape), batch) or graph.values[v].dtype != tape.values[v].dtype:
+                raise _other(graph, op.index, f"{call!r} made {tape.values[v]!r} where {graph.values[v].shape} was")
+    if len(graph.operations) != end:
+        raise _other(graph, min(end, len(graph.operations)), f"{end} calls ran where {len(graph.operations)} had run")
+
+
+def _other(graph: Graph, index: int, what: str) -> OtherGraphError:
+    return OtherGraphError(
+        f"this plan was made for another chain, input shape, dtype or mode: at {graph.describe(index)} {what}; make "
+        "one for this: chain = hzo.trace(model, x); plan = hzo.plan(chain)"
+    )
+
+
+def _fits(graph: Graph, value: int, shape: tuple[int, ...], batch: int) -> bool:
+    about = graph.values[value]
+    return len(about.shape) == len(shape) and all(
+        b * graph.batch == a * batch if d == about.batch_dim else a == b or b * graph.batch == a * batch
+        for d, (a, b) in enumerate(zip(about.shape, shape, strict=True))
+    )
+
+
+def _alike(a: Any, b: Any, traced: int, batch: int, pointwise: bool) -> bool:
+    """Arguments that a plan cannot tell apart: whole numbers may grow with the batch, other numbers may change."""
+    if type(a) is tuple:
+        return type(b) is tuple and len(a) == len(b) and all(
+            _alike(p, q, traced, batch, pointwise) for p, q in zip(a, b, strict=True)
+        )  # fmt: skip
+    if type(a) is Ref or type(b) is Ref:
+        return a is b
+    if type(a) is int and type(b) is int:
+        return pointwise or a == b or a * batch == b * traced
+    if isinstance(a, float) and isinstance(b, float):
+        return True
+    return type(a) is type(b) and (isinstance(a, nn.Module) or bool(a == b))

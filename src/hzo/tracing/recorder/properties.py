@@ -1,0 +1,152 @@
+"""What running each operation by itself tells: does it repeat, keep samples apart, move buffers, and what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from hzo.reverse import measurements_of
+from hzo.rules.registry import kind_of
+from hzo.tape import Operation as Call
+from hzo.tape import Tape
+from hzo.tape.functions import replay_of
+from hzo.tape.opaque import Opaque
+from hzo.tape.record import flat
+from hzo.tracing import Measured, Operation, ParameterUse
+from hzo.tracing.recorder.sample_axes import Axes, close, depends, find_axes, guess
+
+aten = torch.ops.aten
+_BY_SAMPLE = (aten.bmm.default, aten.baddbmm.default, aten._trilinear.default)
+
+
+def run_again(tape: Tape, op: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The results of an operation on other arguments, from the random state and the buffers of the first time."""
+    state = tape.states.get(op.index)
+    target = replay_of(op.target)
+    with torch.no_grad():
+        if state is None:
+            return flat(target(*args, **kwargs))
+        with state.again():
+            return flat(target(*args, **kwargs))
+
+
+def inspect(
+    tape: Tape, end: int, axes: Axes, batch: int, names: dict[int, str]
+) -> tuple[list[Operation], dict[int, str]]:
+    """Every operation of a model with what was learned about it; fills ``axes``.
+
+    Args:
+        axes: where samples stand in the leaves that depend on the inputs. names: of the trainable leaves, by value.
+    """
+    derived: set[int] = set(names)  # trainable, or computed from such and not from an input
+    operations = []
+    for op in tape.operations[:end]:
+        batched = depends(op, axes)
+        reads = tuple(dict.fromkeys(op.reads()))
+        parameters = tuple(ParameterUse(v, names.get(v, "")) for v in reads if v in derived and v not in axes)
+        learned = _learned(tape, op, batched, reads, parameters)
+        if batched:
+            if learned.deterministic:
+                learned = replace(learned, coupled=_place_samples(tape, op, axes, batch))
+            else:  # noise hides where samples stand: as opaque operations have them, in the first dimension
+                axes.update((v, guess(tape.values[v].shape, batch)) for v in learned.writes)
+        elif parameters:
+            derived.update(v for v in learned.writes)
+        cost = _cost(tape, op) if batched else 0
+        operations.append(replace(learned, cost=-(-cost // batch)))
+    return operations, names
+
+
+def _place_samples(tape: Tape, op: Call, axes: Axes, batch: int) -> bool:
+    def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        return run_again(tape, op, args, kwargs)
+
+    found, coupled = find_axes(tape, op, axes, batch, run)
+    axes.update(found)
+    return coupled
+
+
+def _learned(
+    tape: Tape, op: Call, batched: bool, reads: tuple[int, ...], parameters: tuple[ParameterUse, ...]
+) -> Operation:
+    state = tape.states.get(op.index)
+    opaque = isinstance(op.target, Opaque)
+    learned = Operation(
+        index=op.index,
+        name=_name(op),
+        target=op.target,
+        args=op.args,
+        kwargs=op.kwargs,
+        results=op.writes,
+        reads=reads,
+        parameters=parameters,
+        batched=batched,
+        rule="" if opaque else kind_of(op.target),
+        random=state is not None and state.drew and replay_of(op.target) is op.target,
+    )
+    if opaque and state is not None:
+        again = run_again(tape, op, tape.resolve(op.args), {})
+        same = [close(a, tape.tensor(v)) for a, v in zip(again, learned.writes, strict=True)]
+        return replace(learned, stateful=state.moved, deterministic=all(same))
+    measured = {v: m for v in reads if tape.values[v].requires and (m := _measured(tape, op, v, learned.rule))}
+    return replace(learned, measured=measured)
+
+
+def _measured(tape: Tape, op: Call, value: int, kind: str) -> Measured | None:
+    """What the rule measures for one operand; None for nothing, or where queries do it element by element."""
+    if kind == "queries":
+        return None
+    found = measurements_of(tape, op, frozenset({value}))
+    if not found:
+        return None
+    fixed, per_sample = [], []
+    for size, of_batch in found:
+        rows = size[0] if size else 1
+        elements = 1
+        for length in size:
+            elements *= length
+        if of_batch or kind == "slope" or op.target in _BY_SAMPLE:
+            per_sample.append((rows, elements))
+        else:
+            fixed.append((rows, elements))
+    return Measured(tuple(fixed), tuple(per_sample))
+
+
+def _name(op: Call) -> str:
+    """What was called, in a word."""
+    if isinstance(op.target, Opaque):
+        return op.target.name
+    target = getattr(op.target, "func", op.target)
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.partition("::")[2].strip("_")
+    return str(getattr(target, "__name__", None) or target)
+
+
+def _cost(tape: Tape, op: Call) -> int:
+    """Operations of one run of the batch; what only shows memory in another shape is free."""
+    with FlopCounterMode(display=False) as counter:
+        results = run_again(tape, op, tape.resolve(op.args), {k: tape.resolve(v) for k, v in op.kwargs.items()})
+    operands = [tape.tensors[v] for v in op.reads()]
+    shown = {_place(t) for t in operands if t is not None}
+    written = sum(t.numel() for t in results if isinstance(t, Tensor) and _place(t) not in shown)
+    return int(counter.get_total_flops()) + written
+
+
+def _place(tensor: Tensor) -> int:
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):
+        return -id(tensor)
+
+
+def finite_values(tape: Tape, count: int) -> Sequence[bool]:
+    """For every value whether it holds numbers alone."""
+    return [
+        t is None or not t.is_floating_point() or t.layout != torch.strided or bool(t.detach().isfinite().all())
+        for t in tape.tensors[:count]
+    ]

@@ -1,0 +1,184 @@
+"""Running a model under the recorder, stage by stage: what the trace, a gradient and every check begin with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from hzo.errors import InputError, TapeError, TraceError
+from hzo.tape import Recorder, Tape, ref
+from hzo.tape.surroundings import recording
+from hzo.tracing import Stages, tensors_in, untouched
+from hzo.tracing.recorder.inputs import requires_gradient
+
+
+@dataclass
+class Run:
+    """A model as it ran: the recorder, where stages end, and what came out.
+
+    Attributes:
+        inputs: the values of the inputs; given: the tensors that the caller handed over, in the same order.
+        output: what the model returned, as tensors; references: the same with values in place of tensors.
+        end: the number of operations of the model; what follows is the loss.
+        opaque: stages that had to be run out of the recorder's sight.
+    """
+
+    recorder: Recorder
+    inputs: tuple[int, ...] = ()
+    given: tuple[Tensor, ...] = ()
+    stages: list[tuple[str, int]] = field(default_factory=list)
+    output: Any = None
+    references: Any = None
+    end: int = 0
+    opaque: frozenset[int] = frozenset()
+
+    @property
+    def tape(self) -> Tape:
+        """What was recorded."""
+        return self.recorder.tape
+
+
+@contextmanager
+def recorded(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    follow: bool = False,
+    opaque: frozenset[int] = frozenset(),
+    altered: Callable[[Recorder, int, Tensor], Tensor] | None = None,
+) -> Iterator[Run]:
+    """Run a model under a recorder that stays active inside the ``with`` block, for a loss.
+
+    All that depends on a floating-point input is recorded, whether or not anything trainable lies before it. Where the
+    block raises, what the model wrote to is put back.
+
+    Args:
+        follow: mark what depends on the inputs, for a trace. opaque: stages, by identity, to run out of sight.
+        altered: what an operation hands on in place of its result.
+    """
+    recorder = Recorder(keep=True)
+    recorder.undo.remember_modules(module.modules())
+    names = {id(m): name for name, m in module.named_modules()}
+    recorder.opaque = lambda inner: _opaque_name(inner, names, opaque)
+    if altered is not None:
+        recorder.altered = lambda index, tensor: altered(recorder, index, tensor)
+    given = tuple(tensors_in((args, kwargs)))
+    copies = [_unattached(t) for t in given]
+    fresh = iter(copies)
+    args, kwargs = pytree.tree_map_only(Tensor, lambda _: next(fresh), (args, kwargs))
+    run = Run(recorder, given=given, opaque=opaque)
+    try:
+        with recording(recorder):
+            if follow:
+                recorder.follow(copies)
+            run.inputs = tuple(_input(recorder, t, copy) for t, copy in zip(given, copies, strict=True))
+            _run_stages(module, run, args, kwargs)
+            yield run
+    except BaseException:
+        recorder.undo.restore()
+        raise
+
+
+def _unattached(tensor: Tensor) -> Tensor:
+    """A copy that the model may write to; one of floating-point numbers has a history, as activations do."""
+    copy = tensor.detach()
+    if not copy.is_floating_point() or copy.is_inference():
+        copy = copy.clone()
+    if not copy.is_floating_point():
+        return copy
+    with torch.enable_grad():
+        return copy.requires_grad_().clone()
+
+
+def _input(recorder: Recorder, tensor: Tensor, copy: Tensor) -> int:
+    value = recorder.new_value(copy, copy.requires_grad, -1, False)
+    if requires_gradient(tensor):
+        recorder.tape.leaves[value] = tensor
+    return value
+
+
+def _opaque_name(module: nn.Module, names: dict[int, str], opaque: frozenset[int]) -> str | None:
+    """The name of a module that is one operation: declared, marked, or one that had to be; None for any other."""
+    marked = getattr(module, "hzo_opaque", False) or id(module) in opaque
+    if not marked:
+        return None
+    return getattr(module, "hzo_box", None) or names.get(id(module)) or type(module).__name__
+
+
+def stages_of(module: nn.Module) -> list[tuple[str, Callable[..., Any]]] | None:
+    """The stages that a model names itself, or None."""
+    if isinstance(module, Stages):
+        return [(f"{k}:{getattr(s, '__name__', type(s).__name__)}", s) for k, s in enumerate(module.callables)]
+    if type(module) is nn.Sequential and len(module) and untouched(module):
+        # Not named_children, which leaves out a child that stands there a second time.
+        children = [(name, child) for name, child in module._modules.items() if child is not None]
+        return [(f"{name}:{type(child).__name__}", child) for name, child in children]
+    return None
+
+
+class OutOfSight(Exception):  # noqa: N818  # no error: the run begins anew
+    """A stage whose result autograd does not see, although its input requires a gradient."""
+
+    def __init__(self, stage: Callable[..., Any], why: str) -> None:
+        super().__init__(why)
+        self.stage = stage
+
+
+def _run_stages(module: nn.Module, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    stages = stages_of(module)
+    named = stages is not None
+    result: Any = None
+    for name, stage in stages or [(type(module).__name__, module)]:
+        result = _run_stage(run, name, stage, args, kwargs, named)
+        run.stages.append((name, len(run.tape.operations)))
+        spread = isinstance(result, tuple) and isinstance(module, Stages)
+        args, kwargs = (tuple(result) if spread else (result,)), {}
+    run.output = result
+    run.references = pytree.tree_map_only(Tensor, lambda t: ref(run.recorder.read(t)), result)
+    run.end = len(run.tape.operations)
+    name, _ = run.stages[-1]
+    run.stages[-1] = (name, run.end)  # reading what was written to through a view is an operation
+
+
+def _run_stage(
+    run: Run, name: str, stage: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], named: bool
+) -> Any:
+    try:
+        if id(stage) in run.opaque and not isinstance(stage, nn.Module):
+            return call_opaque(run.recorder, stage, name, args, kwargs)
+        result = stage(*args, **kwargs)
+    except RuntimeError as error:
+        # NumPy refuses tensors that require a gradient.
+        if named and id(stage) not in run.opaque and "that requires grad" in str(error):
+            raise OutOfSight(stage, str(error)) from error
+        if isinstance(error, TapeError):
+            raise TraceError(f"{name}: {error}") from error
+        if "that requires grad" not in str(error):
+            raise
+        raise TraceError(
+            f"{name}: the forward pass reads values out of a tensor, so what it does cannot be seen; make the part "
+            f"that does so a stage of its own: hzo.Chain([f1, f2, ...]), or wrap it in hzo.blackbox ({error})"
+        ) from error
+    if named and id(stage) not in run.opaque and _lost(args, kwargs, result):
+        raise OutOfSight(stage, "its result does not carry a gradient")
+    return result
+
+
+def _lost(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> bool:
+    """Whether floating-point numbers go in with a gradient and come out without any."""
+    before = [t for t in tensors_in((args, kwargs)) if t.is_floating_point()]
+    after = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor) and t.is_floating_point()]
+    return any(t.requires_grad for t in before) and bool(after) and not any(t.requires_grad for t in after)
+
+
+def check_tensors(module: nn.Module) -> None:
+    """Raise where parameters have no shape yet."""
+    if any(nn.parameter.is_lazy(p) for p in module.parameters()):
+        raise InputError("the model has parameters without a shape yet (LazyLinear, ...); run it once: model(x)")

@@ -1,0 +1,198 @@
+"""Along which dimension a value holds its samples, and which operations keep them apart: seen by moving one sample.
+
+Every operation runs again with the content of some samples replaced, and what changes of its results tells where those
+samples stand there. Nothing is concluded from names or from sizes alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hzo.tape import Operation, Tape
+from hzo.tape.operations import Ref, refs_in
+from hzo.tracing import apart
+
+
+class Axis(NamedTuple):
+    """The dimension that holds the samples, and how often it runs through all of them."""
+
+    dim: int
+    outer: int = 1
+
+
+FIRST = Axis(0)
+Axes = dict[int, Axis | None]
+"""By value, of those that depend on the inputs; None where samples are mixed."""
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    """Equal up to the rounding that a change of kernel or summation order may cause."""
+    if a.shape != b.shape:
+        return False
+    return not bool(_changed(a, b).any())
+
+
+def _changed(a: Tensor, b: Tensor) -> Tensor:
+    if not a.is_floating_point():
+        return a != b
+    finite = a[a.isfinite()]
+    scale = float(finite.abs().max()) if finite.numel() else 1.0
+    slack = torch.finfo(a.dtype).eps ** 0.5
+    wide = torch.promote_types(a.dtype, torch.float32)
+    return ~torch.isclose(a.to(wide), b.to(wide), rtol=slack, atol=slack * scale, equal_nan=True)
+
+
+def guess(shape: Sequence[int], batch: int) -> Axis | None:
+    """The first dimension that may hold the samples."""
+    return next((Axis(d) for d, size in enumerate(shape) if size and size % batch == 0), None)
+
+
+def find_axes(
+    tape: Tape, op: Operation, axes: Axes, batch: int, run: Callable[[tuple[Any, ...], dict[str, Any]], list[Any]]
+) -> tuple[Axes, bool]:
+    """The sample dimensions of an operation's results, and whether it couples samples.
+
+    Args:
+        axes: of all values so far that depend on the inputs; those of its operands are among them.
+        run: the operation on other arguments.
+    """
+    results = [(k, v) for k, v in enumerate(op.writes) if v is not None]
+    moved = [v for v in dict.fromkeys(op.reads()) if v in axes]
+    made = [v for v in moved if tape.values[v].producer >= 0 or tape.values[v].requires] or moved
+    guessed = {v: guess(tape.values[v].shape, batch) for _, v in results}
+    if any(axes[v] is None for v in made):  # what is mixed already stays mixed
+        return dict.fromkeys((v for _, v in results), None), True
+    if batch == 1:
+        return {v: (FIRST if tape.values[v].shape else None) for _, v in results}, not all(
+            tape.values[v].shape for _, v in results
+        )
+    seen = dict(results)
+    found: Axes = {}
+    coupled = False
+    unseen = dict(results)
+    for kind in ("shuffled", "ramp"):  # nothing shows in zeros: then all of the operands is replaced first
+        whole = _moved_results(tape, op, axes, made, batch, slice(0, 0), kind, run) if kind == "ramp" else None
+        first = _moved_results(tape, op, axes, made, batch, slice(0, 1), kind, run)
+        rest = _moved_results(tape, op, axes, made, batch, slice(1, None), kind, run)
+        for k, v in list(unseen.items()):
+            reference: Tensor | None = tape.tensors[seen[k]] if kind == "shuffled" else whole[k] if whole else None
+            if reference is None or first is None or rest is None:
+                continue
+            if reference.shape != first[k].shape or reference.shape != rest[k].shape:
+                found[v], coupled = None, True  # a shape that depends on values
+                unseen.pop(k)
+                continue
+            one, others = _changed(reference, first[k]), _changed(reference, rest[k])
+            if not bool(one.any()) or not bool(others.any()):
+                continue
+            found[v] = _axis(one, others, batch)
+            if found[v] is None:
+                coupled = True
+                found[v] = _equivariant(tape, op, axes, made, batch, k, run)
+            unseen.pop(k)
+        if not unseen:
+            break
+    for v in unseen.values():  # nothing moves it: a dead unit, or rounding
+        found[v] = guessed[v]
+    return found, coupled or any(found[v] is None and tape.values[v].shape.numel() for _, v in results)
+
+
+def _equivariant(
+    tape: Tape,
+    op: Operation,
+    axes: Axes,
+    made: Sequence[int],
+    batch: int,
+    result: int,
+    run: Callable[[tuple[Any, ...], dict[str, Any]], list[Any]],
+) -> Axis | None:
+    """Where the samples of a result stand that influence each other: it changes places with the operands' samples."""
+    shuffled, turned = (
+        _moved_results(tape, op, axes, made, batch, slice(None), kind, run) for kind in ("ramp", "turned")
+    )
+    if shuffled is None or turned is None:
+        return None
+    a, b = shuffled[result], turned[result]
+    for d, size in enumerate(a.shape):
+        if size and size % batch == 0:
+            for outer in dict.fromkeys((1, size // batch)):
+                rolled = apart(a, d, outer, batch).roll(1, d + 1).flatten(d, d + 2)
+                if close(rolled, b):
+                    return Axis(d, outer)
+    return None
+
+
+def _axis(one: Tensor, others: Tensor, batch: int) -> Axis | None:
+    """Where the first sample stands such that it holds all that moving it changes, and nothing that the others do."""
+    for d, size in enumerate(one.shape):
+        if size % batch or not size:
+            continue
+        share = size // batch
+        for outer in dict.fromkeys((1, share, *(k for k in range(2, share) if share % k == 0))):
+            first, rest = (apart(t, d, outer, batch) for t in (one, others))
+            if not bool(first.narrow(d + 1, 1, batch - 1).any()) and not bool(rest.select(d + 1, 0).any()):
+                return Axis(d, outer)
+    return None
+
+
+def _moved_results(
+    tape: Tape,
+    op: Operation,
+    axes: Axes,
+    moved: Sequence[int],
+    batch: int,
+    samples: slice,
+    kind: str,
+    run: Callable[[tuple[Any, ...], dict[str, Any]], list[Any]],
+) -> list[Any] | None:
+    """The results with other content in some samples of the operands; None where the operation refuses it."""
+    content = {v: _other(tape.tensors[v], axes[v], batch, samples, kind) for v in moved}
+
+    def fill(argument: Any) -> Any:
+        if type(argument) is Ref:
+            return content[argument.value] if argument.value in content else tape.resolve(argument)
+        return tuple([fill(a) for a in argument]) if type(argument) is tuple else argument
+
+    try:
+        return run(fill(op.args), {k: fill(v) for k, v in op.kwargs.items()})
+    except Exception:  # content that it does not take: what it was given tells nothing
+        return None
+
+
+def _other(tensor: Tensor | None, axis: Axis | None, batch: int, samples: slice, kind: str) -> Tensor:
+    assert tensor is not None
+    assert axis is not None
+    tensor = tensor.detach()
+    moved = apart(tensor, axis.dim, axis.outer, batch).movedim(axis.dim + 1, 0)
+    rows = moved.reshape(batch, -1)
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        new = rows.roll(1, 0)
+    elif kind == "shuffled":
+        order = torch.randperm(tensor.numel(), device="cpu").to(tensor.device)
+        new = moved.reshape(-1)[order].view_as(rows)
+    else:
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.rand((2, *rows.shape), generator=generator, dtype=torch.float64).to(tensor) + 0.1
+        rows, new = drawn
+        new = new.roll(1, 0) if kind == "turned" else new
+    changed = rows.clone()
+    changed[samples] = new[samples]
+    back = changed.view(moved.shape).movedim(0, axis.dim + 1).flatten(axis.dim, axis.dim + 2)
+    return torch.empty_like(tensor).copy_(back)
+
+
+def batched_values(tape: Tape, inputs: Sequence[int], batch: int) -> Axes:
+    """The leaves that depend on the inputs, with where their samples stand; to be filled with those of results."""
+    axes: Axes = dict.fromkeys(inputs, FIRST)
+    for v in tape.tainted:
+        axes.setdefault(v, guess(tape.values[v].shape, batch))
+    return axes
+
+
+def depends(op: Operation, axes: Axes) -> bool:
+    """Whether an operation reads something that depends on the inputs."""
+    return any(v in axes for v in (*refs_in(op.args), *refs_in(tuple(op.kwargs.values()))))

@@ -1,0 +1,195 @@
+"""``trace``: from a model and an input to a chain.
+
+The model is recorded once (run.py), and every operation is run again by itself to learn what plans must know of it:
+where its samples stand and whether it keeps them apart (sample_axes.py), what its rule measures, what it costs
+(properties.py).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from hzo.errors import HzoError, TraceError
+from hzo.execution import contained, counting
+from hzo.tape import Ref, Tape
+from hzo.tracing import Chain, Graph, Stage, Stages, Value, leaves
+from hzo.tracing.recorder.inputs import batch_size, call_arguments, requires_gradient, signature
+from hzo.tracing.recorder.properties import finite_values, inspect
+from hzo.tracing.recorder.run import OutOfSight, Run, check_tensors, recorded, stages_of
+from hzo.tracing.recorder.sample_axes import batched_values
+
+_ONE_AT_A_TIME = threading.RLock()
+_SAMPLES = 4  # enough to tell samples apart; what is learned holds for any number of them
+BY_HAND = "give the stages by hand: hzo.Chain([f1, f2, ...]), each a callable from tensor(s) to tensor(s)"
+
+
+def trace(model: nn.Module | Chain | Callable[..., Any], x: Any, *, samples: int | None = None) -> Chain:
+    """Record how ``model`` computes, as a chain of stages.
+
+    The children of an ``nn.Sequential`` and the callables of a ``hzo.Chain`` are the stages, and are looked into.
+    Any other module is cut at every boundary where a single tensor is alive. A stage that looks at values (NumPy)
+    becomes one opaque operation, whose parameters are perturbed.
+
+    Args:
+        model: a module, or a chain made by hand.
+        x: a tensor with the batch first; a tuple is passed as positional, a dict as keyword arguments. A leaf that
+            requires a gradient gets one, as a parameter does.
+        samples: how many samples of ``x`` to run; None takes four, or two copies of a single one, and all where the
+            model does not take so many.
+
+    Cost: about five forward passes of at most four samples, counted as ``check_evaluations``. Buffers, random state and
+    training flags are as before. Source: ours.
+
+    Raises:
+        TraceError: what the model does cannot be recorded. InputError: empty or unequal batches.
+        NondeterministicError: see ``hzo.plan``, which decides.
+    """
+    module = model.model if isinstance(model, Chain) else model if isinstance(model, nn.Module) else Stages([model])
+    check_tensors(module)
+    nominal = batch_size(*call_arguments(x))
+    trial = counting.doing(counting.TRIAL_RUN)
+    with _ONE_AT_A_TIME, torch.inference_mode(False), torch.no_grad(), contained([module]), trial:
+        if samples is not None:
+            graph = _graph(module, x, samples)
+        else:
+            try:
+                graph = _graph(module, x, max(2, min(nominal, _SAMPLES)))
+            except HzoError:
+                raise
+            except Exception:
+                if nominal == max(2, min(nominal, _SAMPLES)):
+                    raise
+                graph = _graph(module, x, nominal)
+    graph = replace(graph, nominal_batch=nominal, signature=signature(module, x))
+    return Chain(module, graph)
+
+
+def _graph(module: nn.Module, x: Any, samples: int) -> Graph:
+    args, kwargs = pytree.tree_map_only(Tensor, lambda t: _first(t, samples), call_arguments(x))
+    opaque: frozenset[int] = frozenset()
+    while True:
+        try:
+            with contained([module]), recorded(module, args, kwargs, follow=True, opaque=opaque) as run:
+                pass
+        except OutOfSight as found:
+            opaque = opaque | {id(found.stage)}
+            continue
+        run.recorder.undo.restore()
+        with contained([module]):
+            return graph_of(module, run, samples)
+
+
+def _first(tensor: Tensor, samples: int) -> Tensor:
+    if tensor.shape[0] >= samples:
+        found = tensor[:samples]
+    else:
+        found = torch.cat([tensor] * -(-samples // tensor.shape[0]))[:samples]
+    found = found.detach()
+    return found.requires_grad_() if requires_gradient(tensor) else found
+
+
+def names_of(module: nn.Module, tape: Tape, count: int) -> dict[int, str]:
+    """The names of the trainable leaves among the first values: the model's, or one of our own for any other."""
+    names = {id(p): name for name, p in module.named_parameters()}
+    found: dict[int, str] = {}
+    for value, tensor in tape.leaves.items():
+        if value < count and tensor.requires_grad:
+            key = id(tensor)
+            if key not in names:
+                taken = set(names.values())
+                candidates = (f"unregistered.{k}" for k in range(len(taken) + 1))
+                names[key] = next(name for name in candidates if name not in taken)
+            found[value] = names[key]
+    return found
+
+
+def graph_of(module: nn.Module, run: Run, batch: int) -> Graph:
+    """The graph of what was recorded."""
+    tape, end = run.tape, run.end
+    count = len(tape.values)
+    tape.tensors = [None if t is None else t.detach() for t in tape.tensors]
+    inputs = set(run.inputs)
+    names = {v: name for v, name in names_of(module, tape, count).items() if v not in inputs}
+    axes = batched_values(tape, run.inputs, batch)
+    operations, names = inspect(tape, end, axes, batch, names)
+    finite = finite_values(tape, count)
+    values = tuple(
+        Value(
+            k,
+            tuple(v.shape),
+            v.dtype,
+            k in axes,
+            axis.dim if axis else None,
+            v.producer,
+            batch,
+            finite[k],
+            axis.outer if axis else 1,
+        )
+        for k, v in enumerate(tape.values)
+        for axis in (axes.get(k),)
+    )
+    graph = Graph(
+        operations=tuple(operations),
+        values=values,
+        inputs=run.inputs,
+        output=run.references,
+        stages=(),
+        batch=batch,
+        nominal_batch=batch,
+        signature=(),
+        names=names,
+        trainable={name: tape.leaves[v] for v, name in names.items()},
+        constants=_constants(tape, names, inputs),
+        differentiated=tuple(v for v, t in zip(run.inputs, run.given, strict=True) if requires_gradient(t)),
+        opaque_stages=run.opaque,
+    )
+    if not any(isinstance(leaf, Ref) and values[leaf.value].batched for leaf in leaves(run.references)):
+        raise TraceError("the model's output is not computed from its input by torch calls; " + BY_HAND)
+    for value in values:
+        if value.batched and value.dtype.is_complex and value.producer >= 0:
+            raise TraceError(
+                f"{operations[value.producer].name} makes a complex tensor, which has no cotangent in a plan; leave "
+                "out plan and options (hzo.backward takes it), or wrap the part in hzo.blackbox"
+            )
+    # Two runs of the batch with other samples, one more of what a rule measures, and one for the price.
+    stages = _named_stages(run) if stages_of(module) is not None else _cut(graph)
+    counting.add(check_evaluations=len(stages) * 5 * batch)
+    return replace(graph, stages=stages)
+
+
+def _constants(tape: Tape, names: dict[int, str], inputs: set[int]) -> dict[int, Tensor]:
+    return {
+        k: t
+        for k, (v, t) in enumerate(zip(tape.values, tape.tensors, strict=True))
+        if v.producer < 0 and t is not None and not v.weight and k not in names and k not in inputs
+    }
+
+
+def _named_stages(run: Run) -> tuple[Stage, ...]:
+    stops = [stop for _, stop in run.stages]
+    return tuple(Stage(name, start, stop) for (name, stop), start in zip(run.stages, [0, *stops[:-1]], strict=True))
+
+
+def _cut(graph: Graph) -> tuple[Stage, ...]:
+    """Stages between the boundaries at which a single tensor is alive, the model's inputs aside."""
+
+    def single(position: int) -> bool:
+        alive = [v for v in graph.live[position] if graph.values[v].floating and v not in graph.inputs]
+        return len(alive) == 1 and graph.operations[position - 1].batched
+
+    end = len(graph.operations)
+    cuts = [0, *(p for p in range(1, end) if single(p)), end]
+    stages = []
+    for start, stop in pairwise(cuts):
+        inside: Iterable[str] = dict.fromkeys(op.name for op in graph.operations[start:stop] if op.batched)
+        listed = list(inside) or ["nothing"]
+        stages.append(Stage(listed[0] if len(listed) == 1 else f"{listed[0]}…{listed[-1]}", start, stop))
+    return tuple(stages)
