@@ -1,8 +1,8 @@
 """Run slices of a traced model at perturbed states; count what runs, and undo what it changed."""
 
 from hzo.execution.activities import Activities
-from hzo.execution.counting import QueryCount, as_checks, count_queries
 from hzo.execution.copies import VIEWS
+from hzo.execution.counting import QueryCount, as_checks, count_queries
 from hzo.execution.operation import query, read
 from hzo.execution.passes import arguments_of, count_probes, run_again, run_probe, run_slice, run_with_parameter
 from hzo.execution.side_effects import contained, devices_of, restore_snapshot, take_snapshot, undone_on_error

@@ -124,7 +124,7 @@ def _is_batched(op: Operation, tensor: Tensor) -> bool:
         return len(op.args[1]) <= 2 * (tensor.dim() - 2)
     if op.target is aten._native_batch_norm_legit_no_training.default:
         return True
-    return tensor.dim() == 5 or op.target is aten.linear.default and tensor.dim() > 2
+    return tensor.dim() == 5 or (op.target is aten.linear.default and tensor.dim() > 2)
 
 
 def _shifted(dims: Any) -> Any:

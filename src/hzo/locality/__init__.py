@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-
 from hzo.finite_differences import Link, Links, Pattern, either, follow, identity, without_full
 from hzo.locality import declared, mixing, pointwise, reindexing, spatial
 from hzo.locality.common import Rule, free

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from hzo.errors import InputError, TapeError, TraceError
 from hzo.tape import Recorder, Tape, ref
+from hzo.tape.opaque import call_opaque
 from hzo.tape.surroundings import recording
 from hzo.tracing import Stages, tensors_in, untouched
 from hzo.tracing.recorder.inputs import requires_gradient
