@@ -216,8 +216,9 @@ def held_at_most(chain, problem, plan, monkeypatch):
     def looking(self, graph, values):
         nonlocal highest
         present = {id(t): t.nbytes for state in sweeps for at in state.cotangents.values() for t in at.values()}
-        for value, tensor in self.values.items():
-            if graph.values[value].batched and value not in graph.inputs and id(tensor) not in gone:
+        for value, (tensor, about) in enumerate(zip(self.values, graph.values, strict=False)):
+            made = tensor is not None and about.producer >= 0
+            if made and about.batched and id(tensor) not in gone:
                 present[value, "activity"] = tensor.nbytes
         highest = max(highest, sum(present.values()))
         let_go(self, graph, values)

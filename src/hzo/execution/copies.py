@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hzo.tape import Operation, Tape
+from hzo.tape.aliases import pass_through
 from hzo.tape.functions import replay_of
 from hzo.tape.operations import Ref, refs_in
 from hzo.tape.record import flat
@@ -74,6 +75,8 @@ def call_with(tape: Tape, op: Operation, moved: Mapping[int, Tensor]) -> Any:
         return tuple([fill(a) for a in argument]) if type(argument) is tuple else argument
 
     args = [fill(a) for a in op.args]
+    if op.target is pass_through and op.args[0].value in moved:  # what autograd means by it: the path of one ...
+        return args[1] + (args[0] - tape.tensor(op.args[0].value))  # ... with the content of another
     if op.target in VIEWS:  # what is run again may lie in memory otherwise
         return args[0].reshape(args[1])
     if op.target is aten.as_strided.default and type(op.args[0]) is Ref:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,8 +46,30 @@ class BasePass:
     given: dict[int, Tensor] = field(default_factory=dict)
 
 
+class _Release:
+    """Lets go, while a model is recorded, of what its plan reads no more, as long as it does what was traced."""
+
+    def __init__(self, graph: Graph, recorder: Recorder, batch: int, steps: Sequence[Iterable[int]]) -> None:
+        self.graph, self.recorder, self.steps = graph, recorder, steps
+        self.activities = Activities(batch, recorder.tape)
+        self.done = 0
+
+    def behind(self) -> None:
+        """Calls that ran have their results; the last one's are in use until the next begins."""
+        operations = self.recorder.tape.operations
+        while self.done < min(len(operations), len(self.steps)):
+            if operations[self.done].writes != self.graph.operations[self.done].results:
+                self.recorder.behind = None
+                return
+            gone = self.steps[self.done]
+            held = [t for v in gone if (t := self.recorder.tape.tensors[v]) is not None]
+            self.activities.let_go(self.graph, gone)
+            self.recorder.let_go(held)
+            self.done += 1
+
+
 @contextmanager
-def _running(chain: Chain, x: Any) -> Iterator[tuple[Run, int]]:
+def _running(chain: Chain, x: Any, steps: Sequence[Iterable[int]] = ()) -> Iterator[tuple[Run, int]]:
     graph = chain.traced
     args, kwargs = call_arguments(x)
     batch = batch_size(args, kwargs)
@@ -55,7 +77,14 @@ def _running(chain: Chain, x: Any) -> Iterator[tuple[Run, int]]:
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise NonFiniteError("the input x holds NaN or infinity; clean the data before training on it")
     altered = None if graph.noise is None else _noise(graph)
-    with recorded(chain.model, args, kwargs, opaque=graph.opaque_stages, altered=altered) as run:
+
+    def behind(recorder: Recorder) -> Callable[[], None]:
+        return _Release(graph, recorder, batch, steps).behind
+
+    with recorded(chain.model, args, kwargs, opaque=graph.opaque_stages, altered=altered, behind=behind) as run:
+        if run.recorder.behind is not None:
+            run.recorder.behind()
+            run.recorder.behind = None
         check_same(graph, run.tape, run.end, batch)
         yield run, batch
 
@@ -84,16 +113,21 @@ def base_pass(chain: Chain, x: Any) -> tuple[Activities, Any]:
     with _running(chain, x) as (run, batch):
         output = run.output
     counting.add(base_evaluations=batch * len(chain.traced.stages))
-    return _activities(run.tape, batch), output
+    return _activities(chain.traced, run.tape, batch), output
 
 
-def _activities(tape: Tape, batch: int) -> Activities:
-    tape.tensors = [None if t is None else t.detach() for t in tape.tensors]
+def _activities(graph: Graph, tape: Tape, batch: int) -> Activities:
+    kept = len(graph.values)  # what follows is the loss's
+    tape.tensors = [
+        None if t is None or v >= kept else t.detach() if t.requires_grad else t for v, t in enumerate(tape.tensors)
+    ]
     return Activities(batch, tape)
 
 
 @torch.no_grad()
-def loss_pass(chain: Chain, x: Any, loss_fn: Callable[..., Any], y: Any) -> BasePass:
+def loss_pass(
+    chain: Chain, x: Any, loss_fn: Callable[..., Any], y: Any, steps: Sequence[Iterable[int]] = ()
+) -> BasePass:
     """A base pass, its loss, and the cotangents that the loss gives to the outputs.
 
     Raises:
@@ -102,7 +136,7 @@ def loss_pass(chain: Chain, x: Any, loss_fn: Callable[..., Any], y: Any) -> Base
     """
     graph = chain.traced
     y = pytree.tree_map_only(Tensor, as_data, y)
-    with _running(chain, x) as (run, batch):
+    with _running(chain, x, steps) as (run, batch):
         loss = loss_fn(run.output) if y is None else loss_fn(run.output, y)
         if not isinstance(loss, Tensor):
             raise InputError(
@@ -119,7 +153,7 @@ def loss_pass(chain: Chain, x: Any, loss_fn: Callable[..., Any], y: Any) -> Base
         raise
     counting.add(base_evaluations=batch * len(graph.stages))
     given = dict(zip(run.inputs, run.given, strict=True))
-    return BasePass(_activities(run.tape, batch), run.output, loss, at_end, direct, beside, given)
+    return BasePass(_activities(graph, run.tape, batch), run.output, loss, at_end, direct, beside, given)
 
 
 def _sorted(

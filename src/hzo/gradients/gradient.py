@@ -162,8 +162,9 @@ def _estimate(
     graph = chain.traced
     modules = [chain.model, *graph.opaque_modules]
     with undone_on_error(modules):
+        steps = schedule(graph, found)
         try:
-            base = loss_pass(chain, x, loss_fn, y)
+            base = loss_pass(chain, x, loss_fn, y, steps.base_pass)
         except OtherGraphError:
             # The model does something else with these numbers than with those it was traced with. Given a plan that is
             # an error, but for one sample alone: PyTorch copies and broadcasts less for it.
@@ -171,8 +172,8 @@ def _estimate(
                 raise
             chain, found = prepare(model, x, None, options if plan is None else made_with(plan), anew=True)
             graph = chain.traced
-            base = loss_pass(chain, x, loss_fn, y)
-        steps = schedule(graph, found)
+            steps = schedule(graph, found)
+            base = loss_pass(chain, x, loss_fn, y, steps.base_pass)
         # Drawn where it moves the random state on, so that the next gradient has other signs.
         seed = int(torch.randint(2**62, ())) if found.random else 0
         with contained(graph.opaque_modules):

@@ -61,6 +61,8 @@ def by_rule(
     found: dict[int, Tensor] = {}
     for value, g in carry_back(tape, activities.operation(op.index), grads, wanted, Engine(measure, again)):
         wide = g.to(accumulation_dtype(tape.values[value].dtype))
+        if any(wide is t for t in (*grads, *found.values())):  # one cotangent, one tensor: each is let go by itself
+            wide = wide.view_as(wide)
         found[value] = found[value] + wide if value in found else wide
     for value in wanted:
         count_probes(graph, op, value, activities)

@@ -40,6 +40,32 @@ def extent(geometry: Geometry) -> int:
     return offset + 1 + sum(step * (length - 1) for length, step in zip(size, stride, strict=True))
 
 
+def apart(a: Geometry, b: Geometry) -> bool:
+    """Whether two windows of a storage share no element; says no for some that share none either.
+
+    Windows with the same strides (rows, columns or blocks of one tensor) share an element where the distance of their
+    beginnings is a sum of strides, each taken at most as often as the windows are long.
+    """
+    if 0 in a[0] or 0 in b[0] or extent(a) <= b[2] or extent(b) <= a[2]:
+        return True
+    if a[1] != b[1]:
+        return False
+    dims = sorted(zip(a[1], a[0], b[0], strict=True), reverse=True)
+
+    def meet(distance: int, k: int) -> bool:
+        if k == len(dims):
+            return distance == 0
+        step, of_a, of_b = dims[k]
+        low, high = 1 - of_b, of_a - 1  # how often the step may be taken
+        if step == 0:
+            return meet(distance, k + 1)
+        reach = sum(s * (max(m, n) - 1) for s, m, n in dims[k + 1 :])
+        first, last = -((reach - distance) // step), (distance + reach) // step
+        return any(meet(distance - step * times, k + 1) for times in range(max(low, first), min(high, last) + 1))
+
+    return not meet(b[2] - a[2], 0)
+
+
 def read_window(content: Tensor, size: Sequence[int], stride: Sequence[int], offset: int) -> Tensor:
     """A copy of the elements that a window of a storage shows."""
     return content.as_strided(size, stride, offset).clone()

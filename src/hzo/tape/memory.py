@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hzo.errors import TapeError
-from hzo.tape.aliases import geometry_of, overlaps_itself, pass_through, read_window, write_window
+from hzo.tape.aliases import apart, geometry_of, overlaps_itself, pass_through, read_window, write_window
 from hzo.tape.operations import Operation, Value, ref
 from hzo.tape.tape import Tape
 
@@ -61,7 +61,7 @@ class Writer(Protocol):
     tape: Tape
     keeps_all: bool
     hold_all: bool
-    alive: list[Tensor]
+    alive: dict[int, Tensor]
 
     def forget(self, key: int) -> None:
         """The tensor with this id was freed."""
@@ -92,7 +92,7 @@ class Memory:
         self.tape = recorder.tape
         self.stale: set[int] = set()
         self.passed: set[int] = set()
-        self.noted = 0  # how many of the recorder's tensors were looked at
+        self.unnoted: list[int] = []  # ids of the recorder's tensors that were not looked at
         self._objects: dict[int, Seen] = {}
         self._where: dict[int, int] = {}  # id -> storage
         self._storages: dict[int, dict[int, None]] = {}  # storage -> ids of tensors in it, in order
@@ -126,7 +126,7 @@ class Memory:
     def release(self) -> None:
         """The recording is over."""
         self._objects, self._where, self._storages, self._held, self._contents = {}, {}, {}, {}, {}
-        self.noted = 0
+        self.unnoted = []
 
     def tensor(self, key: int) -> Tensor | None:
         """The tensor with this id, if it lives."""
@@ -136,9 +136,11 @@ class Memory:
     def register(self) -> None:
         """Note where all tensors lie; done when a write makes it matter."""
         alive = self._recorder_now().alive
-        for tensor in alive[self.noted :]:
-            self.track(tensor)
-        self.noted = len(alive)
+        for key in self.unnoted:
+            tensor = alive.get(key)
+            if tensor is not None:
+                self.track(tensor)
+        self.unnoted = []
         for value in range(self._values, len(self.tape.tensors)):
             held = self.tape.tensors[value]
             if held is not None:
@@ -201,14 +203,14 @@ class Memory:
 
     def after_write(self, tensor: Tensor, put: bool) -> None:
         """After a write that autograd saw: the family reads anew, others keep their path."""
-        root = self.root_of(tensor)
+        root, window = self.root_of(tensor), geometry_of(tensor)
         for key, other in self.sharing(tensor):
             if other is tensor:
                 continue
             if self.root_of(other) is root:
                 if key in self.tape._index:
                     self.stale.add(key)
-            else:
+            elif not apart(window, geometry_of(other)):
                 self._content_changed(key, other)
         self.stale.discard(id(tensor))
         self.passed.discard(id(tensor))
@@ -218,8 +220,10 @@ class Memory:
 
     def after_hidden_write(self, tensor: Tensor) -> None:
         """After a write that autograd does not see: constants are read anew, what carries a gradient keeps its path."""
+        window = geometry_of(tensor)
         for key, other in self.sharing(tensor):
-            self._content_changed(key, other)
+            if other is tensor or not apart(window, geometry_of(other)):
+                self._content_changed(key, other)
         self._refresh(tensor, None)
 
     def _content_changed(self, key: int, tensor: Tensor) -> None:

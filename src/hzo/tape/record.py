@@ -43,6 +43,10 @@ _SHAPES_ALONE = frozenset(
     )
 )  # fmt: skip
 
+_UNINITIALIZED = frozenset(
+    f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+)
+
 _CANDIDATES = 16  # as many results are looked at together
 
 
@@ -138,7 +142,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._results_of_last: tuple[int | None, ...] = ()
         self.wrappers: list[nn.Module] = []  # of distributed training, whose hooks average gradients
         self.hooked: list[Tensor] = []  # tensors with hooks
-        self.alive: list[Tensor] = []  # whose ids are in use
+        self.alive: dict[int, Tensor] = {}  # by the ids that are in use
         self._saved: set[int] = set()  # values whose content must survive a write
         self._unpacked: list[int] = []  # values that autograd asked back, for a derivative inside the model
         self._unpacking: tuple[int, int] | None = None  # what autograd asked back last: id of its tensor, value
@@ -156,6 +160,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.opaque: Callable[[nn.Module], str | None] | None = None  # the name of a module that is one operation
         self.taint: dict[int, Tensor] | None = None  # storages of what depends on the tensors followed, kept alive
         self.altered: Callable[[int, Tensor], Tensor] | None = None  # what an operation hands on in place of a result
+        self.behind: Callable[[], None] | None = None  # called when operations were appended
 
     def follow(self, tensors: Iterable[Tensor]) -> None:
         """Mark as tainted, from here on, whatever is computed from these tensors."""
@@ -173,12 +178,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tape.tensors.append(tensor)
         key = id(tensor)
         tape._index[key] = index
-        self.keep_alive(tensor)
+        self.alive[key] = tensor
+        self.memory.unnoted.append(key)
         return index
 
     def keep_alive(self, tensor: Tensor) -> None:
         """Note a tensor by its id, which must not come again for another."""
-        self.alive.append(tensor)
+        self.alive[id(tensor)] = tensor
+        self.memory.unnoted.append(id(tensor))
 
     def forget(self, key: int) -> None:
         """A tensor was freed all the same: its id may come again, for another."""
@@ -200,13 +207,19 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def seen(self) -> list[Tensor]:
         """The tensors that have had a value."""
-        return [*self.hooked, *self.alive]
+        return [*self.hooked, *self.alive.values()]
 
     def release(self) -> None:
         """The recording is over: only the tape holds what it recorded."""
-        self.alive, self.hooked = [], []
+        self.alive, self.hooked = {}, []
         self._detached, self.tape._index = {}, {}
         self.memory.release()
+
+    def let_go(self, tensors: Iterable[Tensor]) -> None:
+        """Keep these alive no longer; whether the user's code does shows when they are freed."""
+        for tensor in tensors:
+            self.memory.track(tensor)
+            self.alive.pop(id(tensor), None)
 
     def settle(self, tensor: Tensor) -> None:
         """A new value of this tensor is about to be written: what was said of its old content holds no more."""
@@ -262,6 +275,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         writes: tuple[int | None, ...] = (),
     ) -> Operation:
         """Append an operation."""
+        if self.behind is not None:
+            self.behind()
         operation = Operation(len(self.tape.operations), target, args, kwargs, writes)
         self.tape.operations.append(operation)
         return operation
@@ -276,6 +291,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self.paused:
             self._touch(args)
             return func(*args, **kwargs)
+        if self.behind is not None:
+            self.behind()
         if self.taint is None:
             return self._dispatch(func, about, args, kwargs)
         tainted = any(storage_of(t) in self.taint for t in (*_tensors(args), *_tensors(tuple(kwargs.values()))))
@@ -321,6 +338,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is aten._efficientzerotensor.default:  # forward mode: calls with these go below autograd, and unseen
             func = aten.zeros.default
         result = _run(func, args, kwargs)
+        if self.keeps_all and func._schema.name in _UNINITIALIZED:  # what is compared later must not be chance
+            result.zero_()
         if about.view:
             if isinstance(args[0], Tensor):
                 self._constant_view(args[0], result)
@@ -469,10 +488,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             del tape._index[id(tensor)]
         self._candidates = kept
         if dropped:
-            noted = [t for t in self.alive[: self.memory.noted] if id(t) not in dropped]
-            self.alive = noted + [t for t in self.alive[self.memory.noted :] if id(t) not in dropped]
-            self.memory.noted = len(noted)
             for key in dropped:
+                self.alive.pop(key, None)
                 self._detached.pop(key, None)
             for ids in (self._frozen, self._resolved):
                 ids.difference_update(dropped)
@@ -607,7 +624,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _keep_saved_copies(self, written: list[Tensor], copies: list[tuple[Tensor, Tensor]]) -> None:
         """Where its derivative needs what a call in place is about to change, autograd saves a copy: keep that."""
         index, tensors = self.tape._index, self.tape.tensors
-        for source, copy in copies:
+        for source, copy in copies if not self.keeps_all else ():
             saved = index.get(id(copy))
             if saved is not None and saved in self._saved and any(source is t for t in written):
                 self._saved.add(index[id(source)])

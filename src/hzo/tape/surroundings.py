@@ -35,7 +35,7 @@ def recording(recorder: Recorder) -> Iterator[None]:
     saved: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if hooks_allowed():
         saved = torch.autograd.graph.saved_tensors_hooks(*_hooks(recorder))
-    with _patched(), torch.inference_mode(False), torch.enable_grad(), _eager(), saved, recorder:
+    with _patched(), torch.inference_mode(False), torch.enable_grad(), _eager(), _own_casts(), saved, recorder:
         yield
 
 
@@ -123,6 +123,16 @@ def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if recorder is None or name is None:
         return _originals["__call__"](module, *args, **kwargs)
     return call_opaque(recorder, module, name, args, kwargs)
+
+
+@contextlib.contextmanager
+def _own_casts() -> Iterator[None]:
+    """Weights that autocast has cast before have a history from before: cast anew inside, and again behind it."""
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
 
 
 def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:

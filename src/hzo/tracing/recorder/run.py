@@ -54,6 +54,7 @@ def recorded(
     follow: bool = False,
     opaque: frozenset[int] = frozenset(),
     altered: Callable[[Recorder, int, Tensor], Tensor] | None = None,
+    behind: Callable[[Recorder], Callable[[], None]] | None = None,
 ) -> Iterator[Run]:
     """Run a model under a recorder that stays active inside the ``with`` block, for a loss.
 
@@ -62,7 +63,7 @@ def recorded(
 
     Args:
         follow: mark what depends on the inputs, for a trace. opaque: stages, by identity, to run out of sight.
-        altered: what an operation hands on in place of its result.
+        altered: what an operation hands on in place of its result. behind: makes what is called after operations.
     """
     recorder = Recorder(keep=True)
     recorder.undo.remember_modules(module.modules())
@@ -70,6 +71,8 @@ def recorded(
     recorder.opaque = lambda inner: _opaque_name(inner, names, opaque)
     if altered is not None:
         recorder.altered = lambda index, tensor: altered(recorder, index, tensor)
+    if behind is not None:
+        recorder.behind = behind(recorder)
     given = tuple(tensors_in((args, kwargs)))
     copies = [_unattached(t) for t in given]
     fresh = iter(copies)
