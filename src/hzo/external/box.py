@@ -237,6 +237,10 @@ def _check_single(given: Mapping[str, bool]) -> None:
             )
 
 
+def _tensors_alone(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return not kwargs and all(isinstance(item, Tensor) for item in args)
+
+
 def _name(f: Any) -> str:
     return str(getattr(f, "__name__", type(f).__name__))
 
@@ -274,7 +278,12 @@ class BlackBox(nn.Module):
         return _uncompiled[0](self, args, kwargs)
 
     def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.settings is None or counting.being_done() == counting.TRIAL_RUN:
+        recorder = current_recorder()
+        if recorder is not None and recorder.opaque is not None and _tensors_alone(args, kwargs):
+            _check_inputs(args)  # an hzo chain: the parts are operations of it
+            self._know(args, {})
+            return in_dtype_of(args, self.stages(*args))
+        if self.settings is None:
             return self._whole(args, kwargs)
         guard = self._guard
         self._know(args, kwargs)
@@ -286,7 +295,7 @@ class BlackBox(nn.Module):
             call = replace(call, state_keys=keys, names=[*call.names, *(f"state {key[-1]}" for key in keys)])
         if not torch.is_grad_enabled() or not (wanted or state or _transformed(tensors)):
             return self._plain(call, tensors, parameters)
-        call.on_tape = current_recorder() is not None
+        call.on_tape = recorder is not None
         found = through(call, [*tensors, *parameters, *state])
         self.failed = call.failed if call.failed is not None else torch.zeros(call.layout.batch, dtype=torch.bool)
         self._history.note(call, guard, found, len(call.result_positions), _transformed(tensors))
@@ -358,16 +367,13 @@ class BlackBox(nn.Module):
     # -- planned as a whole ---
 
     def _whole(self, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if kwargs or not all(isinstance(item, Tensor) for item in inputs):
+        if not _tensors_alone(inputs, kwargs):
             raise InputError(
                 "a box that is planned as a whole (a list of parts, noise=) takes tensors with the batch in dimension "
                 "0, by position; bind all else to the callable: functools.partial(f, option=value)"
             )
         _check_inputs(inputs)
         self._know(inputs, {})
-        recorder = current_recorder()
-        if recorder is not None and recorder.opaque is not None:  # an hzo chain: the parts are operations of it
-            return in_dtype_of(inputs, self.stages(*inputs))
         if not torch.is_grad_enabled():
             return in_dtype_of(inputs, self.stages(*inputs))
         parameters = {name: p for name, p in self.stages.named_parameters() if p.requires_grad}

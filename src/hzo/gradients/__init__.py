@@ -1,7 +1,7 @@
 """From the loss to ``.grad``: cotangents sweep back through the nodes of a plan."""
 
 from hzo.gradients.backward_sweep import Cotangents, Sweep, estimate_node, sweep, with_carried
-from hzo.gradients.base_pass import BasePass, base_pass, loss_pass
+from hzo.gradients.forward_pass import BasePass, base_pass, loss_pass
 from hzo.gradients.gradient import at_the_end, backward, cotangents, grad_and_value
 from hzo.gradients.parameters import Gradients, Local, add_gradients, by_rule, parameter_gradients
 from hzo.gradients.trace_cache import plan_of, prepare, traced_for

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from hzo.execution import contained, undone_on_error
 from hzo.gradients.backward_sweep import Cotangents, sweep
-from hzo.gradients.base_pass import BasePass, OtherGraphError, loss_pass
+from hzo.gradients.forward_pass import BasePass, OtherGraphError, loss_pass
 from hzo.gradients.parameters import Gradients
 from hzo.gradients.trace_cache import made_with, prepare
 from hzo.plans import Plan, schedule

@@ -3,7 +3,7 @@
 from hzo.tracing.recorder.inputs import batch_size, call_arguments, requires_gradient, signature
 from hzo.tracing.recorder.run import OutOfSight, Run, recorded
 from hzo.tracing.recorder.sample_axes import close
-from hzo.tracing.recorder.trace import names_of, trace
+from hzo.tracing.recorder.tracer import names_of, trace
 
 __all__ = [
     "OutOfSight",

@@ -62,10 +62,10 @@ class _Release:
                 self.recorder.behind = None
                 return
             gone = self.steps[self.done]
+            self.done += 1  # first: to let go calls PyTorch, which calls this
             held = [t for v in gone if (t := self.recorder.tape.tensors[v]) is not None]
             self.activities.let_go(self.graph, gone)
             self.recorder.let_go(held)
-            self.done += 1
 
 
 @contextmanager
