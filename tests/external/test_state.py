@@ -335,3 +335,15 @@ class TestRandomNumbers:
         y.sum().backward()
         assert torch.allclose(x.grad, (y / x.sin() * x.cos()).detach(), rtol=TOLERANCE)
         assert after != draw()
+
+
+def test_nothing_holds_on_to_a_graph_that_no_state_needs():
+    import gc
+    import weakref
+
+    box, x = hzo.blackbox(np.sin, numpy=True), normal(5, 4).requires_grad_()
+    y = box(x)
+    node = weakref.ref(y.grad_fn)
+    del y
+    gc.collect()
+    assert node() is None

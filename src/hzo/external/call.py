@@ -198,7 +198,7 @@ class Call:
                      for t, apart in zip(everything, layout.outputs, strict=True)]  # fmt: skip
         self.failed = self._failures(outputs)
         if self.settings.mu is not None:
-            self.seed = int(torch.randint(2**62, ()))
+            self.seed = int(torch.randint(2**62, (), device="cpu"))
         found = self._handed_out(leaves, outputs)
         self.made = [t.dtype for t in (*found, *state)]
         return (*found, *(t.clone() for t in state))
@@ -313,7 +313,9 @@ class Call:
             finite = tensor.isfinite()
             if bool(finite.all()):
                 continue
-            rows = ~finite.reshape(tensor.shape[0], -1).all(1) if apart else torch.ones(1, dtype=torch.bool)
+            rows = (
+                ~finite.reshape(tensor.shape[0], -1).all(1) if apart else torch.ones(1, dtype=torch.bool, device="cpu")
+            )
             rows = rows.to(tensor.device)
             if self.layout.batched and not apart:
                 continue  # a summary of the batch: not any one sample's affair
@@ -324,7 +326,8 @@ class Call:
         if mode == "zero":
             _warn_of_failure(self.guard, failed, self.layout.batched)
             return failed
-        if mode == "raise" or bool(failed.all()):
+        nothing = not any(bool(t.isfinite().any()) for t in outputs if t.is_floating_point() or t.is_complex())
+        if mode == "raise" or nothing:
             named = named_samples(failed) + ": it " if self.layout.batched and not bool(failed.all()) else ""
             raise NonFiniteError(
                 f"{self.guard}, in {counting.being_done()}, {named}returned NaN or infinity; check it at this input, "
@@ -414,11 +417,13 @@ class Call:
         if single and batch == 1:
             return
         floats = [t for t, flag in zip(leaves, layout.leaves, strict=True) if flag and floating(t)]
-        sizes = sum((t.abs().double().reshape(batch, -1).sum(1).cpu() for t in floats), start=torch.zeros(batch))
+        sizes = sum(
+            (t.abs().double().reshape(batch, -1).sum(1).cpu() for t in floats), start=torch.zeros(batch, device="cpu")
+        )
         largest = int(sizes.nan_to_num(0).argmax())
-        kept = torch.tensor([k for k in range(batch) if k != largest] or [0])
+        kept = torch.tensor([k for k in range(batch) if k != largest] or [0], device="cpu")
         if single:
-            rows = torch.arange(batch)
+            rows = torch.arange(batch, device="cpu")
             rows[largest] = kept[0]
         else:
             rows = torch.cat([kept, kept])
@@ -434,7 +439,8 @@ class Call:
             counting.add(check_evaluations=count)
             return [*values, *state]
 
-        same = torch.arange(batch) != largest if single else torch.arange(len(rows)) < len(kept)
+        places = torch.arange(len(rows), device="cpu")
+        same = places != largest if single else places < len(kept)
 
         def apart() -> bool:
             found = ask(given, len(rows))
