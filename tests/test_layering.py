@@ -16,6 +16,7 @@ PACKAGES = (
     "hzo.distributed",
     "hzo._options",
     "hzo._files",
+    "hzo._version",
     "hzo.noise",
     "hzo.tracing",
     "hzo.structure",
@@ -30,6 +31,7 @@ PACKAGES = (
     "hzo.adjoints",
     "hzo.locality",
     "hzo.plans",
+    "hzo.progress",
     "hzo.planner",
     "hzo.gradients",
     "hzo.measurement",
@@ -191,7 +193,7 @@ def test_autograd_is_called_where_the_design_says(path):
 
 def test_the_core_needs_torch_alone():
     """What the library imports at its top is torch, the standard library and itself; the extras are the runs' own."""
-    extras = {"numpy", "typer", "rich", "matplotlib", "safetensors", "sklearn", "PIL"}
+    extras = {"numpy", "typer", "rich", "matplotlib", "safetensors", "sklearn", "PIL", "filelock", "tqdm"}
     for module, path in MODULES.items():
         if module.split(".")[0] == "hzo_lab":
             continue

@@ -5,6 +5,7 @@ Data flows one way: model -> chain (``trace``) -> plan (``plan``) -> boundaries 
 """
 
 from hzo import baselines, presets
+from hzo._version import __version__
 from hzo.baselines import GradientComparison, compare_gradients
 from hzo.execution import QueryCount, count_queries
 from hzo.external import BlackBox, blackbox, simulator, smoothed
@@ -14,6 +15,7 @@ from hzo.measurement import calibrate
 from hzo.noise import Noise
 from hzo.planner import Calibration, plan
 from hzo.plans import Plan, load_plan, save_plan
+from hzo.progress import show_progress
 from hzo.reverse import RecordedStep, record
 from hzo.tracing import Chain, Local, declare, noisy
 from hzo.tracing.recorder import trace
@@ -41,6 +43,7 @@ __all__ = [
     "QueryCount",
     "RecordedStep",
     "StructureReport",
+    "__version__",
     "backward",
     "baselines",
     "blackbox",
@@ -62,6 +65,7 @@ __all__ = [
     "record",
     "report_crosstalk",
     "save_plan",
+    "show_progress",
     "simulator",
     "smoothed",
     "trace",

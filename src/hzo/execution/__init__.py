@@ -1,6 +1,6 @@
 """Run a traced model, or a slice of it at a perturbed state; count what runs, and undo what it changed."""
 
-from hzo.execution.counting import QueryCount, as_checks, count_queries
+from hzo.execution.counting import QueryCount, as_checks, count_queries, open_count
 from hzo.execution.operation import Activities, call, query, read, resolve
 from hzo.execution.passes import base_pass, run_again, run_alone, run_slice, run_with_parameter
 from hzo.execution.side_effects import (
@@ -25,6 +25,7 @@ __all__ = [
     "contained",
     "count_queries",
     "devices_of",
+    "open_count",
     "query",
     "random_state",
     "read",

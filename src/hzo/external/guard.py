@@ -111,6 +111,9 @@ class Guarded(nn.Module):
 
     # -- as one operation of a chain: tensors with the batch first, in and out ---
 
+    def extra_repr(self) -> str:
+        return self.hzo_box
+
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         samples = inputs[0].shape[0]
         size = samples if self.batched is True else self._size()

@@ -84,6 +84,8 @@ class GradientCheck:
             lines += ["the disagreement sits in:", *(f"  {slope}" for slope in self.wrong)]
         return "\n".join(lines)
 
+    __repr__ = __str__
+
 
 def check_gradient(
     model: Chain | nn.Module,
