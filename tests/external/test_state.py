@@ -153,19 +153,17 @@ class Hidden:
 
     @staticmethod
     def made():
-        memory = iter([])
-        box = {"v": np.zeros((5, 4))}
-        del memory
+        class Memory:  # attributes of a class stand for a library in C, or another process
+            v = np.zeros((5, 4))
 
         def call(x):
-            box["v"] = 0.8 * box["v"] + np.sin(x)
-            return np.tanh(box["v"]) * box["v"]
+            Memory.v = 0.8 * Memory.v + np.sin(x)
+            return np.tanh(Memory.v) * Memory.v
 
         def load(saved):
-            box.clear()
-            box.update(saved)
+            Memory.v = saved["v"]
 
-        return lambda: dict(box), load, call
+        return lambda: {"v": Memory.v}, load, call
 
 
 class TestHooks:

@@ -74,7 +74,7 @@ class History:
         """A box that is planned as a whole has run."""
         ends = []
         for part, start in this.states.items():
-            if part.remembers.end is not None and (moved := part.state.changed(start, part.remembers.end)[0]):
+            if part.remembers.end is not None and (moved := part.changed(start, part.remembers.end)[0]):
                 ends.append((part, part.remembers.end, tuple(moved)))
         self.__dict__ = History().__dict__
         if ends:  # else nothing holds on to the graph
