@@ -469,8 +469,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         index = self._detached.get(key)
         known = self.tape._index.get(key)
         if index is None and known is not None and known in self._results_of_last:
-            index = known  # statistics that the call made, to which autograd gives no history
-        elif index is None and known is None:
+            return known  # statistics that the call made, to which autograd gives no history
+        if index is None and known is None:
             for v in self._results_of_last:  # a result comes as another object with the same content
                 result = None if v is None else self.tape.tensors[v]
                 if result is not None and _looks_like(result, tensor) and result.data_ptr() == tensor.data_ptr():
