@@ -149,6 +149,11 @@ ORACLE = {"hzo_lab/zoo/trial.py"}
 FUNCTION = {
     "hzo/external/autograd.py": {"torch.autograd.Function", "torch.autograd.function.once_differentiable"},
     "hzo/external/box.py": {"torch.autograd.forward_ad"},  # is forward mode under way?
+    "hzo/external/network.py": {
+        "torch.autograd.Function",
+        "torch.autograd.function.once_differentiable",
+        "torch.autograd.forward_ad",  # is forward mode under way?
+    },
     "hzo/external/guard.py": {"torch.enable_grad"},  # does a part use trainable tensors that it has not registered?
 }
 FORWARD_MODE = {"hzo/baselines/_forward_gradient.py"}

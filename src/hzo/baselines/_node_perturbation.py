@@ -14,8 +14,7 @@ from hzo.errors import CoupledSamplesError, InputError
 from hzo.execution import Activities, base_pass, query, resolve
 from hzo.gradients import Local, parameter_gradients, traced_for
 from hzo.parameter_rules import find_rule
-from hzo.reverse import accumulate
-from hzo.tracing import Graph, Operation, Ref, map_arguments, tensors_in
+from hzo.tracing import Chain, Graph, Operation, Ref, map_arguments, tensors_in
 
 
 def node_perturbation(
@@ -69,7 +68,7 @@ def node_perturbation(
     feedforward networks, Neural Computation 17(12), 2005; with central differences instead of forward ones.
     """
     p = ev.problem(model, loss_fn, x, y)
-    graph = traced_for(model, x, strict=False).traced
+    graph = traced_for(model if isinstance(model, Chain) else p.module, x, strict=False).traced
     p = replace(p, stages=len(graph.stages))
     layers = [op for op in graph.operations if op.parameters and op.batched]
     if per_sample:
@@ -101,7 +100,7 @@ def node_perturbation(
             for value, xi in zip(nodes, noise, strict=True):
                 cotangents[value] += _credit(graph, value, xi.to(cotangents[value].dtype), slope, p.batch)
         gradients = parameter_gradients(Local(graph, activities, perturbed=()), cotangents)
-    accumulate(gradients.values())
+    ev.add_to_grad(p, gradients.values())
     return loss
 
 

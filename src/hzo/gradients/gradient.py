@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from hzo.distributed import averaged, kind_of_wrapper, refuse_wrappers, unwrapped
 from hzo.errors import InputError, NonFiniteError
 from hzo.execution import Activities, base_pass, contained, undone_on_error
 from hzo.gradients.backward_sweep import Cotangents, sweep
@@ -71,7 +72,8 @@ def backward(
     gradients, loss, (graph, found) = _estimate(model, loss_fn, x, y, plan, memory, options)
     inputs = tensors_in(call_arguments(x))
     of_inputs = [(inputs[v], found[0][v]) for v in graph.differentiated if v in found.get(0, {})]
-    accumulate([(p, g * factor if factor != 1 else g) for p, g in (*gradients.values(), *of_inputs)])
+    found_leaves = averaged(model, [*gradients.values(), *of_inputs])
+    accumulate([(p, g * factor if factor != 1 else g) for p, g in found_leaves])
     return loss
 
 
@@ -92,6 +94,8 @@ def grad_and_value(
         leaves, loss = gradients_of(model, loss_fn, x, y)
         return named(leaves, model, loss_fn), loss
     gradients, loss, _ = _estimate(model, loss_fn, x, y, plan, memory, options)
+    if isinstance(model, nn.Module) and kind_of_wrapper(model):
+        return named(averaged(model, [*gradients.values()]), model, loss_fn), loss
     return {name: gradient.to(parameter.dtype) for name, (parameter, gradient) in gradients.items()}, loss
 
 
@@ -147,7 +151,8 @@ def _estimate(
     options: dict[str, Any],
     keep: bool = False,
 ) -> tuple[Gradients, Tensor, tuple[Graph, Cotangents]]:
-    chain, plan = prepare(model, x, plan, options)
+    refuse_wrappers(model.model if isinstance(model, Chain) else model)
+    chain, plan = prepare(unwrapped(model), x, plan, options)
     graph = chain.traced
     inputs = tensors_in(call_arguments(x))
     for tensor in inputs:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
+from hzo.distributed import refuse_share
 from hzo.tape.aliases import geometry_of, overlaps_itself, pass_through, restride, restride_scatter
 from hzo.tape.foreach import on_lists, singles
 from hzo.tape.functions import OutOfPlace, out_of_place
@@ -131,6 +132,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.tape = Tape()
         self.keeps_all = keep
         self.hold_all = False  # while autograd does not tell what it saves
+        self.untold = False  # whether that was ever so
         self._lean = frozenset() if keep else frozenset(lean)
         self._candidates: list[int] = []  # results of lean calls that nothing is known to need
         self._enough = _CANDIDATES  # as many of them are worth a look
@@ -206,6 +208,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """The tensors that have had a value."""
         return [*self.hooked, *self.alive.values()]
 
+    def read_by_derivatives(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """Of these tensors those in whose memory lies what a derivative reads: autograd told so, or might not have."""
+        values = range(len(self.tape.values)) if self.keeps_all or self.untold else self._saved
+        held = {storage_of(t) for t in (self.tape.tensors[v] for v in values) if t is not None}
+        return [t for t in tensors if storage_of(t) in held]
+
     def release(self) -> None:
         """The recording is over: only the tape holds what it recorded."""
         self.alive, self.unnoted, self.hooked = {}, [], []
@@ -231,6 +239,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if not self.tape.values[index].requires:
                 return self.foreign(tensor)
         # A leaf: a parameter, an input, a constant; or what autograd detached in the meantime.
+        refuse_share(tensor)
         weight = isinstance(tensor, nn.Parameter) or key in self._frozen
         new = self.new_value(tensor, tensor.requires_grad, -1, weight)
         self._stale.discard(key)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hzo._options import whole
+from hzo.distributed import refuse_wrappers, unwrapped
 from hzo.errors import InputError
 from hzo.execution import as_checks, contained, counting
 from hzo.gradients import grad_and_value
@@ -117,6 +118,8 @@ def check_gradient(
     Raises:
         InputError: nothing to test. Errors of ``hzo.grad_and_value``.
     """
+    refuse_wrappers(model)
+    model = unwrapped(model)  # each process tests its own gradient against its own loss
     module = model.model if isinstance(model, Chain) else model
     whole("directions", directions)
     with contained([module]), as_checks():

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from hzo.distributed import refuse_all_wrappers
 from hzo.errors import InputError, TraceError
 from hzo.execution import contained, counting
 from hzo.tracing import Chain, Stages, tensors_in, untouched
@@ -49,6 +50,11 @@ def trace(model: nn.Module | Chain | Callable[..., Any], x: Any) -> Chain:
         NondeterministicError: see ``hzo.plan``, which decides.
     """
     module = model.model if isinstance(model, Chain) else model if isinstance(model, nn.Module) else Stages([model])
+    refuse_all_wrappers(
+        module,
+        "trace the model inside of it (model.module). A plan made of that goes with the wrapped model: "
+        "hzo.backward(model, loss_fn, x, y, plan=plan) averages",
+    )
     if any(nn.parameter.is_lazy(p) for p in module.parameters()):
         raise InputError("the model has parameters without a shape yet (LazyLinear, ...); run it once: model(x)")
     args, kwargs = call_arguments(x)
