@@ -1,6 +1,6 @@
 # Sourced by the scripts beside it: gives the checkout a virtual environment of its own, .venv, and keeps it up to date.
 #
-#   use_environment EXTRA    install hzo with its extra EXTRA (train, dev, parts) into .venv, unless that was done
+#   use_environment EXTRA    install hzo with its extra EXTRA (train, dev, parts, ranks) into .venv, unless that was done
 #                            already; afterwards "$venv/bin" has it
 #
 # Expects $root, the directory of the checkout. PYTHON names the interpreter to start from; without it, the first one

@@ -16,6 +16,7 @@ PACKAGES = (
     "hzo.distributed",
     "hzo._options",
     "hzo._files",
+    "hzo._version",
     "hzo.noise",
     "hzo.tape",
     "hzo.rules",
@@ -29,6 +30,7 @@ PACKAGES = (
     "hzo.losses",
     "hzo.locality",
     "hzo.plans",
+    "hzo.progress",
     "hzo.planner",
     "hzo.gradients",
     "hzo.measurement",
@@ -145,6 +147,11 @@ ORACLE = {"hzo_lab/zoo/trial.py"}
 FUNCTION = {
     "hzo/external/autograd.py": {"torch.autograd.Function", "torch.autograd.function.once_differentiable"},
     "hzo/external/box.py": {"torch.autograd.forward_ad"},  # is forward mode under way?
+    "hzo/external/network.py": {
+        "torch.autograd.Function",
+        "torch.autograd.function.once_differentiable",
+        "torch.autograd.forward_ad",  # is forward mode under way?
+    },
     "hzo/external/guard.py": {"torch.enable_grad"},  # does a part use trainable tensors that it has not registered?
 }
 FORWARD_MODE = {"hzo/baselines/_forward_gradient.py"}
@@ -189,7 +196,7 @@ def test_autograd_is_called_where_the_design_says(path):
 
 def test_the_core_needs_torch_alone():
     """What the library imports at its top is torch, the standard library and itself; the extras are the runs' own."""
-    extras = {"numpy", "typer", "rich", "matplotlib", "safetensors", "sklearn", "PIL"}
+    extras = {"numpy", "typer", "rich", "matplotlib", "safetensors", "sklearn", "PIL", "filelock", "tqdm"}
     for module, path in MODULES.items():
         if module.split(".")[0] == "hzo_lab":
             continue

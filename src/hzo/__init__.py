@@ -5,15 +5,17 @@ Data flows one way: model -> chain (``trace``) -> plan (``plan``) -> boundaries 
 """
 
 from hzo import baselines, presets
+from hzo._version import __version__
 from hzo.baselines import GradientComparison, compare_gradients
 from hzo.execution import QueryCount, count_queries
-from hzo.external import BlackBox, blackbox, simulator, smoothed
+from hzo.external import BlackBox, blackbox, module, plain, simulator, smoothed
 from hzo.finite_differences import CrossTalk, estimate_vjp, report_crosstalk
 from hzo.gradients import backward, cotangents, grad_and_value
 from hzo.measurement import calibrate
 from hzo.noise import Noise
 from hzo.planner import Calibration, plan
 from hzo.plans import Plan, load_plan, save_plan
+from hzo.progress import show_progress
 from hzo.reverse import RecordedStep, record
 from hzo.tracing import Chain, Local, declare, noisy
 from hzo.tracing.recorder import trace
@@ -41,6 +43,7 @@ __all__ = [
     "QueryCount",
     "RecordedStep",
     "StructureReport",
+    "__version__",
     "backward",
     "baselines",
     "blackbox",
@@ -56,12 +59,15 @@ __all__ = [
     "grad_and_value",
     "infer_structure",
     "load_plan",
+    "module",
     "noisy",
+    "plain",
     "plan",
     "presets",
     "record",
     "report_crosstalk",
     "save_plan",
+    "show_progress",
     "simulator",
     "smoothed",
     "trace",

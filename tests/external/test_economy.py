@@ -127,3 +127,79 @@ def test_a_broken_symmetry_is_not_inferred():
     found = hzo.infer_structure(nn.Sequential(nn.Linear(5, 5)).double(), normal(3, 5))
     assert "symmetric" not in found.promises
     assert not dict(found.tested)["symmetric"].holds
+
+
+def narrow(z):
+    return torch.tanh(z @ W[:, :4])
+
+
+def wide(z):
+    return torch.tanh(z @ W[:4])
+
+
+def affine(z):
+    return z @ W + 1
+
+
+def elementwise(z):
+    return torch.tanh(2 * z)
+
+
+def coordinate(*sizes):
+    """Directions of differences over parts, each from its own inputs."""
+    return sum(2 * B * n for n in sizes)
+
+
+CHAINS = {
+    # Parts, inputs, and the queries of the cheapest tree.
+    "a narrow boundary is worth a stop": ([narrow, wide], N, {}, coordinate(N, 4)),
+    "a wide one is not": ([wide, lambda z: torch.tanh(z @ W[:, :3])], 4, {}, coordinate(4)),
+    "one part": ([narrow], N, {}, coordinate(N)),
+    "forward": ([narrow, wide], N, {"scheme": "forward"}, coordinate(N, 4) // 2),
+    "nothing to infer": ([narrow, wide], N, {"promises": "inferred"}, coordinate(N, 4)),
+    "elementwise, inferred": ([elementwise, elementwise], N, {"promises": "inferred"}, 2 * B),
+    "elementwise before a part, inferred": ([narrow, elementwise], N, {"promises": "inferred"}, coordinate(N) + 2 * B),
+    "affine and elementwise, inferred": ([affine, elementwise], N, {"promises": "inferred"}, N + 1 + 2 * B),
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_chains(name):
+    parts, n, options, queries = CHAINS[name]
+    box, x = hzo.blackbox(parts, **options), normal(B, n).requires_grad_()
+    plan = box.plan_for(x)
+    box(x).square().sum().backward()
+    x.grad = None
+    with hzo.count_queries() as count:
+        y = box(x)
+        y.square().sum().backward()
+    (exact,) = torch.autograd.grad(nn.Sequential(*map(Whole, parts))(x).square().sum(), x)
+    assert float((x.grad - exact).norm()) <= TOLERANCE * float(exact.norm())
+    assert count.queries == plan.queries == queries
+    assert plan.forward_equivalents == pytest.approx(count.forward_equivalents)
+    assert plan.forward_equivalents <= plan.coordinate_equivalents == (1 if "scheme" in options else 2) * n
+    assert 0 < plan.seconds < 1
+    assert f"element by element {plan.coordinate_equivalents:.0f} passes" in str(plan)
+
+
+class Whole(nn.Module):
+    def __init__(self, f):
+        super().__init__()
+        self.f = f
+
+    def forward(self, x):
+        return self.f(x)
+
+
+def test_a_plan_of_a_chain_leaves_no_trace():
+    class Neuron:
+        def __init__(self):
+            self.calls = 0.0
+
+        def __call__(self, z):
+            self.calls = self.calls + 1.0
+            return self.calls * z
+
+    part = Neuron()
+    hzo.blackbox([part, torch.tanh], promises="inferred").plan_for(normal(3, 2))
+    assert part.calls == 0.0

@@ -76,19 +76,45 @@ class TestFailedSamples:
         assert torch.allclose(found[[0, 2]], 2 * x[[0, 2]], rtol=TOLERANCE)
         assert not found[1].any()
 
-    def test_leave_the_gradient_of_parameters(self):
+    @pytest.mark.parametrize("options", [{}, {"scheme": "forward", "step": 1e-7}, {"bounds": (-9, 9)}])
+    def test_are_not_masks_nor_what_nobody_reads(self, options):
+        def f(z):
+            return torch.where(z > 0, z.sin(), -torch.inf), (-z.abs()).log()
+
+        def loss(out):
+            return out[0].exp().sum()
+
+        x = normal(5, 4)
+        exact = torch.where(x > 0, x.sin().exp() * x.cos(), 0.0)
+        assert torch.allclose(gradient(hzo.blackbox(f, **options), x, loss), exact, rtol=1e-4)
+
+    @pytest.mark.parametrize("at", [3.0, 2.0 - 1e-7])  # diverges in the forward pass; in a query alone
+    def test_leave_the_gradient_of_parameters(self, at):
         class Part(nn.Module):
             def __init__(self):
                 super().__init__()
-                self.w = nn.Parameter(torch.tensor(1.3, dtype=torch.float64))
+                self.w = nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
 
             def forward(self, z):
-                return torch.where(z > 2.0, torch.nan, self.w * z**2)
+                return torch.where(self.w * z > 2.0, torch.nan, (self.w * z) ** 2)
 
-        part = Part()
-        with pytest.warns(FailedSamplesWarning):
-            gradient(hzo.blackbox(part, on_failure="zero"))
-        assert torch.allclose(part.w.grad, X[GOOD].square().sum(), rtol=TOLERANCE)
+        part, x = Part(), torch.tensor([[0.5], [at], [1.0]], dtype=torch.float64)
+        with pytest.warns(FailedSamplesWarning, match="sample 1 of 3") as warned:
+            found = gradient(hzo.blackbox(part, on_failure="zero"), x)
+        assert torch.allclose(part.w.grad, 2 * x[[0, 2]].square().sum(), rtol=TOLERANCE)
+        assert torch.allclose(found, 2 * torch.tensor([[0.5], [0.0], [1.0]], dtype=torch.float64), rtol=TOLERANCE)
+        assert {w.category for w in warned} == {FailedSamplesWarning}  # what failed says nothing of accuracy
+
+    @pytest.mark.parametrize("at", [3.0, 2.0 - 1e-7])
+    def test_have_no_tangent(self, at):
+        def f(z):
+            return torch.stack([2 * z, torch.where(z > 2, torch.nan, z**2)], 1)
+
+        x = torch.tensor([0.5, at, 1.0], dtype=torch.float64)
+        with pytest.warns(FailedSamplesWarning, match="sample 1 of 3"):
+            _, tangent = torch.func.jvp(hzo.blackbox(f, on_failure="zero"), (x,), (torch.ones_like(x),))
+        exact = torch.tensor([[2.0, 1.0], [0.0, 0.0], [2.0, 2.0]], dtype=torch.float64)
+        assert torch.allclose(tangent, exact, rtol=TOLERANCE)
 
 
 class TestTime:

@@ -13,8 +13,8 @@ import hzo
 from hzo.gradients import base_pass
 from hzo.tape import Ref
 from hzo.tape.record import flat
+from hzo.tracing import call_arguments
 from hzo.tracing.chain import Chain
-from hzo.tracing.recorder import call_arguments
 from support.cases import CASES, Case, Problem
 
 # Central differences of one node in float64, h = u^(1/3) of the scale: h² of curvature and u/h of rounding are each

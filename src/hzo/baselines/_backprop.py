@@ -31,7 +31,7 @@ def backprop(model: ev.Model, loss_fn: ev.LossFn, x: Any, y: Any = None) -> Tens
     Source: D. E. Rumelhart, G. E. Hinton, R. J. Williams, Learning representations by back-propagating
     errors, Nature 323, 1986.
     """
-    p = ev.problem(model, loss_fn, x, y)
+    p = ev.problem(model, loss_fn, x, y, by_autograd=True)
     with ev.replayed([p.module]) as run, torch.enable_grad():
         loss = run(lambda: ev.mean_loss(p, p.module(*p.args, **p.kwargs)))
         counting.add(base_evaluations=p.batch * p.stages)

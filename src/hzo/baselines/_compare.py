@@ -40,6 +40,8 @@ class GradientComparison:
             lines.append(f"{name:{width}}  {1 - self.cosines[name]:10.1e}  {self.errors[name]:14.1e}")
         return "\n".join([*lines, *(f"{name}: has a gradient by one of the two only" for name in self.missing)])
 
+    __repr__ = __str__
+
 
 def compare_gradients(
     model: Chain | nn.Module, loss_fn: Callable[..., Any], x: Any, y: Any = None, **options: Any

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from hzo.baselines import _evaluate as ev
 from hzo.errors import InputError, StepError
-from hzo.reverse import accumulate
 
 
 def coordinate_wise(
@@ -59,7 +58,7 @@ def coordinate_wise(
                 if scheme == "central":
                     lower, below = _query(parameter, copy, index, -step, loss_at)
                 gradient[index] = (above - below) / (upper - lower)
-    accumulate(zip(parameters, gradients, strict=True))
+    ev.add_to_grad(p, zip(parameters, gradients, strict=True))
     return loss
 
 

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from hzo._options import positive, whole
+from hzo.distributed import averaged, refuse_wrappers, unwrapped
 from hzo.errors import InputError, NonFiniteError, StepError
 from hzo.execution import counting, restore_snapshot, take_snapshot
 from hzo.losses import check_finite, check_loss
-from hzo.tracing import Chain, tensors_in
-from hzo.tracing.recorder import batch_size, call_arguments
+from hzo.reverse import accumulate
+from hzo.tracing import Chain, batch_size, call_arguments, tensors_in
 
 Model = nn.Module | Chain
 LossFn = Callable[..., Any]
@@ -30,8 +31,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Problem:
-    """One batch of a training problem: what every baseline is called with, checked."""
+    """One batch of a training problem: what every baseline is called with, checked.
 
+    Attributes:
+        model: as it was given. module: what runs: the chain's, or what a ``DistributedDataParallel`` holds.
+        parameters: those with requires_grad, tied ones once.
+    """
+
+    model: Model
     module: nn.Module
     stages: int
     loss_fn: LossFn
@@ -39,17 +46,24 @@ class Problem:
     kwargs: dict[str, Any]
     target: Any
     batch: int
-    parameters: dict[str, nn.Parameter]  # those with requires_grad, tied ones once
+    parameters: dict[str, nn.Parameter]
 
 
-def problem(model: Model, loss_fn: LossFn, x: Any, y: Any) -> Problem:
+def problem(model: Model, loss_fn: LossFn, x: Any, y: Any, *, by_autograd: bool = False) -> Problem:
     """Check the arguments of a baseline.
+
+    Args:
+        by_autograd: whether autograd makes the gradient, whose hooks do the work of wrappers.
 
     Raises:
         InputError: no tensor in ``x``, an empty batch, a complex parameter.
         NonFiniteError: NaN or infinity in ``x``.
+        DistributedError: a wrapper that shards parameters.
     """
     module = model.model if isinstance(model, Chain) else model
+    if not by_autograd:
+        refuse_wrappers(module)
+        module = unwrapped(module)
     args, kwargs = call_arguments(x)
     batch = batch_size(args, kwargs)
     if not all(bool(t.isfinite().all()) for t in tensors_in((args, kwargs)) if t.is_floating_point()):
@@ -59,7 +73,7 @@ def problem(model: Model, loss_fn: LossFn, x: Any, y: Any) -> Problem:
         if not p.is_floating_point():
             raise InputError(f"parameter {name} is {p.dtype}; expected a real floating dtype. Freeze it or split it.")
     stages = len(model) if isinstance(model, Chain) else 1
-    return Problem(module, stages, loss_fn, args, kwargs, y, batch, parameters)
+    return Problem(model, module, stages, loss_fn, args, kwargs, y, batch, parameters)
 
 
 def mean_loss(p: Problem, output: Any, checked: bool = True) -> Tensor:
@@ -197,6 +211,11 @@ def draw_seeds(generator: torch.Generator | None, samples: int) -> list[int]:
     device = generator.device if generator is not None else torch.device("cpu")
     seeds = torch.randint(2**63 - 1, (samples,), generator=generator, device=device)
     return [int(seed) for seed in seeds]
+
+
+def add_to_grad(p: Problem, gradients: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Add a gradient to ``.grad``: of the processes' gradients the mean, where the model is spread over them."""
+    accumulate(averaged(p.model, [*gradients]))
 
 
 Draw = Callable[[Tensor, torch.Generator], Tensor]

@@ -14,7 +14,6 @@ from hzo.baselines import _evaluate as ev
 from hzo.baselines import _together as together
 from hzo.errors import InputError
 from hzo.execution import counting
-from hzo.reverse import accumulate
 
 
 def forward_gradient(
@@ -76,7 +75,7 @@ def forward_gradient(
     for seed, slope in zip(seeds, slopes, strict=True):
         for gradient, z in zip(gradients, ev.directions(parameters, ev.gaussian, seed), strict=True):
             gradient.add_(z, alpha=slope / samples)
-    accumulate(zip(parameters, gradients, strict=True))
+    ev.add_to_grad(p, zip(parameters, gradients, strict=True))
     return loss
 
 

@@ -14,9 +14,8 @@ from hzo.errors import CoupledSamplesError, InputError
 from hzo.execution import Activities, query
 from hzo.gradients import Local, base_pass, parameter_gradients, traced_for
 from hzo.plans import has_rule
-from hzo.reverse import accumulate
 from hzo.tape import Ref
-from hzo.tracing import Graph, Operation, map_arguments
+from hzo.tracing import Chain, Graph, Operation, map_arguments
 
 
 def node_perturbation(
@@ -70,7 +69,7 @@ def node_perturbation(
     feedforward networks, Neural Computation 17(12), 2005; with central differences instead of forward ones.
     """
     p = ev.problem(model, loss_fn, x, y)
-    chain = traced_for(model, x, strict=False)
+    chain = traced_for(model if isinstance(model, Chain) else p.module, x, strict=False)
     graph = chain.traced
     p = replace(p, stages=len(graph.stages))
     layers = [op for op in graph.operations if op.parameters and op.batched]
@@ -103,7 +102,7 @@ def node_perturbation(
             for value, xi in zip(nodes, noise, strict=True):
                 cotangents[value] += _credit(graph, value, xi.to(cotangents[value].dtype), slope, p.batch)
         gradients = parameter_gradients(Local(graph, activities, perturbed=()), cotangents)
-    accumulate(gradients.values())
+    ev.add_to_grad(p, gradients.values())
     return loss
 
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from hzo.baselines import _evaluate as ev
 from hzo.baselines import _together as together
-from hzo.reverse import accumulate
 
 
 def two_point(
@@ -40,7 +39,7 @@ def two_point(
     for seed, slope in zip(seeds, slopes, strict=bool(parameters)):
         for gradient, z in zip(gradients, ev.directions(parameters, draw, seed), strict=True):
             gradient.add_(z, alpha=slope / samples)
-    accumulate(zip(parameters, gradients, strict=True))
+    ev.add_to_grad(p, zip(parameters, gradients, strict=True))
     return loss
 
 

@@ -1,5 +1,23 @@
 """Models that are spread over processes: gradients averaged as their wrapper would, or an error that says how."""
 
-from hzo.distributed.wrappers import averaged, forward_of, refuse_wrappers
+from hzo.distributed.wrappers import (
+    averaged,
+    kind_of_wrapper,
+    mean_over,
+    refuse_all_wrappers,
+    refuse_share,
+    refuse_wrappers,
+    sharded,
+    unwrapped,
+)
 
-__all__ = ["averaged", "forward_of", "refuse_wrappers"]
+__all__ = [
+    "averaged",
+    "kind_of_wrapper",
+    "mean_over",
+    "refuse_all_wrappers",
+    "refuse_share",
+    "refuse_wrappers",
+    "sharded",
+    "unwrapped",
+]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ DDP = "DistributedDataParallel"
 def refuse_wrappers(model: Any) -> None:
     """An error where a model is, or holds, a wrapper whose work hzo cannot do: one that shards parameters.
 
-    A ``DistributedDataParallel`` around the whole model is fine: run it inside ``forward_of`` and average what comes
+    A ``DistributedDataParallel`` around the whole model is fine: run what ``unwrapped`` gives, and average what comes
     out with ``averaged``. Cost: one look at each module and parameter. Source: ours.
 
     Raises:
@@ -26,40 +25,61 @@ def refuse_wrappers(model: Any) -> None:
     if not isinstance(model, nn.Module):
         return
     for name, module in model.named_modules():
-        kind = _kind(module)
+        kind = kind_of_wrapper(module)
         if kind is None or (kind == DDP and not name):
             continue
         where = f"the module {name!r} of the model" if name else "the model"
         if kind == DDP:
             raise DistributedError(
                 f"{where} is wrapped in {DDP}, whose gradients are averaged over the processes by hooks of autograd; "
-                "hzo averages where the whole model is wrapped. Wrap the whole model, or call loss.backward() and let "
-                "hzo work inside of the wrapper (hzo.blackbox)"
+                "hzo averages where the whole model is wrapped. Wrap the whole model, or have hzo work inside of the "
+                f"wrapper: {DDP}(hzo.module(model)), then loss.backward()"
             )
-        raise DistributedError(
-            f"{where} is wrapped in {kind}, which gathers parameters and shards gradients by hooks of autograd; hzo "
-            "does not run them, and each process would keep a part of the gradient. Make boxes of the parts that need "
-            "it (hzo.blackbox) inside of the wrapped model, and call loss.backward()"
-        )
+        raise sharded(f"{where} is wrapped in {kind}, which")
     for name, parameter in model.named_parameters():
-        if "DTensor" in (type(parameter).__name__, type(parameter.data).__name__):
-            raise DistributedError(
-                f"the parameter {name} is a DTensor, a share of one that is spread over processes, and hzo sees this "
-                "share alone. Make boxes of the parts that need it (hzo.blackbox), and call loss.backward()"
-            )
+        if is_shared(parameter):
+            raise DistributedError(f"the parameter {name} {_A_SHARE}")
 
 
-@contextmanager
-def forward_of(model: Any) -> Iterator[None]:
-    """Inside, a ``DistributedDataParallel`` runs forward without waiting for a backward pass of autograd's."""
-    if isinstance(model, nn.Module) and _kind(model) == DDP:
-        with model.no_sync():  # type: ignore[operator]
-            yield
-        return
-    yield
+def refuse_all_wrappers(model: Any, instead: str) -> None:
+    """As ``refuse_wrappers``, and an error for a ``DistributedDataParallel``, too, with the way that works."""
+    refuse_wrappers(model)
+    if isinstance(model, nn.Module) and kind_of_wrapper(model) == DDP:
+        raise DistributedError(
+            f"the model is wrapped in {DDP}, whose gradients are averaged over the processes by hooks of autograd; "
+            f"{instead}"
+        )
 
 
-def _kind(module: nn.Module) -> str | None:
+def sharded(what: str) -> DistributedError:
+    """The error for a wrapper that shards parameters."""
+    return DistributedError(
+        f"{what} gathers parameters and shards gradients by hooks of autograd; hzo does not run them, and each process "
+        "would keep a part of the gradient. Have hzo work inside of the wrapper: wrap hzo.module(model), or "
+        "hzo.module(part) for each part that is wrapped by itself, and call loss.backward()"
+    )
+
+
+_A_SHARE = (
+    "is a DTensor, a share of one that is spread over processes, and hzo sees this share alone. Train it by "
+    "loss.backward(), and let hzo do the parts that are not spread: hzo.module(part), hzo.blackbox(part)"
+)
+
+
+def refuse_share(tensor: Tensor) -> None:
+    """An error where a tensor is a share of one that is spread over processes."""
+    if is_shared(tensor):
+        raise DistributedError(f"a tensor of shape {tuple(tensor.shape)} {_A_SHARE}")
+
+
+def is_shared(tensor: Tensor) -> bool:
+    """Whether a tensor is a ``DTensor``, or a parameter that holds one."""
+    return type(tensor).__name__ == "DTensor" or (
+        isinstance(tensor, nn.Parameter) and type(tensor.data).__name__ == "DTensor"
+    )
+
+
+def kind_of_wrapper(module: nn.Module) -> str | None:
     """The name of the wrapper that a module is; by name, since importing the wrappers takes a second."""
     for cls in type(module).__mro__:
         source = cls.__module__
@@ -70,6 +90,23 @@ def _kind(module: nn.Module) -> str | None:
         if cls.__name__ in ("DeepSpeedEngine", "PipelineEngine") and source.startswith("deepspeed"):
             return cls.__name__
     return None
+
+
+@torch.no_grad()
+def unwrapped(model: Any) -> Any:
+    """The model inside of a ``DistributedDataParallel``, with the buffers of the first process where that sends them.
+
+    Every process must call this. Another model comes back as it is. Cost: a broadcast of each buffer. Source: as
+    torch's.
+    """
+    if not (isinstance(model, nn.Module) and kind_of_wrapper(model) == DDP):
+        return model
+    if model.broadcast_buffers and model.require_backward_grad_sync:
+        ignored = getattr(model, "parameters_to_ignore", ())
+        for name, buffer in model.module.named_buffers():  # type: ignore[union-attr]
+            if name not in ignored:
+                torch.distributed.broadcast(buffer, group=model.process_group, group_src=0)  # type: ignore[arg-type]
+    return model.module
 
 
 @torch.no_grad()
@@ -84,11 +121,23 @@ def averaged(model: Any, gradients: Sequence[tuple[Tensor, Tensor]]) -> list[tup
     parameter without a gradient here and with one elsewhere gets its share. Cost: one all-reduce of all gradients of a
     dtype and device. Source: as torch's.
     """
-    if not (isinstance(model, nn.Module) and _kind(model) == DDP and model.require_backward_grad_sync):
+    if not (isinstance(model, nn.Module) and kind_of_wrapper(model) == DDP and model.require_backward_grad_sync):
         return list(gradients)
-    distributed, group = torch.distributed, model.process_group
-    size = distributed.get_world_size(group)  # type: ignore[arg-type]
-    own = {id(p): p for p in model.parameters() if p.requires_grad}
+    return mean_over(model.process_group, model.parameters(), gradients)
+
+
+def mean_over(
+    group: Any, parameters: Any, gradients: Sequence[tuple[Tensor, Tensor]], weight: float = 1.0
+) -> list[tuple[Tensor, Tensor]]:
+    """Gradients averaged over the processes of a group, one all-reduce for each dtype and device.
+
+    Args:
+        parameters: those that all processes have, in one order. gradients: (tensor, gradient); of others, such as
+            inputs, they come back as they are. weight: of this process; the weights of all have the mean 1.
+    """
+    distributed = torch.distributed
+    size = distributed.get_world_size(group)
+    own = {id(p): p for p in parameters if p.requires_grad}
     found = {id(p): g for p, g in gradients}
     rest = [(p, g) for p, g in gradients if id(p) not in own]
     if size == 1 or not own:
@@ -100,10 +149,12 @@ def averaged(model: Any, gradients: Sequence[tuple[Tensor, Tensor]]) -> list[tup
     for (_, p), anywhere in zip(own.items(), there.tolist(), strict=True):
         if anywhere:
             groups.setdefault((p.dtype, p.device), []).append(p)
-    for (dtype, _), parameters in groups.items():
-        flat = torch.cat([found.get(id(p), torch.zeros_like(p)).reshape(-1).to(dtype) for p in parameters])
+    for (dtype, _), parts in groups.items():
+        flat = torch.cat([found.get(id(p), torch.zeros_like(p)).reshape(-1).to(dtype) for p in parts])
+        if weight != 1.0:
+            flat *= weight
         distributed.all_reduce(flat, group=group)
         flat /= size
-        parts = torch.split(flat, [p.numel() for p in parameters])
-        result += [(p, part.view(p.shape)) for p, part in zip(parameters, parts, strict=True)]
+        pieces = torch.split(flat, [p.numel() for p in parts])
+        result += [(p, piece.view(p.shape)) for p, piece in zip(parts, pieces, strict=True)]
     return result + rest

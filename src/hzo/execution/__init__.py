@@ -2,7 +2,7 @@
 
 from hzo.execution.activities import Activities
 from hzo.execution.copies import VIEWS
-from hzo.execution.counting import QueryCount, as_checks, count_queries
+from hzo.execution.counting import QueryCount, as_checks, count_queries, open_count
 from hzo.execution.operation import query, read
 from hzo.execution.passes import arguments_of, count_probes, run_again, run_probe, run_slice, run_with_parameter
 from hzo.execution.side_effects import contained, devices_of, restore_snapshot, take_snapshot, undone_on_error
@@ -19,6 +19,7 @@ __all__ = [
     "count_probes",
     "count_queries",
     "devices_of",
+    "open_count",
     "query",
     "random_state",
     "read",

@@ -85,37 +85,69 @@ def call_with(tape: Tape, op: Operation, moved: Mapping[int, Tensor]) -> Any:
 
 
 def _directly(tape: Tape, op: Operation, moved: Mapping[int, Tensor], copies: int) -> list[Any] | None:
-    target = op.target
-    if torch.Tag.pointwise in getattr(target, "tags", ()):
+    """The ways that need no vmap, the cheapest first; None where none fits."""
+    if torch.Tag.pointwise in getattr(op.target, "tags", ()):
         return _broadcast(tape, op, moved)
-    (value, tensor), *more = moved.items()
-    alone = not more and type(op.args[0]) is Ref and op.args[0].value == value
-    alone = alone and value not in refs_in((*op.args[1:], *op.kwargs.values()))
-    if alone and target in _RESHAPED:
-        shape = tape.values[op.writes[0]].shape  # type: ignore[index]
-        return [tensor.reshape(copies, *shape)]
-    if alone and target is aten.t.default:
+    if _moves_first_alone(op, moved):
+        (tensor,) = moved.values()
+        for way in (_reshaped, _transposed, _along_dimensions, _as_samples, _normalized):
+            found = way(tape, op, tensor, copies)
+            if found is not None:
+                return found
+    return _product(tape, op, moved)
+
+
+def _moves_first_alone(op: Operation, moved: Mapping[int, Tensor]) -> bool:
+    """Whether the first argument is all that moves, and stands nowhere else among the arguments."""
+    (value, *more) = moved
+    alone = not more and bool(op.args) and type(op.args[0]) is Ref and op.args[0].value == value
+    return alone and value not in refs_in((*op.args[1:], *op.kwargs.values()))
+
+
+def _reshaped(tape: Tape, op: Operation, tensor: Tensor, copies: int) -> list[Any] | None:
+    if op.target not in _RESHAPED:
+        return None
+    return [tensor.reshape(copies, *tape.values[op.writes[0]].shape)]  # type: ignore[index]
+
+
+def _transposed(_: Tape, op: Operation, tensor: Tensor, __: int) -> list[Any] | None:
+    if op.target is aten.t.default:
         return [tensor.mT if tensor.dim() == 3 else tensor]
-    if alone and target is aten.permute.default:
+    if op.target is aten.permute.default:
         dims = tensor.dim() - 1
         return [tensor.permute(0, *(d % dims + 1 for d in op.args[1]))]
-    if alone and target in _DIMENSIONS and len(op.args) > _DIMENSIONS[target][-1]:
-        args = [_shifted(a) if k in _DIMENSIONS[target] else a for k, a in enumerate(op.args[1:], 1)]
-        if all(a is not None for k, a in enumerate(args, 1) if k in _DIMENSIONS[target]):
-            return [target(tensor, *args, **op.kwargs)]
+    return None
+
+
+def _along_dimensions(_: Tape, op: Operation, tensor: Tensor, __: int) -> list[Any] | None:
+    """Calls that name dimensions, counted one further."""
+    named = _DIMENSIONS.get(op.target, ())
+    if not named or len(op.args) <= named[-1]:
         return None
-    if alone and target in _FIRST_IS_BATCH and _is_batched(op, tensor):
-        results = flat(call_with(tape, op, {value: tensor.flatten(0, 1)}))
-        # Statistics that a norm returns beside its result belong to no copy.
-        return [
-            r.unflatten(0, (copies, -1))
-            if r.dim() and r.shape[0] == copies * tensor.shape[1]
-            else r.expand(copies, *r.shape)
-            for r in results
-        ]
-    if alone and target is aten.native_layer_norm.default:
-        return list(target(tensor, *[tape.resolve(a) for a in op.args[1:]]))
-    return _product(tape, op, moved)
+    args = [_shifted(a) if k in named else a for k, a in enumerate(op.args[1:], 1)]
+    if any(args[k - 1] is None for k in named):
+        return None
+    return [op.target(tensor, *args, **op.kwargs)]
+
+
+def _as_samples(tape: Tape, op: Operation, tensor: Tensor, copies: int) -> list[Any] | None:
+    """Copies taken for samples."""
+    if op.target not in _FIRST_IS_BATCH or not _is_batched(op, tensor):
+        return None
+    results = flat(call_with(tape, op, {op.args[0].value: tensor.flatten(0, 1)}))
+    # Statistics that a norm returns beside its result belong to no copy.
+    return [
+        r.unflatten(0, (copies, -1))
+        if r.dim() and r.shape[0] == copies * tensor.shape[1]
+        else r.expand(copies, *r.shape)
+        for r in results
+    ]
+
+
+def _normalized(tape: Tape, op: Operation, tensor: Tensor, _: int) -> list[Any] | None:
+    if op.target is not aten.native_layer_norm.default:
+        return None
+    return list(op.target(tensor, *[tape.resolve(a) for a in op.args[1:]]))
 
 
 def _is_batched(op: Operation, tensor: Tensor) -> bool:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 
-@dataclass
+@dataclass(repr=False)
 class QueryCount:
     """What was run while the counter was open. All but ``forward_equivalents`` are whole numbers.
 
@@ -45,6 +45,16 @@ class QueryCount:
         """Operations of all queries over those of one forward pass of the batch."""
         return float(self.exact_forward_equivalents)
 
+    def changed(self) -> None:
+        """Called whenever something was added; a display overrides it."""
+
+    def __repr__(self) -> str:
+        figures = {name: value for name, value in vars(self).items() if value and isinstance(value, (int, dict))}
+        shown = [f"{name}={value!r}" for name, value in figures.items()]
+        if self.exact_forward_equivalents:
+            shown.append(f"forward_equivalents={self.forward_equivalents:.6g}")
+        return f"QueryCount({', '.join(shown)})"
+
 
 FORWARD_PASS, TRIAL_RUN = "a forward pass", "a trial run of a few samples"
 _doing: ContextVar[str] = ContextVar("hzo_doing", default=FORWARD_PASS)
@@ -71,7 +81,13 @@ _open: ContextVar[tuple[QueryCount, ...]] = ContextVar("hzo_open_counts", defaul
 @contextmanager
 def count_queries() -> Iterator[QueryCount]:
     """Count all that hzo runs inside the ``with`` block; blocks may be nested, each sees its own total."""
-    count = QueryCount()
+    with open_count(QueryCount()) as count:
+        yield count
+
+
+@contextmanager
+def open_count(count: QueryCount) -> Iterator[QueryCount]:
+    """Add to this counter all that runs inside."""
     token = _open.set((*_open.get(), count))
     try:
         yield count
@@ -116,3 +132,4 @@ def add(
         count.base_evaluations += base_evaluations
         count.check_evaluations += check_evaluations
         count.exact_forward_equivalents += forward_equivalents
+        count.changed()

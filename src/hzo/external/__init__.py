@@ -2,11 +2,14 @@
 
 from hzo.external.box import BlackBox, blackbox
 from hzo.external.criterion import smoothed
+from hzo.external.network import module, plain
 from hzo.external.program import simulator
 
 __all__ = [
     "BlackBox",
     "blackbox",
+    "module",
+    "plain",
     "simulator",
     "smoothed",
 ]

@@ -21,10 +21,10 @@ from hzo.errors import InputError
 from hzo.execution import counting
 from hzo.external.autograd import through, through_planned
 from hzo.external.call import Call, OnFailure, Settings
-from hzo.external.cost import BoxPlan, plan_of_call
+from hzo.external.cost import BoxPlan, ChainPlan, plan_of_call
 from hzo.external.guard import Guarded, expect
 from hzo.external.history import History
-from hzo.external.planned import Pass, forget, in_dtype_of, planned
+from hzo.external.planned import Pass, forget, in_dtype_of, planned, seconds_of_plan
 from hzo.external.pool import Pool
 from hzo.external.signature import flatten, names_of
 from hzo.external.state import floating
@@ -33,11 +33,10 @@ from hzo.finite_differences import Scheme, check_scheme
 from hzo.gradients import traced_for
 from hzo.noise import Noise
 from hzo.planner import check_smoothing
-from hzo.plans import Plan, Tree
+from hzo.plans import Tree
 from hzo.structure import Assume
 from hzo.tape import current_recorder
-from hzo.tracing import Chain, Local, Promise, Stages, declare, declared, declared_links, declared_step
-from hzo.tracing.recorder import batch_size
+from hzo.tracing import Chain, Local, Promise, Stages, batch_size, declare, declared, declared_links, declared_step
 from hzo.verification import infer_structure
 
 Part = Callable[..., Any]
@@ -90,7 +89,8 @@ def blackbox(
             into a call as, by the time of the forward pass, take half of it.
         name: in messages and ``count.boxes``; None takes that of ``f``.
         elementwise, promises: what may be assumed of a single ``f``, as ``hzo.declare`` takes it; ``"inferred"`` tests
-            at the first input what seems to hold (``hzo.infer_structure``). Parts of a list are declared one by one.
+            at the first input what seems to hold (``hzo.infer_structure``), of each part of a list, too. Else parts of
+            a list are declared one by one.
         parameters: ``"perturbed"``: trainable parameters of an ``f`` that is a module get a gradient, by queries.
             ``"ignored"``: neither they nor other trainable tensors that ``f`` uses get one from here; their gradient
             is your affair (the product of activity and cotangent, say).
@@ -148,7 +148,7 @@ def blackbox(
     said = (promises,) if isinstance(promises, (str, Local)) else tuple(promises)
     known = (*(("elementwise",) if elementwise else ()), *(p for p in said if p != "inferred"))
     whole_plan = noise is not None or isinstance(f, (Chain, list, tuple))
-    if (known or said) and isinstance(f, (Chain, list, tuple)):
+    if (known and isinstance(f, (list, tuple))) or ((known or said) and isinstance(f, Chain)):
         raise InputError("promises are made of one callable; give those of a chain one by one: hzo.declare(part, …)")
     steps, limits = Steps(step, relative), Bounds(bounds)
     length = float(step) if isinstance(step, (int, float)) and not isinstance(step, bool) else None
@@ -395,19 +395,26 @@ class BlackBox(nn.Module):
 
     # -- around it ---
 
-    def plan_for(self, *args: Any, **kwargs: Any) -> BoxPlan | Plan:
+    def plan_for(self, *args: Any, **kwargs: Any) -> BoxPlan | ChainPlan:
         """What a backward pass at inputs like these would ask, and how long that takes; all of them want a gradient.
 
-        Runs the part once, which leaves no trace, and tests at the first input of a shape that samples are apart. Not
-        yet
-        of a box whose noise is measured: that is known after its first backward pass.
+        Runs the part twice, which leaves no trace, and tests at the first input of a shape that samples are apart, and
+        what ``promises="inferred"`` finds. Of a list of parts, or with ``noise=``, it is the plan of the whole; where
+        the noise is to be measured it is not what follows from it until the first backward pass has done so.
         """
         if self.settings is None:
             _check_inputs(args)
             self._know(args, {})
             x = tuple(t.detach().requires_grad_(t.is_floating_point()) for t in args)
             chain = traced_for(self.stages, x, strict=False)
-            return planned(chain, self.options)
+            plan = planned(chain, self.options)
+            return ChainPlan(
+                name=", ".join(part.hzo_box for part in self.stages.modules() if isinstance(part, Guarded)),
+                plan=plan,
+                elements=sum(t[0].numel() for t in x if t.is_floating_point()),
+                parts=len(chain.traced.operations),
+                seconds=seconds_of_plan(chain, plan, x),
+            )
         self._know(args, kwargs)
         with torch.no_grad():
             call, tensors, parameters = self._call(args, kwargs)
@@ -438,10 +445,20 @@ class BlackBox(nn.Module):
         # A chain that is traced through the box has no forward pass of the box's own.
         expect(self.stages, None if counting.being_done() == counting.TRIAL_RUN else samples)
         if self.inferred:
-            for part in self.stages.modules():
-                if isinstance(part, Guarded):
-                    declare(part, *_inferred(part, tensors), step=declared_step(part))
+            self._infer(tensors)
             self.inferred = False
+
+    def _infer(self, tensors: Sequence[Tensor]) -> None:
+        """Declare of every part what seems to hold of it where it stands."""
+        given: Any = tuple(tensors)
+        parts = list(self.stages.children())
+        with torch.no_grad(), counting.as_checks(), counting.doing("the test of what may be promised"):
+            for k, part in enumerate(parts):
+                if isinstance(part, Guarded) and (len(parts) == 1 or (len(given) == 1 and given[0].dim() > 1)):
+                    declare(part, *(declared(part) or ()), *_inferred(part, given), step=declared_step(part))
+                if k + 1 < len(parts):
+                    result = part(*given)
+                    given = result if isinstance(result, tuple) else (result,)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_known": {}, "_history": History(), "failed": None}

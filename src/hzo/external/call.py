@@ -172,9 +172,11 @@ class Call:
         self._check_bounds(leaves)
         self.random = randomness([device])
         began = perf_counter()
-        with self._parameters(leaves), self._remembered(batch):
-            outputs, out = self._ask(leaves, batch, sample, watched=layout is None and self.watched)
-        self.seconds = perf_counter() - began
+        with self._parameters(leaves):
+            with self.guard.remembered():
+                outputs, out = self._ask(leaves, batch, sample, watched=layout is None and self.watched)
+            self.seconds = perf_counter() - began
+            self._settle(leaves, batch, sample, outputs)
         self.start, self.end = self.guard.remembers.start, self.guard.remembers.end
         self.draws = randomness([device]) != self.random
         counting.add(base_evaluations=batch)
@@ -198,7 +200,7 @@ class Call:
                      for t, apart in zip(everything, layout.outputs, strict=True)]  # fmt: skip
         self.failed = self._failures(outputs)
         if self.settings.mu is not None:
-            self.seed = int(torch.randint(2**62, ()))
+            self.seed = int(torch.randint(2**62, (), device="cpu"))
         found = self._handed_out(leaves, outputs)
         self.made = [t.dtype for t in (*found, *state)]
         return (*found, *(t.clone() for t in state))
@@ -238,8 +240,11 @@ class Call:
         layout = self.known.get(self._key(leaves))
         if layout is not None:
             batch, sample = layout.batch, layout.leaves
-        with self._parameters(leaves), self._remembered(batch):
-            outputs, out = self._ask(leaves, batch, sample)
+        self.random = randomness([leaves[0].device])
+        with self._parameters(leaves):
+            with self.guard.remembered():
+                outputs, out = self._ask(leaves, batch, sample)
+            self._settle(leaves, batch, sample, outputs)
         flags = tuple(any(sample) and t.dim() > 0 and t.shape[0] == batch for t in outputs)
         self.layout = layout or (Layout(batch, tuple(sample), flags) if any(flags) else
                                  Layout(1, tuple(False for _ in leaves), flags))  # fmt: skip
@@ -287,7 +292,7 @@ class Call:
         if self.start is None or self.end is None:
             return []
         state = self.guard.state
-        certain, counters = state.changed(self.start, self.end)
+        certain, counters = self.guard.changed(self.start, self.end)
         self.moved_on = (*certain, *(counters if self.guard.remembers.counters else ()))
         if certain and self.guard.pool is not None:
             state.load(self.start)
@@ -313,7 +318,9 @@ class Call:
             finite = tensor.isfinite()
             if bool(finite.all()):
                 continue
-            rows = ~finite.reshape(tensor.shape[0], -1).all(1) if apart else torch.ones(1, dtype=torch.bool)
+            rows = (
+                ~finite.reshape(tensor.shape[0], -1).all(1) if apart else torch.ones(1, dtype=torch.bool, device="cpu")
+            )
             rows = rows.to(tensor.device)
             if self.layout.batched and not apart:
                 continue  # a summary of the batch: not any one sample's affair
@@ -324,7 +331,8 @@ class Call:
         if mode == "zero":
             _warn_of_failure(self.guard, failed, self.layout.batched)
             return failed
-        if mode == "raise" or bool(failed.all()):
+        nothing = not any(bool(t.isfinite().any()) for t in outputs if t.is_floating_point() or t.is_complex())
+        if mode == "raise" or nothing:
             named = named_samples(failed) + ": it " if self.layout.batched and not bool(failed.all()) else ""
             raise NonFiniteError(
                 f"{self.guard}, in {counting.being_done()}, {named}returned NaN or infinity; check it at this input, "
@@ -414,11 +422,13 @@ class Call:
         if single and batch == 1:
             return
         floats = [t for t, flag in zip(leaves, layout.leaves, strict=True) if flag and floating(t)]
-        sizes = sum((t.abs().double().reshape(batch, -1).sum(1).cpu() for t in floats), start=torch.zeros(batch))
+        sizes = sum(
+            (t.abs().double().reshape(batch, -1).sum(1).cpu() for t in floats), start=torch.zeros(batch, device="cpu")
+        )
         largest = int(sizes.nan_to_num(0).argmax())
-        kept = torch.tensor([k for k in range(batch) if k != largest] or [0])
+        kept = torch.tensor([k for k in range(batch) if k != largest] or [0], device="cpu")
         if single:
-            rows = torch.arange(batch)
+            rows = torch.arange(batch, device="cpu")
             rows[largest] = kept[0]
         else:
             rows = torch.cat([kept, kept])
@@ -434,7 +444,8 @@ class Call:
             counting.add(check_evaluations=count)
             return [*values, *state]
 
-        same = torch.arange(batch) != largest if single else torch.arange(len(rows)) < len(kept)
+        places = torch.arange(len(rows), device="cpu")
+        same = places != largest if single else places < len(kept)
 
         def apart() -> bool:
             found = ask(given, len(rows))
@@ -589,7 +600,7 @@ class Call:
         guard = self.guard
         if guard.remembers.counters or self.start is None or self.end is None:
             return False
-        counters = guard.state.changed(self.start, self.end)[1]
+        counters = guard.changed(self.start, self.end)[1]
         if counters:
             guard.remembers.counters = True
             self.moved_on = (*self.moved_on, *counters)
@@ -613,12 +624,23 @@ class Call:
 
     # -- asking ---
 
-    @contextmanager
-    def _remembered(self, batch: int) -> Iterator[None]:
+    def _settle(self, leaves: Sequence[Tensor], batch: int, sample: Sequence[bool], outputs: Sequence[Tensor]) -> None:
+        """What the forward pass changed is state or scratch."""
+        if not self.guard.moves_on:
+            return
         size = self.guard.batched
-        calls = -(-batch // size) if type(size) is int else 1
-        with self.guard.remembered(calls):
-            yield
+
+        def again() -> list[Tensor]:
+            counting.add(check_evaluations=batch)
+            now = randomness([leaves[0].device])
+            assert self.random is not None
+            self.random.put_back()
+            try:
+                return self._ask(leaves, batch, sample)[0]
+            finally:
+                now.put_back()
+
+        self.guard.check_split(-(-batch // size) if type(size) is int else 1, again, outputs)
 
     def _ask(
         self, leaves: Sequence[Tensor], rows: int, sample: Sequence[bool], watched: bool = False
@@ -632,14 +654,14 @@ class Call:
     ) -> list[tuple[list[Tensor], list[Tensor]]]:
         device = many[0][0].device
         if not (self.draws or self.state_keys or self.moved_on or self.parameters):
-            with self.guard.remembered(1):
+            with self.guard.remembered():
                 answers = self._results(many, rows, sample, False)
             return [(self._joined(results, rows, device, False)[0], []) for results in answers]
         found = []
         for leaves in many:
             if self.draws and self.random is not None:
                 self.random.put_back()
-            with self.guard.remembered(1), self._parameters(leaves):
+            with self.guard.remembered(), self._parameters(leaves):
                 self._move_state(leaves)
                 results = self._results([leaves], rows, sample, False)[0]
                 state = []

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Any
 
 from torch import Tensor
 
 from hzo.execution import counting
 from hzo.external.call import Call
 from hzo.external.sites import Method, Site, method_of, site_of
+from hzo.plans import Plan
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,39 @@ class BoxPlan:
             for site in self.sites
         ]
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class ChainPlan:
+    """What one backward pass through a chain of parts asks; ``print`` it. What ``plan`` has is here by its name, too.
+
+    Attributes:
+        name: of its parts. plan: the tree that is followed, as of ``hzo.plan``. elements: of a sample of the inputs.
+        parts: operations of the chain. seconds: of queries and the test that it repeats, from the time of each part.
+    """
+
+    name: str
+    plan: Plan
+    elements: int
+    parts: int
+    seconds: float
+
+    @property
+    def coordinate_equivalents(self) -> float:
+        """Passes of the chain that differences element by element of its inputs would take, without its parameters."""
+        return float((1 if self.plan.scheme == "forward" else 2) * self.elements)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "plan":
+            raise AttributeError(name)
+        return getattr(self.plan, name)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: {self.plan.queries:,} queries of some of {self.parts} parts, "
+            f"{self.plan.forward_equivalents:,.2f} passes of all, about {self.seconds:.3g} s a backward pass "
+            f"({self.plan.batch} samples; element by element {self.coordinate_equivalents:,.0f} passes)\n{self.plan}"
+        )
 
 
 def plan_of_call(call: Call, leaves: Sequence[Tensor], wanted: Sequence[bool]) -> BoxPlan:

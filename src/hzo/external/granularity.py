@@ -53,8 +53,8 @@ def measured_step(sweep: Sweep, site: Site, bounds: tuple[Any, Any]) -> Measured
     """
     rows = sweep.rows(site)
     scale = element_scale(rows)
-    generator = torch.Generator().manual_seed(0)
-    sign = (torch.randint(0, 2, rows.shape, generator=generator) * 2 - 1).to(rows)
+    generator = torch.Generator("cpu").manual_seed(0)
+    sign = (torch.randint(0, 2, rows.shape, generator=generator, device="cpu") * 2 - 1).to(rows)
     low, high = (None if b is None else sweep.expanded(site, b, rows) for b in bounds)
 
     def moved(h: Tensor) -> tuple[list[Tensor], Tensor]:

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import copy_context
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import count
 from typing import Any
@@ -24,8 +24,9 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from hzo.errors import HzoError, InputError, NonFiniteError, QueryError, QueryTimeoutError
 from hzo.execution import RandomState, counting, devices_of, random_state, set_random_state
 from hzo.external.pool import Pool
+from hzo.external.scratch import scratch
 from hzo.external.signature import flatten
-from hzo.external.state import Saved, State, state_of
+from hzo.external.state import Found, Key, Saved, State, state_of
 
 _seeds = count(0x9E3779B9)  # one for every part: no two of them draw the same noise
 
@@ -37,12 +38,14 @@ class Memory:
     Attributes:
         start, end: the states that the last forward pass began with and left.
         counters: whole numbers that a call changes matter to its result. inside: queries are being asked.
+        scratch: for places that a call changed whether they are no state, since nothing depends on what they held.
     """
 
     start: Saved | None = None
     end: Saved | None = None
     counters: bool = False
     inside: bool = False
+    scratch: dict[Key, bool] = field(default_factory=dict)
 
 
 class Guarded(nn.Module):
@@ -112,17 +115,25 @@ class Guarded(nn.Module):
 
     # -- as one operation of a chain: tensors with the batch first, in and out ---
 
+    def extra_repr(self) -> str:
+        return self.hzo_box
+
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         samples = inputs[0].shape[0]
         size = samples if self.batched is True else self._size()
         pieces = [[_rows(t, k, size) for t in inputs] for k in range(0, samples, size)]
-        if self._moves_on:
-            with self.remembered(len(pieces)):
-                results = [self._call(piece, size) for piece in pieces]
+        if self.moves_on:
+
+            def ask() -> list[Tensor | tuple[Tensor, ...]]:
+                return [self._call(piece, size) for piece in pieces]
+
+            with self.remembered():
+                results = ask()
+            self.check_split(len(pieces), lambda: pytree.tree_leaves(ask()), pytree.tree_leaves(results))
         else:
             results = []
             for piece in pieces:
-                with self.remembered(1):
+                with self.remembered():
                     results.append(self._call(piece, size))
         if size == samples:
             return results[0]
@@ -221,24 +232,17 @@ class Guarded(nn.Module):
     # -- state ---
 
     @property
-    def _moves_on(self) -> bool:
+    def moves_on(self) -> bool:
         """Whether a call now is the one that moves the state on: a forward pass, and none of the measurements."""
         return counting.being_done() == counting.FORWARD_PASS and not self.remembers.inside
 
     @contextmanager
-    def remembered(self, calls: int) -> Iterator[None]:
+    def remembered(self) -> Iterator[None]:
         """What runs inside moves the state on if it is a forward pass, and else leaves it as it was."""
-        if self._moves_on:
+        if self.moves_on:
             self.remembers.start = self.state.save()
             yield
             self.remembers.end = self.state.save()
-            memory = self.remembers
-            if calls > 1 and self.state.changed(memory.start, memory.end)[0]:  # type: ignore[arg-type]
-                self.state.load(memory.start)  # type: ignore[arg-type]
-                raise InputError(
-                    f"{self} keeps a state, and its batch was split into {calls} calls (batched={self.batched}), each "
-                    "of which would move the state on; give it as many samples as it takes at once"
-                )
             return
         if self.remembers.inside:
             assert self.remembers.start is not None
@@ -250,6 +254,41 @@ class Guarded(nn.Module):
             yield
         finally:
             self.state.load(now, self.remembers.counters)
+
+    def changed(self, before: Saved, after: Saved) -> tuple[list[Key], list[Key]]:
+        """What a call has changed: state for certain, and what may be a mere counter; scratch is neither."""
+        certain, counters = self.state.changed(before, after)
+        return [key for key in certain if not self.remembers.scratch.get(key)], counters
+
+    def check_split(self, calls: int, again: Callable[[], Sequence[Tensor]], outputs: Sequence[Tensor]) -> None:
+        """Behind a forward pass of so many calls: tell state from scratch, and let no state be moved on twice.
+
+        Args:
+            again: runs the forward pass once more. outputs: what it returned.
+
+        Raises:
+            InputError: several calls have moved it on.
+        """
+        memory = self.remembers
+        assert memory.start is not None
+        assert memory.end is not None
+        new = [key for key in self.changed(memory.start, memory.end)[0] if key not in memory.scratch]
+        if new and isinstance(self.state, Found) and not self.noisy and self.pool is None:
+            kept = memory.start, memory.end
+            memory.inside = True  # these calls move nothing on
+            try:
+                with counting.doing("the test whether it reads what it keeps"):
+                    memory.scratch |= scratch(self.state, new, memory.end, outputs, again)
+            finally:
+                memory.inside = False
+                memory.start, memory.end = kept
+                self.state.load(memory.end)
+        if calls > 1 and self.changed(memory.start, memory.end)[0]:
+            self.state.load(memory.start)
+            raise InputError(
+                f"{self} keeps a state, and its batch was split into {calls} calls (batched={self.batched}), each "
+                "of which would move the state on; give it as many samples as it takes at once"
+            )
 
     @contextmanager
     def queries_from(self, start: Saved | None) -> Iterator[None]:
@@ -268,7 +307,9 @@ class Guarded(nn.Module):
     def tensor(self, result: Any, device: torch.device) -> Tensor:
         """A result as a tensor."""
         try:
-            return torch.as_tensor(result).detach().to(device=device)
+            # Python's numbers are double, whatever torch would make of them.
+            wide = {float: torch.float64, complex: torch.complex128}.get(type(result))
+            return torch.as_tensor(result, dtype=wide).detach().to(device=device)
         except (TypeError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"{self}, in {counting.being_done()}, returned a {type(result).__name__}; expected tensors or arrays"

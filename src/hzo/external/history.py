@@ -40,7 +40,8 @@ class History:
             kept.ends = [(guard, guard.remembers.end, call.moved_on)]
             kept.stuck = kept.stuck or (call.stuck and any(t.requires_grad for t in found))
         self.__dict__ = kept.__dict__
-        self.grad_fn = next((t.grad_fn for t in found if t.grad_fn is not None), None)
+        if self.call is not None:
+            self.grad_fn = next((t.grad_fn for t in found if t.grad_fn is not None), None)
 
     def _alive(self) -> bool:
         """Whether a gradient may still flow back into the last call."""
@@ -73,10 +74,12 @@ class History:
         """A box that is planned as a whole has run."""
         ends = []
         for part, start in this.states.items():
-            if part.remembers.end is not None and (moved := part.state.changed(start, part.remembers.end)[0]):
+            if part.remembers.end is not None and (moved := part.changed(start, part.remembers.end)[0]):
                 ends.append((part, part.remembers.end, tuple(moved)))
-        self.ends, self.call, self.tensors = ends, this, {}
-        self.grad_fn = next((t.grad_fn for t in outputs if t.grad_fn is not None), None)
+        self.__dict__ = History().__dict__
+        if ends:  # else nothing holds on to the graph
+            self.ends, self.call = ends, this
+            self.grad_fn = next((t.grad_fn for t in outputs if t.grad_fn is not None), None)
 
     def refuse(self, parts: Sequence[Guarded]) -> None:
         """Through a box that is planned as a whole no gradient follows a state from call to call.

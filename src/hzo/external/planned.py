@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -148,6 +149,29 @@ def _backward(this: Pass, cotangents: Sequence[Tensor | None]) -> list[Tensor | 
     wanted += [found.gradients[name][1] if name in found.gradients else None for name in this.names]
     tensors = (*this.inputs, *this.parameters.values())
     return [None if g is None else g.to(t.dtype) for t, g in zip(tensors, wanted, strict=True)]
+
+
+def seconds_of_plan(chain: Chain, plan: Plan, inputs: Sequence[Tensor]) -> float:
+    """The time of a backward pass that follows a plan: of its queries and of the test that the parts repeat.
+
+    Each operation is run once and timed; queries that are put into one call take less where the part computes samples
+    at once. Counted as checks.
+    """
+    graph = chain.traced
+    times = []
+    with counting.as_checks(), counting.doing("a measurement of time"), contained([chain.model]), torch.no_grad():
+        activities, _ = base_pass(chain, tuple(t.detach() for t in inputs))
+        for k in range(len(graph.operations)):
+            began = perf_counter()
+            run_again(graph, activities, k, k + 1, 1, [()])
+            times.append(perf_counter() - began)
+    passes = [(node.cost.queries, node.operations) for node in plan.nodes]
+    passes += [(probe.cost.queries, (probe.operation,)) for probe in plan.perturbed]
+    of_samples = sum(queries * sum(times[k] for k in operations) for queries, operations in passes)
+    of_one = sum(
+        node.cost.measurements * sum(times[k] for k in node.operations) / activities.batch for node in plan.nodes
+    )
+    return of_samples + of_one + sum(times)
 
 
 def parts_of(stages: nn.Module) -> list[Guarded]:

@@ -71,7 +71,7 @@ def vjp(
                 continue
             given = [[g for g, o in zip(c, outputs, strict=True) if o in sweep.outputs] for c in cotangents]
             site = site_of(call, leaves, k, sweep.outputs)
-            for v, gradient in enumerate(_along(sweep, site, given, steps[k], bounds[k])):
+            for v, gradient in enumerate(_without_the_dead(sweep, site, given, steps[k], bounds[k])):
                 found[v][k] = _finished(sweep, site, gradient, leaves[k])
     _judge(call, sweep)
     if bool(sweep.dead.any()):
@@ -121,30 +121,50 @@ def _filled(call: Call, g: Tensor | None, output: int) -> Tensor:
 
 
 def _leave_out(call: Call, sweep: Sweep, cotangents: list[list[Tensor]], outputs: Sequence[int]) -> None:
-    """Samples that failed in the forward pass carry nothing back; else that is an error."""
-    batch = call.layout.batch
-    zero = torch.ones(batch, dtype=torch.bool)
-    for given in cotangents:
-        for g, o in zip(given, outputs, strict=True):
-            if g.shape[0] == batch and sweep._apart(o):
-                zero &= ~(g != 0).any(1).cpu()
-            else:
-                zero[:] = False
-    sweep.ignored = zero
-    failed = call.failed
-    if failed is None:
-        return
-    counts = failed.cpu() & ~zero if len(failed) == batch else failed.cpu()
-    if call.settings.on_failure != "zero" and bool(counts.any()):
+    """What failed in the forward pass carries nothing back; else that is an error."""
+    failed, leaves_out = call.failed, call.settings.on_failure == "zero"
+    lost = torch.zeros(call.layout.batch, dtype=torch.bool, device="cpu")
+    used = torch.zeros_like(lost)
+    for k, o in enumerate(outputs):
+        base, apart = call.base[o], sweep._apart(o)
+        if leaves_out and failed is not None and apart:
+            for given in cotangents:
+                given[k] = torch.where(failed[:, None].to(given[k].device), torch.zeros_like(given[k]), given[k])
+        matters = torch.stack([given[k] != 0 for given in cotangents]).any(0)
+        wrong = (matters & ~base.isfinite()).any(1).cpu()
+        lost |= wrong if apart else wrong.any()
+        used |= matters.any(1).cpu() if apart else matters.any().cpu()
+        sweep.matters[o] = matters
+    if bool(lost.any()) and not (leaves_out and not call.layout.batched):
+        which = f" for {named_samples(lost)}" if call.layout.batched else ""
         raise NonFiniteError(
-            f"{call.guard} returned NaN or infinity for {named_samples(counts)} in the forward pass, and the loss "
-            "depends on it; leave it out of the loss (torch.where, a mask), or out of gradient and output: "
-            "hzo.blackbox(f, on_failure='zero')"
+            f"{call.guard} returned NaN or infinity{which} in the forward pass, and the loss depends on it; leave it "
+            "out of the loss (torch.where, a mask), or out of gradient and output: hzo.blackbox(f, on_failure='zero')"
         )
-    for given in cotangents:
-        for k, (g, o) in enumerate(zip(given, outputs, strict=True)):
-            if sweep._apart(o) and len(failed) == g.shape[0]:
-                given[k] = torch.where(failed[:, None].to(g.device), torch.zeros_like(g), g)
+    if failed is not None:
+        sweep.without(failed.cpu() & ~used if len(failed) == len(used) else failed)
+
+
+def _without_the_dead(
+    sweep: Sweep, site: Site, cotangents: Sequence[Sequence[Tensor]], step: Any, bounds: tuple[Any, Any]
+) -> list[Tensor]:
+    """As ``_along``. What all samples share is asked again where one of them diverged on the way: its part in the sum
+    is known by no other means.
+    """
+    while True:
+        before = sweep.dead.clone()
+        if not site.apart and bool(before.any()):
+            dead = before[:, None]
+            cotangents = [
+                [
+                    torch.where(dead.to(g.device), torch.zeros_like(g), g) if sweep._apart(o) else g
+                    for g, o in zip(given, sweep.outputs, strict=True)
+                ]
+                for given in cotangents
+            ]
+        found = _along(sweep, site, cotangents, step, bounds)
+        if site.apart or not sweep.call.layout.batched or torch.equal(before, sweep.dead):
+            return found
 
 
 def _along(
@@ -162,10 +182,10 @@ def _along(
     if settings.mu is None:
         sweep.watching = (step is None or settings.max_error is not None) and not method.alike
         return _vjp_at(sweep, site, method, rows, shaped, step, bounds, None)
-    generator = torch.Generator().manual_seed(call.seed + site.index)
+    generator = torch.Generator("cpu").manual_seed(call.seed + site.index)
     total: list[Tensor] | None = None
     for _ in range(settings.draws):
-        u = torch.randn(rows.shape, generator=generator, dtype=torch.float64).to(rows)
+        u = torch.randn(rows.shape, generator=generator, dtype=torch.float64, device="cpu").to(rows)
         at = rows + settings.mu * u
         base = None
         if settings.scheme == "forward":
@@ -337,19 +357,23 @@ def _finished(sweep: Sweep, site: Site, gradient: Tensor, leaf: Tensor) -> Tenso
         return torch.view_as_complex(shaped.contiguous()).to(leaf.dtype)
     if site.apart and sweep.failed is not None:
         shaped = shaped.clone()
-        shaped[sweep.failed] = 0
+        shaped[sweep.failed.to(shaped.device)] = 0
     return shaped.to(leaf.dtype)
 
 
-def _drop(call: Call, sweep: Sweep, found: list[list[Tensor | None]]) -> None:
-    """Samples that diverged in a query have no gradient."""
-    dead = sweep.dead
+def _warn_of_dead(call: Call, dead: Tensor) -> None:
     which = f"{named_samples(dead)} of {len(dead)}" if call.layout.batched else "a call"
     warnings.warn(
         f"{call.guard}: {which} came out as NaN or infinity in a query, and is left out of the gradient",
         FailedSamplesWarning,
         stacklevel=2,
     )
+
+
+def _drop(call: Call, sweep: Sweep, found: list[list[Tensor | None]]) -> None:
+    """Samples that diverged in a query have no gradient."""
+    dead = sweep.dead
+    _warn_of_dead(call, dead)
     for gradients in found:
         for k, gradient in enumerate(gradients):
             if gradient is None:
@@ -367,9 +391,9 @@ def _that_read(call: Call, sweep: Sweep, k: int) -> list[int]:
     """
     leaf = sweep.leaves[k]
     scale = float(leaf.abs().max()) if leaf.numel() else 0.0
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     counting.add(check_evaluations=call.layout.batch)
-    noise = torch.rand(leaf.shape, generator=generator, dtype=torch.float64).to(leaf)
+    noise = torch.rand(leaf.shape, generator=generator, dtype=torch.float64, device="cpu").to(leaf)
     given = list(sweep.leaves)
     given[k] = leaf + (scale or 1.0) * (0.5 + noise) / 2
     try:
@@ -479,7 +503,22 @@ def jvp(call: Call, leaves: Sequence[Tensor], many: Sequence[Sequence[Tensor | N
                 parts = along(sweep, site, rows, v.reshape(site.rows, -1), steps[k], bounds[k])
                 total = [t + p.reshape(t.shape) for t, p in zip(total, parts, strict=True)]
             found.append(total)
+    if call.settings.on_failure == "zero":
+        _still(call, sweep, found)
     return found
+
+
+def _still(call: Call, sweep: Sweep, found: Sequence[Sequence[Tensor]]) -> None:
+    """Samples that failed are zero whatever the tangent."""
+    gone = sweep.dead if call.failed is None or len(call.failed) != len(sweep.dead) else sweep.dead | call.failed.cpu()
+    if bool(sweep.dead.any()):
+        _warn_of_dead(call, sweep.dead)
+    for changes in found:
+        for o, change in enumerate(changes):
+            if sweep._apart(o) and call.layout.batched:
+                change[gone.to(change.device)] = 0
+            elif not call.layout.batched and bool(gone.any()):
+                change.zero_()
 
 
 def _columns(sweep: Sweep, site: Site, rows: Tensor, v: Tensor, step: Any, bounds: tuple[Any, Any]) -> list[Tensor]:
@@ -489,12 +528,14 @@ def _columns(sweep: Sweep, site: Site, rows: Tensor, v: Tensor, step: Any, bound
     if method.how != "elementwise" or method.alike:
         method = Method("coordinate", site.elements, evaluations(settings.scheme), call.layout.batch)
     draws = settings.draws if settings.mu is not None else 1
-    generator = torch.Generator().manual_seed(call.seed + site.index)
+    generator = torch.Generator("cpu").manual_seed(call.seed + site.index)
     total: list[Tensor] | None = None
     for _ in range(draws):
         at, base = rows, None
         if settings.mu is not None:
-            at = rows + settings.mu * torch.randn(rows.shape, generator=generator, dtype=torch.float64).to(rows)
+            at = rows + settings.mu * torch.randn(
+                rows.shape, generator=generator, dtype=torch.float64, device="cpu"
+            ).to(rows)
             base = [t[0] for t in sweep.run(site, at.unsqueeze(0))] if settings.scheme == "forward" else []
         places = sweep.stencil(site, at, step, bounds)
         weight = places.weight

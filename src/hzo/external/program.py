@@ -60,6 +60,10 @@ class Simulator:
         self._process: subprocess.Popen[bytes] | None = None
         self._complaints: IO[bytes] | None = None
 
+    def __repr__(self) -> str:
+        running = sum(worker._process is not None for worker in (self, *self.others))
+        return f"<Simulator {' '.join(self.command)}: {running} of {1 + len(self.others)} workers running>"
+
     def __call__(self, *arrays: Any) -> Any:
         if not self.others:
             return self._ask(arrays)

@@ -33,14 +33,10 @@ class Sweep:
         self.call = call
         self.leaves = [t.detach() for t in leaves]
         self.outputs = list(outputs)
-        self.failed = None if call.failed is None else call.failed.clone()
-        if self.failed is not None and call.layout.batched and not bool(self.failed.all()):
-            good = int((~self.failed).nonzero()[0])  # what diverges takes long, and is not needed
-            for k, flag in enumerate(call.layout.leaves):
-                if flag:
-                    self.leaves[k] = self.leaves[k].clone()
-                    self.leaves[k][self.failed] = self.leaves[k][good].clone()
-        self.dead = torch.zeros(call.layout.batch, dtype=torch.bool)  # samples that diverged in a query
+        # For each output the numbers that have a cotangent; others may be NaN or infinite, as masks are.
+        self.matters = {o: call.base[o].isfinite() for o in self.outputs}
+        self.failed: Tensor | None = None
+        self.dead = torch.zeros(call.layout.batch, dtype=torch.bool, device="cpu")  # samples that diverged in a query
         self.second = self.first = 0.0  # sums of squares: of second and of first differences
         self.watching = False  # steps of this site are hzo's own choice, and so is their error
         self.noted = False
@@ -63,7 +59,9 @@ class Sweep:
 
     def base(self, site: Site) -> list[Tensor]:
         """(rows, m) of the outputs that count, as the forward pass left them."""
-        return [self._bases()[o].reshape(site.rows, -1) for o in self.outputs]
+        found = [self._bases()[o].reshape(site.rows, -1) for o in self.outputs]
+        # What is NaN or infinite here has no cotangent, and is zero in queries, too.
+        return [t if bool(t.sum().isfinite()) else t.nan_to_num(0.0, 0.0, 0.0) for t in found]
 
     def run(self, site: Site, moved: Tensor, sample: int | None = None) -> list[Tensor]:
         """(copies, rows, m) of the outputs that count, for copies (copies, rows, n) of a site's rows.
@@ -96,7 +94,7 @@ class Sweep:
             ]
             several = call.evaluate_all(many)
             results = [torch.cat([r[o].reshape(1, site.rows, -1) for r in several]) for o in self.outputs]
-        self.check(site, results)
+        self.check(results)
         return results
 
     def _run_rows(self, site: Site, moved: Tensor, sample: int) -> list[Tensor]:
@@ -126,48 +124,43 @@ class Sweep:
         made = rows.reshape(shape).clone()
         return torch.view_as_complex(made) if leaf.is_complex() else made
 
-    def check(self, site: Site, results: list[Tensor]) -> None:
-        """NaN and infinity: an error, or a sample that is left out."""
-        bad: Tensor | None = None
-        for tensor in results:
+    def without(self, failed: Tensor) -> None:
+        """Leave samples out: they carry nothing back, and what diverges takes long and need not be asked."""
+        self.failed = failed.cpu()
+        if not self.call.layout.batched or bool(self.failed.all()) or not bool(self.failed.any()):
+            return
+        good = int((~self.failed).nonzero()[0])
+        for k, flag in enumerate(self.call.layout.leaves):
+            if flag:
+                self.leaves[k] = self.leaves[k].clone()
+                self.leaves[k][failed.to(self.leaves[k].device)] = self.leaves[k][good].clone()
+
+    def check(self, results: list[Tensor]) -> None:
+        """NaN and infinity: an error, or a sample that is left out, or nobody's affair."""
+        layout, bad = self.call.layout, torch.zeros(self.call.layout.batch, dtype=torch.bool, device="cpu")
+        found = False
+        for tensor, o in zip(results, self.outputs, strict=True):
             if bool(tensor.sum().isfinite()):  # then all of them are
                 continue
-            rows = tensor.isfinite().all(-1)
-            if not bool(rows.all()):
-                bad = ~rows if bad is None else bad | ~rows
-        if bad is None:
+            found = True
+            wrong = ~tensor.isfinite() & self.matters[o].reshape(1, tensor.shape[1], -1)
+            by_sample = wrong.reshape(len(tensor), layout.batch, -1) if self._apart(o) else wrong.reshape(1, 1, -1)
+            bad |= by_sample.any(-1).any(0).cpu()
+        if not found:
             return
-        call = self.call
-        counted = self._samples_of(site, results, bad)
-        if call.settings.on_failure == "zero":
-            if counted.shape == self.dead.shape:
-                self.dead |= counted
-            elif bool(counted.any()):
-                self.dead[:] = True
-        elif bool(counted.any()):
-            which = f" for {named_samples(counted)}" if call.layout.batched else ""
+        if self.failed is not None and self.failed.shape == bad.shape:
+            bad &= ~self.failed
+        if self.call.settings.on_failure == "zero":
+            self.dead |= bad
+        elif bool(bad.any()):
+            which = f" for {named_samples(bad)}" if layout.batched else ""
             raise NonFiniteError(
-                f"{call.guard}, in {counting.being_done()}, returned NaN or infinity{which}; check the part at this "
-                "input, keep its steps inside where it is defined (bounds=), or leave such samples out "
+                f"{self.call.guard}, in {counting.being_done()}, returned NaN or infinity{which}; check the part at "
+                "this input, keep its steps inside where it is defined (bounds=), or leave such samples out "
                 "(on_failure='zero')"
             )
         for tensor in results:
             tensor.nan_to_num_(0.0, 0.0, 0.0)
-
-    def _samples_of(self, site: Site, results: Sequence[Tensor], bad: Tensor) -> Tensor:
-        """Which samples these are, but for those that carry nothing back anyway."""
-        counted, layout = bad.any(0).cpu(), self.call.layout
-        if not site.apart and layout.batched:
-            counted = torch.zeros(layout.batch, dtype=torch.bool)
-            for tensor, o in zip(results, self.outputs, strict=True):
-                if self._apart(o):
-                    counted |= ~tensor.reshape(len(tensor), layout.batch, -1).isfinite().all(-1).all(0).cpu()
-        for without in (self.failed, self.ignored):
-            if without is not None and counted.shape == without.shape:
-                counted = counted & ~without.cpu()
-        return counted
-
-    ignored: Tensor | None = None  # samples whose cotangent is zero
 
     # -- steps ---
 
@@ -288,14 +281,27 @@ class Sweep:
         if not self.watching:
             return
         self.noted = True
-        alive = ~self.dead
-        for a, b, c in zip(above, below, base, strict=True):
+        for a, b, c, o in zip(above, below, base, self.outputs, strict=True):
             kept = slice(None, None, max(1, a.numel() // 2**18))  # some of many directions tell as much
-            first, second = a[kept] - b[kept], a[kept] + b[kept] - 2 * c
-            if len(alive) == first.shape[1] and not bool(alive.all()):
-                first, second = first[:, alive.to(first.device)], second[:, alive.to(first.device)]
+            counts = self._counting(o, a.shape[1])
+            first = (a[kept] - b[kept]) * counts
+            second = (a[kept] + b[kept] - 2 * c) * counts
             self.first += float(first.square().sum())
             self.second += float(second.square().sum())
+
+    def _counting(self, output: int, rows: int) -> Tensor:
+        """(rows, m): the numbers of an output that have a cotangent, without those of samples that failed.
+
+        Where every element of every sample is moved by itself (parameters, shared tensors) one row holds all samples.
+        """
+        matters = self.matters[output]
+        if self._apart(output):
+            dead = self.dead
+            if self.failed is not None and self.failed.shape == dead.shape:
+                dead = dead | self.failed
+            if bool(dead.any()):
+                matters = matters & ~dead.to(matters.device).unsqueeze(1)
+        return matters.reshape(rows, -1)
 
     @property
     def error(self) -> float:

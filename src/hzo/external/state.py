@@ -2,18 +2,19 @@
 
 A neuron that remembers its membrane, an environment that moves on: the result of a call depends on those before it.
 Queries must all start where the forward pass did, and the forward pass must move the state on once. What a part holds
-in attributes and buffers is found here; what it holds elsewhere (another process, a library in C) needs hooks of the
-user's.
+in attributes, buffers, variables that it closes over and global ones that it names is found here; what it holds
+elsewhere (another process, a library in C) needs hooks of the user's.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+import random
 import sys
 import types
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from hzo.errors import InputError
+from hzo.external.names import ClosedOver, Slots, Some, closed_over, globals_of, slots_of
 from hzo.external.signature import flatten
 
 _LARGEST = 64 * 2**20  # bytes of one attribute that are copied at each call; weights are no state
@@ -63,9 +65,10 @@ def _array(value: Any) -> bool:
 
 
 def _generator(value: Any) -> bool:
+    if isinstance(value, (torch.Generator, random.Random)):
+        return True
     kind = type(value)
-    return isinstance(value, torch.Generator) or (kind.__module__.startswith("numpy.random") and kind.__name__ in
-                                                  ("Generator", "RandomState"))  # fmt: skip
+    return kind.__module__.startswith("numpy.random") and kind.__name__ in ("Generator", "RandomState")
 
 
 def _size(value: Any) -> int:
@@ -76,7 +79,7 @@ def _holds(value: Any, depth: int = 0) -> bool:
     """Whether a value can be state: numbers, arrays of them, containers of these."""
     if isinstance(value, nn.Parameter) or depth > 4:
         return False
-    if isinstance(value, (list, tuple, dict)):
+    if isinstance(value, (list, tuple, dict, deque)):
         items = value.values() if isinstance(value, dict) else value
         return len(value) <= _OBJECTS and all(_holds(item, depth + 1) for item in items)
     if isinstance(value, Tensor) or _array(value):
@@ -86,7 +89,7 @@ def _holds(value: Any, depth: int = 0) -> bool:
 
 
 def _counts(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple, deque)):
         return all(_counts(item) for item in value)
     if isinstance(value, dict):
         return all(_counts(item) for item in value.values())
@@ -102,9 +105,11 @@ def _slot(space: Any, name: Any, value: Any) -> Slot:
         content = value.copy()
     elif isinstance(value, torch.Generator):
         content = value.get_state()
+    elif isinstance(value, random.Random):
+        content = value.getstate()
     elif _generator(value):
         content = copy.deepcopy(value.bit_generator.state if hasattr(value, "bit_generator") else value.get_state())
-    elif isinstance(value, (list, tuple)):
+    elif isinstance(value, (list, tuple, deque)):
         content = list(value)
         items = tuple(_slot(value, k, item) for k, item in enumerate(value))
     elif isinstance(value, dict):
@@ -135,12 +140,8 @@ def _put_back(slot: Slot, random: bool, bind: bool = True) -> None:
             slot.space[slot.name] = content.copy()
     elif slot.random:
         _rewind(value, content)
-    elif isinstance(value, list):
-        if len(value) != len(content) or any(a is not b for a, b in zip(value, content, strict=True)):
-            value[:] = content
-    elif isinstance(value, dict) and not _same_items(value, content):
-        value.clear()
-        value.update(content)
+    elif isinstance(value, (list, deque, dict)):
+        _restock(value, content)
     for item in slot.items:
         _put_back(item, random, bind=False)
 
@@ -152,8 +153,20 @@ def _refill(tensor: Tensor, content: Tensor) -> None:
         tensor.copy_(content)
 
 
+def _restock(value: list[Any] | deque[Any] | dict[Any, Any], content: Any) -> None:
+    if isinstance(value, dict):
+        if not _same_items(value, content):
+            value.clear()
+            value.update(content)
+    elif len(value) != len(content) or any(a is not b for a, b in zip(value, content, strict=True)):
+        value.clear()
+        value.extend(content)
+
+
 def _rewind(generator: Any, content: Any) -> None:
-    if hasattr(generator, "bit_generator"):
+    if isinstance(generator, random.Random):
+        generator.setstate(content)
+    elif hasattr(generator, "bit_generator"):
         generator.bit_generator.state = copy.deepcopy(content)
     else:
         generator.set_state(content)
@@ -189,7 +202,7 @@ def _differs(before: Slot, after: Slot) -> bool:
 def owners_of(f: Any) -> Iterator[Any]:
     """The objects within reach of a callable that may hold its state: what it is, is a method of, was bound to, closes
     over or names; their own attributes included."""
-    todo: list[tuple[Any, int]] = [(f, 0)]
+    todo: list[tuple[Any, int]] = [(f, 0), (_what_runs(f), 1)]
     seen: set[int] = set()
     while todo and len(seen) < _OBJECTS:
         item, depth = todo.pop(0)
@@ -201,29 +214,33 @@ def owners_of(f: Any) -> Iterator[Any]:
         elif isinstance(item, types.MethodType):
             todo += [(item.__self__, depth), (item.__func__, depth + 1)]
         elif isinstance(item, types.FunctionType):
+            if _users_module(item.__module__):
+                yield item
             todo += [(held, depth + 1) for held in _held_by(item)]
         elif isinstance(item, nn.Module):
             yield from (inner for inner in item.modules() if id(inner) == id(item) or id(inner) not in seen)
             seen |= {id(inner) for inner in item.modules()}
             for inner in item.modules():
                 todo += [(held, depth + 1) for name, held in vars(inner).items() if not name.startswith("_")]
-        elif isinstance(item, (list, tuple)) and len(item) <= 100:
+        elif isinstance(item, (list, tuple, deque)) and len(item) <= 100:
             todo += [(held, depth + 1) for held in item]
         elif isinstance(item, dict) and len(item) <= 100:
             todo += [(held, depth + 1) for held in item.values()]
         elif _of_the_user(item):
             yield item
-            todo += [(held, depth + 1) for held in vars(item).values()]
+            todo += [(held, depth + 1) for space in _spaces(item) for held in space.values()]
+
+
+def _what_runs(f: Any) -> Any:
+    """The function of its class that a call of an object runs."""
+    return getattr(type(f), "forward" if isinstance(f, nn.Module) else "__call__", None)
 
 
 def _held_by(function: types.FunctionType) -> Iterator[Any]:
     if not _users_module(function.__module__):
         return
-    for cell in function.__closure__ or ():
-        with suppress(ValueError):  # of a name that has no value yet
-            yield cell.cell_contents
-    for name in function.__code__.co_names:
-        held = function.__globals__.get(name)
+    yield from ClosedOver(closed_over(function)).values()
+    for held in Some(function.__globals__, globals_of(function)).values():
         if not isinstance(held, (list, tuple, dict)):
             yield held
 
@@ -234,7 +251,9 @@ def _users_module(name: str | None) -> bool:
 
 
 def _of_the_user(item: Any) -> bool:
-    if isinstance(item, (type, types.ModuleType, Tensor)) or not hasattr(item, "__dict__") or _generator(item):
+    if isinstance(item, (type, types.ModuleType, Tensor)) or _generator(item):
+        return False
+    if not hasattr(item, "__dict__") and not slots_of(type(item)):
         return False
     return _users_module(type(item).__module__)
 
@@ -243,9 +262,24 @@ _OF_TORCH = frozenset(vars(nn.Module()))
 
 
 def _spaces(owner: Any) -> Iterator[Any]:
+    """The mappings from names to values in which an object or a function keeps what it remembers."""
     if isinstance(owner, nn.Module):
         yield owner._buffers
-    yield vars(owner)
+    if hasattr(owner, "__dict__"):
+        yield vars(owner)
+    if isinstance(owner, types.FunctionType):
+        yield ClosedOver(closed_over(owner))
+        yield Some(owner.__globals__, globals_of(owner))
+        yield dict(enumerate(owner.__defaults__ or ()))  # a list there outlives the call
+    elif slots_of(type(owner)):
+        yield Slots(owner)
+
+
+def _place(space: Any, name: Any) -> Any:
+    """What tells a variable that several functions share from others."""
+    if isinstance(space, (ClosedOver, Some)):
+        return space.place(name)
+    return None
 
 
 class Found:
@@ -261,11 +295,16 @@ class Found:
         """Copies of all of it."""
         slots: dict[Key, Slot] = {}
         spaces = []
+        shared: set[Any] = set()  # variables of several functions are one state
         for owner in owners_of(self.f):
             for k, space in enumerate(_spaces(owner)):
                 names = set()
                 for name, value in list(space.items()):
-                    if name not in _OF_TORCH and _holds(value):
+                    place = _place(space, name)
+                    if place in shared:
+                        names.add(name)
+                    elif name not in _OF_TORCH and _holds(value):
+                        shared.update([place] if place is not None else [])
                         slots[(id(owner), k, name)] = _slot(space, name, value)
                         names.add(name)
                 spaces.append((space, frozenset(names)))

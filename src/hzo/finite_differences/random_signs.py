@@ -58,6 +58,8 @@ class CrossTalk:
         lines = (f"{node.where}: colors {node.coloring}, error {node.relative_error:.2%}" for node in self.nodes)
         return "\n".join(lines)
 
+    __repr__ = __str__
+
 
 _open: ContextVar[tuple[CrossTalk, ...]] = ContextVar("hzo_open_cross_talk", default=())
 

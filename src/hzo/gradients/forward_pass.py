@@ -17,8 +17,8 @@ from hzo.finite_differences import accumulation_dtype
 from hzo.reverse import RecordedStep, as_data, sweep_end
 from hzo.tape import Recorder, Tape
 from hzo.tape.operations import Ref
-from hzo.tracing import Chain, Graph, tensors_in
-from hzo.tracing.recorder import Run, batch_size, call_arguments, recorded
+from hzo.tracing import Chain, Graph, batch_size, call_arguments, tensors_in
+from hzo.tracing.recorder import Run, recorded
 
 
 class OtherGraphError(PlanError):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from hzo.distributed import averaged, kind_of_wrapper, refuse_wrappers, unwrapped
 from hzo.execution import contained, undone_on_error
 from hzo.gradients.backward_sweep import Cotangents, sweep
 from hzo.gradients.forward_pass import BasePass, OtherGraphError, loss_pass
@@ -23,8 +24,7 @@ from hzo.gradients.trace_cache import made_with, prepare
 from hzo.plans import Plan, schedule
 from hzo.reverse import accumulate, gradients_of, named
 from hzo.tape import Ref
-from hzo.tracing import Chain, Graph
-from hzo.tracing.recorder import batch_size, call_arguments
+from hzo.tracing import Chain, Graph, batch_size, call_arguments
 
 
 @torch.inference_mode(False)  # whose tensors could be neither clipped nor added to
@@ -70,8 +70,8 @@ def backward(
         return loss
     gradients, base, (graph, found) = _estimate(model, loss_fn, x, y, plan, memory, options)
     of_inputs = [(base.given[v], found[0][v]) for v in graph.differentiated if v in found.get(0, {})]
-    pairs = [*gradients.values(), *base.beside, *of_inputs]
-    accumulate([(leaf, g * factor if factor != 1 else g) for leaf, g in pairs])
+    found_leaves = averaged(model, [*gradients.values(), *base.beside, *of_inputs])
+    accumulate([(leaf, g * factor if factor != 1 else g) for leaf, g in found_leaves])
     return base.loss
 
 
@@ -92,6 +92,8 @@ def grad_and_value(
         leaves, loss = gradients_of(model, loss_fn, x, y)
         return named(leaves, model, loss_fn), loss
     gradients, base, _ = _estimate(model, loss_fn, x, y, plan, memory, options)
+    if isinstance(model, nn.Module) and kind_of_wrapper(model):
+        return named(averaged(model, [*gradients.values(), *base.beside]), model, loss_fn), base.loss
     found = {name: _own(gradient, parameter) for name, (parameter, gradient) in gradients.items()}
     if isinstance(loss_fn, nn.Module):
         beside = {id(leaf): g for leaf, g in base.beside}
@@ -158,6 +160,8 @@ def _estimate(
     options: dict[str, Any],
     keep: bool = False,
 ) -> tuple[Gradients, BasePass, tuple[Graph, Cotangents]]:
+    refuse_wrappers(model.model if isinstance(model, Chain) else model)
+    model = unwrapped(model)
     chain, found = prepare(model, x, plan, options)
     graph = chain.traced
     modules = [chain.model, *graph.opaque_modules]

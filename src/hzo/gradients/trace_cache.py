@@ -12,8 +12,8 @@ from torch import nn
 from hzo.errors import InputError, PlanError
 from hzo.planner import plan as make_plan
 from hzo.plans import Plan
-from hzo.tracing import Chain
-from hzo.tracing.recorder import batch_size, call_arguments, signature, trace
+from hzo.tracing import Chain, batch_size, call_arguments, signature
+from hzo.tracing.recorder import trace
 
 _KEPT = 8  # traces a module: shapes and modes that alternate (train and eval, the last smaller batch) stay
 _plans: WeakKeyDictionary[Chain, dict[str, Plan]] = WeakKeyDictionary()

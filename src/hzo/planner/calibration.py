@@ -73,6 +73,16 @@ class Calibration:
     parameters: dict[str, float] = field(default_factory=dict)
     seconds: Seconds | None = None
 
+    def __repr__(self) -> str:
+        sizes = [norm**0.5 for (position, _), norm in self.norms.items() if position > 0]
+        low, high = (min(sizes), max(sizes)) if sizes else (1.0, 1.0)
+        noise = "every query repeats" if self.noise is None else f"noise {self.noise!r}"
+        time = "no times" if self.seconds is None else "with times"
+        return (
+            f"<Calibration of a chain of {len(self.rounding)} stages: cotangents {low:.3g} to {high:.3g} times that at "
+            f"the output, {noise}, {time}>"
+        )
+
 
 def unitary(graph: Graph, scheme: str) -> Calibration:
     """The calibration of a chain about which nothing is known; see the top of the file. Source: paper (its unitary

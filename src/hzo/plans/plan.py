@@ -12,6 +12,7 @@ from typing import Literal, get_args
 from hzo.errors import PlanError
 from hzo.finite_differences import Probe, Scheme, evaluations
 from hzo.noise import Noise
+from hzo.plans.picture import tree_as_html
 from hzo.plans.storage import Storage
 from hzo.plans.trees import Tree
 from hzo.structure import Assume
@@ -201,6 +202,17 @@ class Plan:
 
     def __str__(self) -> str:
         return describe(self)
+
+    def __repr__(self) -> str:
+        return (
+            f"<Plan: tree {self.tree}, assume {self.assume}, {self.queries:,} queries, {self.adjoints:,} adjoints, "
+            f"{self.forward_equivalents:,.2f} forward equivalents for {self.batch} samples; print() shows its nodes>"
+        )
+
+    def _repr_html_(self) -> str:
+        repeats = {node.target: node.repeats for node in self.nodes if node.operations}
+        arcs = [(hop.target, hop.source, repeats.get(hop.target, 1)) for hop in self.hops]
+        return tree_as_html(arcs, self.labels, describe(self, rows=12))
 
 
 def describe(plan: Plan, rows: int = 40, width: int = 120) -> str:

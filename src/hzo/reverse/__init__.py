@@ -1,11 +1,13 @@
 """From the loss at the end of a tape back to the gradients of its leaves."""
 
 from hzo.reverse.backward import as_data, gradients_of, named
+from hzo.reverse.pullback import Pullback, recorded_call
 from hzo.reverse.step import Gradients, RecordedStep, accumulate, record
 from hzo.reverse.walk import again, carry_back, measurements_of, sweep, sweep_end
 
 __all__ = [
     "Gradients",
+    "Pullback",
     "RecordedStep",
     "accumulate",
     "again",
@@ -15,6 +17,7 @@ __all__ = [
     "measurements_of",
     "named",
     "record",
+    "recorded_call",
     "sweep",
     "sweep_end",
 ]

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from hzo.distributed import averaged, forward_of, refuse_wrappers
+from hzo.distributed import averaged, refuse_wrappers, unwrapped
 from hzo.errors import InputError, NonFiniteError
 from hzo.reverse.step import Gradients, RecordedStep, record
-from hzo.tracing.recorder import call_arguments
+from hzo.tracing import call_arguments
 
 
 def recorded_loss(
@@ -28,9 +28,10 @@ def recorded_loss(
             raise NonFiniteError("the input x holds NaN or infinity; clean the data before training on it")
     x, y = pytree.tree_map_only(Tensor, as_data, (x, y))
     refuse_wrappers(model)
+    model = unwrapped(model)
     args, kwargs = call_arguments(x)
     modules = [m for m in (model, loss_fn) if isinstance(m, nn.Module)]
-    with forward_of(model), record(*modules, keep=keep) as step:
+    with record(*modules, keep=keep) as step:
         output = model(*args, **kwargs)
         loss = loss_fn(output) if y is None else loss_fn(output, y)
         if not isinstance(loss, Tensor):

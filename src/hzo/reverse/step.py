@@ -29,6 +29,10 @@ class RecordedStep:
         self._recorder = recorder
         self._swept = False
 
+    def __repr__(self) -> str:
+        state = "swept and released" if self._swept else "to be swept by .backward(loss)"
+        return f"<RecordedStep, {state}: {self.tape!r}>"
+
     @property
     def tape(self) -> Tape:
         """The calls that were recorded."""

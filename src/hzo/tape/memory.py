@@ -62,6 +62,7 @@ class Writer(Protocol):
     keeps_all: bool
     hold_all: bool
     alive: dict[int, Tensor]
+    unnoted: list[int]
 
     def forget(self, key: int) -> None:
         """The tensor with this id was freed."""
@@ -92,7 +93,6 @@ class Memory:
         self.tape = recorder.tape
         self.stale: set[int] = set()
         self.passed: set[int] = set()
-        self.unnoted: list[int] = []  # ids of the recorder's tensors that were not looked at
         self._objects: dict[int, Seen] = {}
         self._where: dict[int, int] = {}  # id -> storage
         self._storages: dict[int, dict[int, None]] = {}  # storage -> ids of tensors in it, in order
@@ -126,7 +126,6 @@ class Memory:
     def release(self) -> None:
         """The recording is over."""
         self._objects, self._where, self._storages, self._held, self._contents = {}, {}, {}, {}, {}
-        self.unnoted = []
 
     def tensor(self, key: int) -> Tensor | None:
         """The tensor with this id, if it lives."""
@@ -135,12 +134,12 @@ class Memory:
 
     def register(self) -> None:
         """Note where all tensors lie; done when a write makes it matter."""
-        alive = self._recorder_now().alive
-        for key in self.unnoted:
-            tensor = alive.get(key)
+        recorder = self._recorder_now()
+        unnoted, recorder.unnoted = recorder.unnoted, []
+        for key in unnoted:
+            tensor = recorder.alive.get(key)
             if tensor is not None:
                 self.track(tensor)
-        self.unnoted = []
         for value in range(self._values, len(self.tape.tensors)):
             held = self.tape.tensors[value]
             if held is not None:
@@ -211,7 +210,7 @@ class Memory:
                 if key in self.tape._index:
                     self.stale.add(key)
             elif not apart(window, geometry_of(other)):
-                self._content_changed(key, other)
+                self.content_changed(key, other)
         self.stale.discard(id(tensor))
         self.passed.discard(id(tensor))
         if put:
@@ -223,10 +222,11 @@ class Memory:
         window = geometry_of(tensor)
         for key, other in self.sharing(tensor):
             if other is tensor or not apart(window, geometry_of(other)):
-                self._content_changed(key, other)
+                self.content_changed(key, other)
         self._refresh(tensor, None)
 
-    def _content_changed(self, key: int, tensor: Tensor) -> None:
+    def content_changed(self, key: int, tensor: Tensor) -> None:
+        """What a tensor holds was changed unseen: a constant is read anew, what carries a gradient keeps its path."""
         index = self.tape._index.get(key)
         if index is None or key in self.stale:
             return
@@ -394,6 +394,21 @@ class Memory:
         recorder = self._recorder()
         assert recorder is not None
         return recorder
+
+
+_uses: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
+_LONE = torch.empty(1)
+_ONE_USE = -1 if _uses is None else _uses(_LONE.untyped_storage()._cdata)  # the tensor, and its storage for Python
+
+
+def alone(tensor: Tensor) -> bool:
+    """Whether no other tensor shares this one's memory: no view, no detached copy, nobody whom autograd keeps."""
+    if _uses is None:
+        return False
+    try:
+        return _uses(tensor.untyped_storage()._cdata) == _ONE_USE
+    except (NotImplementedError, RuntimeError):
+        return False
 
 
 def storage_of(tensor: Tensor) -> int:

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
+from hzo.distributed import refuse_share
 from hzo.tape.aliases import geometry_of, overlaps_itself, pass_through, restride, restride_scatter
 from hzo.tape.foreach import on_lists, singles
 from hzo.tape.functions import OutOfPlace, out_of_place
-from hzo.tape.memory import WRITTEN_TWICE, Memory, storage_of
+from hzo.tape.memory import WRITTEN_TWICE, Memory, alone, storage_of
 from hzo.tape.opaque import State, random_state
 from hzo.tape.operations import Operation, Value, ref
 from hzo.tape.tape import Tape
@@ -47,7 +48,7 @@ _UNINITIALIZED = frozenset(
     f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 )
 
-_CANDIDATES = 16  # as many results are looked at together
+_CANDIDATES = 16  # as many new results are looked at together
 
 
 _DRAWS_NOISE = (aten.rrelu_with_noise.default, aten.rrelu_with_noise_.default)
@@ -136,17 +137,22 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.tape = Tape()
         self.keeps_all = keep
         self.hold_all = False  # while autograd does not tell what it saves
+        self.untold = False  # whether that was ever so
         self._lean = frozenset() if keep else frozenset(lean)
         self._candidates: list[int] = []  # results of lean calls that nothing is known to need
+        self._enough = _CANDIDATES  # as many of them are worth a look
         self._needed: set[int] = set()  # values that some other call touches
+        self._older: dict[int, list[int]] = {}  # id of a tensor -> its values before the newest
         self._results_of_last: tuple[int | None, ...] = ()
         self.wrappers: list[nn.Module] = []  # of distributed training, whose hooks average gradients
         self.hooked: list[Tensor] = []  # tensors with hooks
-        self.alive: dict[int, Tensor] = {}  # by the ids that are in use
+        self.alive: dict[int, Tensor] = {}  # by id: tensors whose ids are in use
+        self.unnoted: list[int] = []  # ids of those that nobody has looked at where they lie in memory
         self._saved: set[int] = set()  # values whose content must survive a write
         self._unpacked: list[int] = []  # values that autograd asked back, for a derivative inside the model
         self._unpacking: tuple[int, int] | None = None  # what autograd asked back last: id of its tensor, value
         self._detached: dict[int, int] = {}  # id of a tensor that autograd detached -> the value behind it
+        self._last_detached: tuple[Tensor, Tensor] | None = None  # a result that is not known, and its source
         self._frozen: set[int] = set()  # ids of views of parameters that are not trained
         self._packed_ids: dict[int, int] = {}  # id and address of what autograd saved under another object
         self._copies: list[tuple[Tensor, Tensor]] = []  # tensors that were just cloned, and their copies
@@ -166,6 +172,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Mark as tainted, from here on, whatever is computed from these tensors."""
         self.taint = {storage_of(t): t for t in tensors}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """PyTorch would wrap every call of ``__torch_dispatch__``, and import its compiler (seconds) for that."""
+        return False
+
     # -- values -------------------------------------------------------------------------------------------------------
 
     def new_value(self, tensor: Tensor, requires: bool, producer: int, weight: bool) -> int:
@@ -177,19 +188,24 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tape.values.append(Value(tensor.shape, tensor.dtype, tensor.device, requires, producer, weight))
         tape.tensors.append(tensor)
         key = id(tensor)
+        before = tape._index.get(key)
+        if before is not None:
+            self._older.setdefault(key, []).append(before)
         tape._index[key] = index
         self.alive[key] = tensor
-        self.memory.unnoted.append(key)
+        self.unnoted.append(key)
         return index
 
     def keep_alive(self, tensor: Tensor) -> None:
         """Note a tensor by its id, which must not come again for another."""
-        self.alive[id(tensor)] = tensor
-        self.memory.unnoted.append(id(tensor))
+        key = id(tensor)
+        self.alive[key] = tensor
+        self.unnoted.append(key)
 
     def forget(self, key: int) -> None:
         """A tensor was freed all the same: its id may come again, for another."""
         self.memory.forget(key)
+        self._older.pop(key, None)
         self.tape._index.pop(key, None)
         self._detached.pop(key, None)
         self._frozen.discard(key)
@@ -209,10 +225,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """The tensors that have had a value."""
         return [*self.hooked, *self.alive.values()]
 
+    def read_by_derivatives(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """Of these tensors those in whose memory lies what a derivative reads: autograd told so, or might not have."""
+        values = range(len(self.tape.values)) if self.keeps_all or self.untold else self._saved
+        held = {storage_of(t) for t in (self.tape.tensors[v] for v in values) if t is not None}
+        return [t for t in tensors if storage_of(t) in held]
+
     def release(self) -> None:
         """The recording is over: only the tape holds what it recorded."""
-        self.alive, self.hooked = {}, []
-        self._detached, self.tape._index = {}, {}
+        self.alive, self.unnoted, self.hooked = {}, [], []
+        self._detached, self._older, self.tape._index = {}, {}, {}
+        self._last_detached = None
         self.memory.release()
 
     def let_go(self, tensors: Iterable[Tensor]) -> None:
@@ -239,6 +262,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if not self.tape.values[index].requires:
                 return self.foreign(tensor)
         # A leaf: a parameter, an input, a constant; or what autograd detached in the meantime.
+        refuse_share(tensor)
         weight = isinstance(tensor, nn.Parameter) or key in self._frozen
         new = self.new_value(tensor, tensor.requires_grad, -1, weight)
         self._stale.discard(key)
@@ -452,7 +476,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if behind is not None:
             self._detached[id(result)] = behind
             self.keep_alive(result)
-        elif isinstance(args[0], nn.Parameter) or key in self._frozen:
+            return result
+        if args[0].is_leaf:
+            self._last_detached = result, args[0]
+        if isinstance(args[0], nn.Parameter) or key in self._frozen:
             self._constant_view(args[0], result)
         return result
 
@@ -470,11 +497,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._needed.update(op.reads())
             return
         self._candidates.extend(v for v in op.writes if v is not None)
-        if len(self._candidates) < _CANDIDATES:
+        if len(self._candidates) < self._enough:
             return
         tape, last = self.tape, set(op.writes)
         kept: list[int] = []
-        dropped: set[int] = set()
+        dropped: list[Tensor] = []
         for v in self._candidates:
             tensor = tape.tensors[v]
             if tensor is None or v in self._needed or v in self._saved or tensor._is_view():
@@ -484,15 +511,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 kept.append(v)
                 continue
             tape.tensors[v] = None
-            dropped.add(id(tensor))
-            del tape._index[id(tensor)]
+            dropped.append(tensor)
         self._candidates = kept
-        if dropped:
-            for key in dropped:
-                self.alive.pop(key, None)
-                self._detached.pop(key, None)
-            for ids in (self._frozen, self._resolved):
-                ids.difference_update(dropped)
+        self._enough = len(kept) + _CANDIDATES  # what was kept is not looked at again for every call
+        while dropped:
+            key = id(dropped[-1])
+            for known in (self.alive, self._older, self._detached, tape._index):
+                known.pop(key, None)
+            self._frozen.discard(key)
+            self._resolved.discard(key)
+            dropped.pop()
 
     # -- what autograd saves ------------------------------------------------------------------------------------------
 
@@ -505,11 +533,18 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _packed(self, tensor: Tensor) -> int:
         key = id(tensor)
         index = self._detached.get(key)
-        if index is None and key not in self.tape._index:
+        known = self.tape._index.get(key)
+        if index is None and known is not None and known in self._results_of_last:
+            return known  # statistics that the call made, to which autograd gives no history
+        if index is None and known is None:
             for v in self._results_of_last:  # a result comes as another object with the same content
                 result = None if v is None else self.tape.tensors[v]
                 if result is not None and _looks_like(result, tensor) and result.data_ptr() == tensor.data_ptr():
                     index = v
+            if index is None and self._last_detached is not None and self._last_detached[0] is tensor:
+                index = self.read(self._last_detached[1])  # what the call that comes next will read
+                self._last_detached = None
+                return index
         if index is None:
             return self.read(tensor)
         self._packed_ids[key] = tensor.data_ptr()  # it may be the user's own, and be read as a constant next
@@ -556,8 +591,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._release_unneeded(op)
             return result
         refs, named = self._refs(args), self._named(kwargs)
-        self.memory.register()
-        shared = [self.memory.content_before(t) for t in written]
+        lone = [not self.keeps_all and not self.hold_all and alone(t) for t in written]
+        if not all(lone):
+            self.memory.register()
+        shared = [not one and self.memory.content_before(t) for t, one in zip(written, lone, strict=True)]
         self._keep_saved_copies(written, copies)
         self._before_write(written)
         result = self._drawn(func, args, kwargs)
@@ -567,10 +604,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         results = [t for t in _tensors(result) if all(t is not w for w in written)] + written
         op.writes = tuple([self._result(t, op.index, weight) for t in results])
         self._results_of_last = op.writes
-        for tensor, put in zip(written, shared, strict=True):
+        for tensor, put, one in zip(written, shared, lone, strict=True):
             if overlaps_itself(tensor.shape, tensor.stride()):
                 self.foreign(tensor, WRITTEN_TWICE)
-            self.memory.after_write(tensor, put)
+            if one and alone(tensor):
+                self.settle(tensor)
+            else:
+                self.memory.register()
+                self.memory.after_write(tensor, put)
         if self._lean:
             self._release_unneeded(op)
         return result
@@ -608,9 +649,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _before_write(self, written: list[Tensor]) -> None:
         """Keep what must survive of the content that is about to change."""
+        shared = [t for t in written if not self._before_lone_write(t)]
+        if not shared:
+            return
         self.memory.register()
         index, values = self.tape._index, self.tape.values
-        for tensor in written:
+        for tensor in shared:
             keys = [key for key, _ in self.memory.sharing(tensor)]
             if storage_of(tensor) not in self._fresh and all(
                 values[index[key]].producer < 0 for key in keys if key in index
@@ -620,6 +664,25 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._detached.pop(key, None)
                 self._packed_ids.pop(key, None)
             self.memory.before_write(tensor, self._saved)
+
+    def _before_lone_write(self, tensor: Tensor) -> bool:
+        """The same for a tensor that shares its memory with no other one; returns whether it is such a tensor.
+
+        Most writes are to those (statistics, activations in place), and nobody else has to be looked for.
+        """
+        if self.keeps_all or self.hold_all or not alone(tensor):
+            return False
+        key, tensors = id(tensor), self.tape.tensors
+        newest = self.tape._index.get(key)
+        if (newest is None or self.tape.values[newest].producer < 0) and storage_of(tensor) not in self._fresh:
+            self.undo.remember(tensor)
+        self._detached.pop(key, None)
+        self._packed_ids.pop(key, None)
+        if newest is not None:
+            for value in (newest, *self._older.pop(key, ())):
+                if tensors[value] is tensor:
+                    tensors[value] = tensor.clone() if value in self._saved else None
+        return True
 
     def _keep_saved_copies(self, written: list[Tensor], copies: list[tuple[Tensor, Tensor]]) -> None:
         """Where its derivative needs what a call in place is about to change, autograd saves a copy: keep that."""
@@ -631,9 +694,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 tensors[index[id(source)]] = tensors[saved]
 
     def _after_hidden_write(self, written: list[Tensor]) -> None:
-        self.memory.register()
         for tensor in written:
-            self.memory.after_hidden_write(tensor)
+            if not self.keeps_all and alone(tensor):
+                self.memory.content_changed(id(tensor), tensor)
+            else:
+                self.memory.register()
+                self.memory.after_hidden_write(tensor)
 
     def _passed_through(self, tensor: Tensor, old: int) -> int:
         constant = self.new_value(tensor, False, -1, False)

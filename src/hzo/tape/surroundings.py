@@ -18,6 +18,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.modules import module
 
+from hzo.distributed import kind_of_wrapper, sharded
 from hzo.errors import TapeError
 from hzo.tape.custom import CustomFunction, NodeHooks
 from hzo.tape.opaque import call_opaque, hooks_allowed
@@ -86,6 +87,8 @@ def _replacements() -> list[tuple[Any, str, Any]]:
         (nn.Module, "__call__", _call),
         (nn.parallel.DistributedDataParallel, "forward", _wrapped_forward),
         *((torch._VF, name, _step_by_step(name)) for name in _RECURRENT),
+        # Only where such wrappers exist: it takes time at each call of a module.
+        *([(nn.Module, "__call__", _called)] if _SHARDING & sys.modules.keys() else []),
     ]
 
 
@@ -162,6 +165,7 @@ def _without_hooks(message: str) -> Iterator[None]:
         return
     torch._C._autograd._pop_saved_tensors_default_hooks()
     outer, recorder.hold_all = recorder.hold_all, True  # autograd does not tell what it saves
+    recorder.untold = True
     try:
         with _originals["disable_saved_tensors_hooks"](message):
             yield
@@ -184,6 +188,18 @@ def _wrapped_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     if recorder is not None and self.require_backward_grad_sync:
         recorder.wrappers.append(self)
     return _originals["forward"](self, *args, **kwargs)
+
+
+_SHARDING = {"torch.distributed.fsdp", "deepspeed"}  # where wrappers come from whose parameters are shares
+
+
+def _called(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """A wrapper that shards parameters is refused before its own hooks run, which wait for other processes."""
+    if current_recorder() is not None:
+        kind = kind_of_wrapper(self)
+        if kind is not None and kind != "DistributedDataParallel":
+            raise sharded(f"a module wrapped in {kind} ran inside the recording, which")
+    return _originals["__call__"](self, *args, **kwargs)
 
 
 _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")

@@ -70,6 +70,13 @@ class Tape:
         """The value that a tensor of the recorded code holds; None for one that the recording never saw."""
         return self._index.get(id(tensor))
 
+    def __repr__(self) -> str:
+        kinds = len({op.target for op in self.operations})
+        return (
+            f"<Tape: {len(self.operations)} calls of {kinds} operators, {len(self.leaves)} leaves that want a "
+            "gradient; print() lists them>"
+        )
+
     def __str__(self) -> str:
         lines = [f"%{k} = leaf {self.values[k]!r}" for k, v in enumerate(self.values) if v.producer < 0]
         return "\n".join(lines + [repr(op) for op in self.operations])

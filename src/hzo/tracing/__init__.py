@@ -3,6 +3,7 @@
 from hzo.tracing.arguments import leaves, map_arguments, tensors_in
 from hzo.tracing.chain import Chain, Stages, noisy
 from hzo.tracing.graph import Graph, Measured, Operation, ParameterUse, Stage, Value, apart
+from hzo.tracing.inputs import batch_size, call_arguments, requires_gradient, signature
 from hzo.tracing.promises import (
     PROMISES,
     Local,
@@ -28,6 +29,8 @@ __all__ = [
     "Stages",
     "Value",
     "apart",
+    "batch_size",
+    "call_arguments",
     "declare",
     "declared",
     "declared_links",
@@ -36,6 +39,8 @@ __all__ = [
     "local_along",
     "map_arguments",
     "noisy",
+    "requires_gradient",
+    "signature",
     "tensors_in",
     "untouched",
 ]

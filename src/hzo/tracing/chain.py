@@ -76,6 +76,10 @@ class Chain:
             return len(self.graph.stages)
         return len(self.model.callables) if isinstance(self.model, Stages) else 1
 
+    def __repr__(self) -> str:
+        seen = "not traced" if self.graph is None else f"traced for a batch of {self.graph.nominal_batch}"
+        return f"<Chain of {len(self)} stages, {seen}; print() lists them>"
+
     def __str__(self) -> str:
         if self.graph is None:
             return f"Chain of {len(self)} stages, not traced"

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from hzo._options import whole
+from hzo.distributed import refuse_wrappers, unwrapped
 from hzo.errors import InputError
 from hzo.execution import as_checks, contained, counting
 from hzo.gradients import grad_and_value
-from hzo.tracing import Chain
-from hzo.tracing.recorder import call_arguments
+from hzo.tracing import Chain, call_arguments
 
 _TOLERANCE = 5.0  # times the error bar of a direction
 
@@ -84,6 +84,8 @@ class GradientCheck:
             lines += ["the disagreement sits in:", *(f"  {slope}" for slope in self.wrong)]
         return "\n".join(lines)
 
+    __repr__ = __str__
+
 
 def check_gradient(
     model: Chain | nn.Module,
@@ -115,6 +117,8 @@ def check_gradient(
     Raises:
         InputError: nothing to test. Errors of ``hzo.grad_and_value``.
     """
+    refuse_wrappers(model)
+    model = unwrapped(model)  # each process tests its own gradient against its own loss
     module = model.model if isinstance(model, Chain) else model
     whole("directions", directions)
     with contained([module]), as_checks():

@@ -46,6 +46,8 @@ class InferredStructure:
             lines.append(f"  {name}: {'yes' if finding.holds else 'no'}, error {finding.error:.2g}{why}")
         return "\n".join(lines)
 
+    __repr__ = __str__
+
 
 @torch.no_grad()
 def infer_structure(module: nn.Module, x: Tensor, *, seed: int = 0) -> InferredStructure:

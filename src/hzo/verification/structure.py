@@ -61,6 +61,8 @@ class StructureReport:
             )
         return "\n".join(lines)
 
+    __repr__ = __str__
+
 
 @dataclass(frozen=True)
 class _Task:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import platform
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.markup import escape
 
+import hzo
 from hzo.errors import HzoError, InputError
 from hzo_lab.cli.options import (
     Activation,
@@ -27,6 +30,7 @@ from hzo_lab.cli.options import (
     DType,
     Epochs,
     ImageSize,
+    Log,
     Method,
     Model,
     Optimizer,
@@ -47,7 +51,7 @@ from hzo_lab.cli.terminal import announce, conclude, console, errors, train_show
 from hzo_lab.errors import CheckpointError
 from hzo_lab.records import CONFIG
 from hzo_lab.reports import compare as comparing
-from hzo_lab.training import Result, Run, TrainConfig, read_config, recipe, resume, start
+from hzo_lab.training import Result, Run, TrainConfig, check_logs, read_config, recipe, resume, start
 from hzo_lab.training import config as names
 
 FAILED = 2
@@ -55,9 +59,24 @@ FAILED = 2
 app = typer.Typer(
     help="Train deep networks with forward passes only.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        console.print(f"hzo {hzo.__version__} (torch {torch.__version__}, Python {platform.python_version()})")
+        raise typer.Exit
+
+
+@app.callback()
+def about(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Train deep networks with forward passes only."""
 
 
 def run() -> None:
@@ -97,12 +116,14 @@ def train_command(
     threads: Threads = None,
     cosine_every: CosineEvery = None,
     checkpoint_every: CheckpointEvery = None,
+    log: Log = None,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after this step; --resume goes on.")] = None,
     out: Annotated[Path | None, typer.Option(help="New directory for the run. Default: one in runs/.")] = None,
     resume_dir: Annotated[Path | None, typer.Option("--resume", help="Go on with the run in this directory.")] = None,
 ) -> None:
     """Train a network. Without options: a residual MLP learns handwritten digits by HZO in a minute or two."""
     given = given_options(locals())
+    logs = check_logs(log or [])
     if resume_dir is not None:
         if out is not None:
             raise InputError("give --resume DIR to go on with a run or --out DIR to start one, not both.")
@@ -111,8 +132,8 @@ def train_command(
         config = recipe(**given)
         running = start(config, out if out is not None else _free_directory(config))
     announce(running, resumed=resume_dir is not None)
-    go_on = f"hzo train --resume {running.out}"
-    result = train_shown(running, max_steps, go_on)
+    go_on = " ".join([f"hzo train --resume {running.out}", *(f"--log {name}" for name in logs)])
+    result = train_shown(running, max_steps, go_on, logs)
     conclude(result, go_on)
 
 
@@ -170,6 +191,7 @@ def compare_command(
     dtype: DType = None,
     threads: Threads = None,
     cosine_every: CosineEvery = None,
+    log: Log = None,
     out: Annotated[Path, typer.Option(help="New directory for the runs, the table and the plot.")] = Path(
         "runs/compare"
     ),
@@ -177,6 +199,7 @@ def compare_command(
 ) -> None:
     """Train several methods on the same data, seeds and order, for equal epochs or an equal budget."""
     given = given_options(locals())
+    logs = check_logs(log or [])
     if resume_dir is not None:
         out = resume_dir
         configs = comparing.read(out)
@@ -193,7 +216,7 @@ def compare_command(
 
     def train_run(running: Run) -> Result:
         console.print(f"[bold]{running.config.method}[/], seed {running.config.seed}", highlight=False)
-        return train_shown(running, None, go_on=f"hzo compare --resume {out}")
+        return train_shown(running, None, f"hzo compare --resume {out}", logs)
 
     outcomes = comparing.compare(configs, out, train_run)
     console.print(comparing.table(outcomes))

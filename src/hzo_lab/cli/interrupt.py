@@ -1,4 +1,4 @@
-"""Ctrl-C: the first asks for an orderly stop, the second stops at once."""
+"""Ctrl-C and SIGTERM: the first asks for an orderly stop, the second stops at once."""
 
 from __future__ import annotations
 
@@ -7,25 +7,28 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)  # a person at the terminal; a scheduler, a container, a shutdown
+
 
 @contextmanager
-def stop_on_interrupt(announce: Callable[[], None]) -> Iterator[Callable[[], bool]]:
-    """Yields a function that says whether Ctrl-C was pressed; ``announce`` is called at the first one.
+def stop_on_interrupt(announce: Callable[[], None]) -> Iterator[Callable[[], int]]:
+    """Yields a function that says which signal asked to stop, 0 for none; ``announce`` is called at the first one.
 
-    A step in progress is finished first, so that what is saved is a whole step; a second Ctrl-C raises
+    A step in progress is finished first, so that what is saved is a whole step; a second signal raises
     KeyboardInterrupt and leaves the newest checkpoint to go on from.
     """
-    asked = False
+    asked = 0
 
     def handle(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001
         nonlocal asked
         if asked:
             raise KeyboardInterrupt
-        asked = True
+        asked = signum
         announce()
 
-    before = signal.signal(signal.SIGINT, handle)
+    before = {signum: signal.signal(signum, handle) for signum in SIGNALS}
     try:
         yield lambda: asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

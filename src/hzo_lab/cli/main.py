@@ -6,7 +6,7 @@ import importlib
 import sys
 
 # Import names of what the extra "train" brings.
-_EXTRA = {"typer", "rich", "numpy", "matplotlib", "safetensors", "sklearn", "PIL"}
+_EXTRA = {"typer", "rich", "numpy", "matplotlib", "safetensors", "sklearn", "PIL", "filelock"}
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from hzo.errors import InputError
+from hzo_lab.training import LOGS
 from hzo_lab.training import config as names
 
 
@@ -15,34 +16,44 @@ def one_of(choices: tuple[str, ...]) -> str:
     return ", ".join(choices)
 
 
-DataName = Annotated[str | None, typer.Option("--data", help=f"{one_of(names.DATA)}. Default: digits.")]
+def choice(choices: tuple[str, ...], more: str = ".", *flags: str) -> Any:
+    """An option that takes one of these names, and that a shell completes."""
+
+    def begin(text: str) -> list[str]:
+        return [name for name in choices if name.startswith(text)]
+
+    return typer.Option(*flags, help=f"{one_of(choices)}{more}", autocompletion=begin)
+
+
+DataName = Annotated[str | None, choice(names.DATA, ". Default: digits.", "--data")]
 DataDir = Annotated[Path | None, typer.Option(help="Folder of cifar10's or imagefolder's files.")]
 ImageSize = Annotated[int | None, typer.Option(help="Side of imagefolder's images, in pixels. Default: 64.")]
 Augment = Annotated[bool | None, typer.Option(help="Shift and mirror training images. Default: yes.")]
-Model = Annotated[str | None, typer.Option(help=f"{one_of(names.MODELS)}. Default: mlp for digits, cnn for images.")]
+Model = Annotated[str | None, choice(names.MODELS, ". Default: mlp for digits, cnn for images.")]
 Depth = Annotated[int | None, typer.Option(help="Blocks of the network (layers, of resnet20).")]
 Width = Annotated[int | None, typer.Option(help="Units or channels of a block.")]
-Activation = Annotated[str | None, typer.Option(help=f"{one_of(names.ACTIVATIONS)}.")]
-Method = Annotated[str | None, typer.Option(help=f"{one_of(names.METHODS)}. Default: hzo.")]
-Tree = Annotated[str | None, typer.Option(help=f"{one_of(names.TREES)}, or a number of parts. Default: bisect.")]
-Assume = Annotated[str | None, typer.Option(help=f"{one_of(names.ASSUMPTIONS)}. Default: locality.")]
-Scheme = Annotated[str | None, typer.Option(help=f"{one_of(names.SCHEMES)}. Default: central.")]
+Activation = Annotated[str | None, choice(names.ACTIVATIONS)]
+Method = Annotated[str | None, choice(names.METHODS, ". Default: hzo.")]
+Tree = Annotated[str | None, choice(names.TREES, ", or a number of parts. Default: bisect.")]
+Assume = Annotated[str | None, choice(names.ASSUMPTIONS, ". Default: locality.")]
+Scheme = Annotated[str | None, choice(names.SCHEMES, ". Default: central.")]
 Directions = Annotated[int | None, typer.Option(help="Random directions a gradient, for methods that draw any.")]
 Epochs = Annotated[int | None, typer.Option(help="Passes over the training data. Default: 10, of images 20.")]
 Budget = Annotated[float | None, typer.Option(help="Forward equivalents to spend, instead of a number of epochs.")]
 BatchSize = Annotated[int | None, typer.Option(help="Examples a step.")]
 Rate = Annotated[float | None, typer.Option("--lr", help="Highest learning rate. Default: by data, model and method.")]
-Optimizer = Annotated[str | None, typer.Option(help=f"{one_of(names.OPTIMIZERS)}. Default: sgd.")]
+Optimizer = Annotated[str | None, choice(names.OPTIMIZERS, ". Default: sgd.")]
 Decay = Annotated[float | None, typer.Option(help="Weight decay. Default: 0.0005.")]
-Schedule = Annotated[str | None, typer.Option(help=f"{one_of(names.SCHEDULES)}. Default: one-cycle.")]
+Schedule = Annotated[str | None, choice(names.SCHEDULES, ". Default: one-cycle.")]
 Seed = Annotated[int | None, typer.Option(help="Of weights, order, augmentation and directions. Default: 0.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, … Default: cpu.")]
-DType = Annotated[str | None, typer.Option("--dtype", help=f"{one_of(names.DTYPES)}. Default: float32.")]
+DType = Annotated[str | None, choice(names.DTYPES, ". Default: float32.", "--dtype")]
 Threads = Annotated[int | None, typer.Option(help="Threads of the CPU. Default: 1 for digits, all for images.")]
 CosineEvery = Annotated[
     int | None, typer.Option(help="Steps between measurements of the cosine with backprop; 0: none.")
 ]
 CheckpointEvery = Annotated[int | None, typer.Option(help="Steps between checkpoints. Default: an epoch's.")]
+Log = Annotated[list[str] | None, choice(LOGS, ": keep the log like this, too. Repeatable.", "--log")]
 
 
 def given_options(values: dict[str, Any]) -> dict[str, Any]:

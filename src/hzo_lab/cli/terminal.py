@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Sequence
 
 import typer
 from rich.console import Console
@@ -12,7 +14,7 @@ from hzo_lab.records import CURVES, METRICS
 from hzo_lab.reports import clock, display, large, percent
 from hzo_lab.training import Result, Run, train
 
-INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended
+INTERRUPTED, TERMINATED = 130, 143  # what a shell reports of a program that Ctrl-C, or SIGTERM, ended
 
 # Where nobody's terminal sets a width (a file, a pipe), tables may be as wide as a page of the sources.
 WIDTH = 120
@@ -36,30 +38,30 @@ def announce(running: Run, *, resumed: bool) -> None:
     )
 
 
-def train_shown(running: Run, max_steps: int | None, go_on: str) -> Result:
-    """Train under a display. Ctrl-C saves, says how to go on, and ends the program."""
+def train_shown(running: Run, max_steps: int | None, go_on: str, logs: Sequence[str] = ()) -> Result:
+    """Train under a display. Ctrl-C and SIGTERM save, say how to go on, and end the program."""
 
     def tell() -> None:
-        console.print("Finishing this step, then saving. Ctrl-C again stops at once.")
+        console.print("Finishing this step, then saving. Once more stops at once.")
 
     try:
         with stop_on_interrupt(tell) as stop:
             with display(console) as watch:
-                result = train(running, max_steps=max_steps, watch=watch, stop=stop)
-            interrupted = stop() and not result.finished
+                result = train(running, max_steps=max_steps, watch=watch, stop=lambda: bool(stop()), logs=logs)
+            asked = stop()
     except KeyboardInterrupt:
         console.print(
             f"Stopped at once; what was done since the last checkpoint is lost. Go on with: {go_on}",
             soft_wrap=True,
         )
         raise typer.Exit(INTERRUPTED) from None
-    if interrupted:
+    if asked and not result.finished:
         console.print(
             f"Stopped at step {result.step}, all is saved. Go on with: {go_on}",
             highlight=False,
             soft_wrap=True,
         )
-        raise typer.Exit(INTERRUPTED)
+        raise typer.Exit(TERMINATED if asked == signal.SIGTERM else INTERRUPTED)
     return result
 
 

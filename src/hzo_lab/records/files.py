@@ -10,12 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from hzo_lab.errors import CheckpointError
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 CURVES = "curves.png"
+LOCK = ".lock"
 
 _NO_SPACE = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
@@ -36,7 +39,7 @@ def refuse_used_directory(out: Path) -> None:
     """A directory that holds anything is never written to by a new run."""
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"expected {out} to be a directory for the run, it is a file: choose another --out.")
-    if not out.is_dir() or not any(out.iterdir()):
+    if not out.is_dir() or not any(path.name != LOCK for path in out.iterdir()):
         return
     if (out / CONFIG).is_file():
         raise CheckpointError(
@@ -50,6 +53,27 @@ def new_run_directory(out: Path) -> None:
     refuse_used_directory(out)
     with disk_errors(f"making the run directory {out}", "start again, or choose another --out"):
         out.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """Hold the lock of a run directory, which the system releases whatever ends the process. Blocks may be nested.
+
+    Raises:
+        CheckpointError: another process holds it, or it cannot be written.
+    """
+    lock = FileLock(out / LOCK, timeout=0, thread_local=False, is_singleton=True)
+    with disk_errors(f"locking the run directory {out}", "try again"):
+        try:
+            lock.acquire()
+        except Timeout:
+            raise CheckpointError(
+                f"another process is training in {out}: wait until it ends or stop it, or choose another --out."
+            ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class MetricsLog:

@@ -6,23 +6,20 @@ import os
 import platform
 import subprocess
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import hzo
+
 
 def environment(device: torch.device | None = None) -> dict[str, Any]:
     """Commit, versions, machine and device of this process."""
     device = device or torch.device("cpu")
-    try:
-        own = version("hzo")
-    except PackageNotFoundError:  # run from a source tree that was not installed
-        own = "not installed"
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return {
-        "hzo": own,
+        "hzo": hzo.__version__,
         "commit": commit(),
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -2,6 +2,7 @@
 
 from hzo_lab.training.config import TrainConfig, from_dict, read_config, replace
 from hzo_lab.training.cosine import without_trace
+from hzo_lab.training.loggers import LOGS, check_logs
 from hzo_lab.training.loop import Progress, Result, on_threads, train
 from hzo_lab.training.methods import CHUNK_BYTES, make_plan
 from hzo_lab.training.models import mlp, resnet
@@ -23,6 +24,7 @@ from hzo_lab.training.run import Run, device_called, device_of, load_data, loss_
 __all__ = [
     "CHUNK_BYTES",
     "COLORS",
+    "LOGS",
     "STYLE",
     "Progress",
     "Record",
@@ -30,6 +32,7 @@ __all__ = [
     "Run",
     "TrainConfig",
     "accuracy_axis",
+    "check_logs",
     "comparison",
     "cosine_panel",
     "device_called",

@@ -111,6 +111,11 @@ def _steps(run: Path) -> list[Path]:
     return sorted(p for p in (run / FOLDER).glob("step-*") if p.is_dir())
 
 
+def step_of(checkpoint: Path) -> int:
+    """The number of steps that lie behind a checkpoint."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
 def latest(run: Path) -> Path | None:
     """The newest checkpoint of a run, None if there is none yet. Clears what a kill left half written."""
     for partial in (run / FOLDER).glob(".writing-*"):

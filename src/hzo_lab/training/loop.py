@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,22 +15,32 @@ import torch
 
 from hzo._files import replace_file
 from hzo_lab.data import batch_indices
+from hzo_lab.errors import CheckpointError
 from hzo_lab.records import (
     CURVES,
     METRICS,
     SUMMARY,
     MetricsLog,
+    alone_in,
     commit,
     disk_errors,
     environment,
     generator,
     read_metrics,
 )
+from hzo_lab.training import checkpoint
 from hzo_lab.training.learning_rate import relative_rate, set_rate
+from hzo_lab.training.loggers import Logger, check_logs, loggers
 from hzo_lab.training.plots import run_curves
 from hzo_lab.training.run import Run
 
 CHECKPOINT_SECONDS = 60.0
+
+# Of a record in the log, in this order.
+FIELDS = (
+    "step", "epoch", "lr", "loss", "train_accuracy", "test_loss", "test_accuracy", "cosine", "queries",
+    "stage_evaluations", "adjoints", "forward_equivalents", "cost", "seconds",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -86,11 +96,39 @@ def train(
     max_steps: int | None = None,
     watch: Callable[[Progress], object] = lambda _: None,
     stop: Callable[[], bool] = lambda: False,
+    logs: Sequence[str] = (),
 ) -> Result:
-    """Train to the end, to step ``max_steps``, or until ``stop()``; leaves a checkpoint in any case."""
+    """Train to the end, to step ``max_steps``, or until ``stop()``; leaves a checkpoint in any case.
+
+    Args:
+        watch: called after every step, with what a display may show.
+        stop: asked before every step.
+        logs: copies of the log for other programs, of ``loggers.LOGS``.
+
+    Raises:
+        CheckpointError: another process trains in this directory, or the disk does not take what is written.
+    """
+    check_logs(logs)
     commit()  # of the code as it is now: a long run outlives its checkout
+    with alone_in(run.out):
+        return _train(run, max_steps, watch, stop, logs)
+
+
+def _train(
+    run: Run,
+    max_steps: int | None,
+    watch: Callable[[Progress], object],
+    stop: Callable[[], bool],
+    logs: Sequence[str],
+) -> Result:
+    saved = checkpoint.latest(run.out)
+    if saved is not None and checkpoint.step_of(saved) > run.counters.step:
+        raise CheckpointError(
+            f"another process went on with the run in {run.out} since it was read here: "
+            f"`hzo train --resume {run.out}` goes on from where it is now."
+        )
     with on_threads(run.config.threads):
-        loss, newest = _steps(run, max_steps, watch, stop)
+        loss, newest = _steps(run, max_steps, watch, stop, logs)
         test_loss, test_accuracy = run.test()
     result = Result(
         out=run.out,
@@ -113,22 +151,32 @@ def train(
 
 
 def _steps(
-    run: Run, max_steps: int | None, watch: Callable[[Progress], object], stop: Callable[[], bool]
+    run: Run,
+    max_steps: int | None,
+    watch: Callable[[Progress], object],
+    stop: Callable[[], bool],
+    logs: Sequence[str],
 ) -> tuple[float, Path]:
     """Train, log and save; returns the last loss and the newest checkpoint."""
     counters = run.counters
     began, before, at_start = time.monotonic(), counters.seconds, run.done
     seen: dict[str, Any] = {"loss": math.nan, "train_accuracy": None, "test_accuracy": None, "cosine": None}
     saved_at = time.monotonic()
-    with MetricsLog(run.out / METRICS, lines=counters.log_lines, size=counters.log_bytes) as log:
-        for record in read_metrics(log.path):
+    with ExitStack() as stack:
+        log = stack.enter_context(MetricsLog(run.out / METRICS, lines=counters.log_lines, size=counters.log_bytes))
+        past = read_metrics(log.path)
+        for record in past:
             _remember(seen, record)
+        copies: list[Logger] = stack.enter_context(loggers(logs, run.out, FIELDS, past))
         while run.done < 1 and not stop() and (max_steps is None or counters.step < max_steps):
             record = one_step(run)
             counters.seconds = before + time.monotonic() - began
             _remember(seen, record)
             if len(record) > 1:
-                log.append({**record, "seconds": round(counters.seconds, 3)})
+                record = {**record, "seconds": round(counters.seconds, 3)}
+                log.append(record)
+                for copy in copies:
+                    copy.append(record)
             watch(_progress(run, seen, time.monotonic() - began, at_start))
             every = run.config.checkpoint_every
             due = counters.step % every == 0 if every else counters.position == 0

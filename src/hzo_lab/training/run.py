@@ -16,6 +16,7 @@ from hzo_lab.data import Dataset, Split, batches_per_epoch, epoch_order, make_ba
 from hzo_lab.records import (
     CONFIG,
     MetricsLog,
+    alone_in,
     derive,
     disk_errors,
     generator,
@@ -168,16 +169,19 @@ def start(config: TrainConfig, out: Path, dataset: Dataset | None = None) -> Run
     refuse_used_directory(out)
     run = Run(config, out, dataset or load_data(config))
     new_run_directory(out)
-    with disk_errors(f"writing {out / CONFIG}", "start again"):
-        replace_file(out / CONFIG, to_json(config).encode())
+    with alone_in(out):
+        refuse_used_directory(out)  # of two processes that start in one directory, the second comes too late
+        with disk_errors(f"writing {out / CONFIG}", "start again"):
+            replace_file(out / CONFIG, to_json(config).encode())
     return run
 
 
 def resume(config: TrainConfig, out: Path, dataset: Dataset | None = None) -> Run:
     """The run in ``out`` as its newest checkpoint left it; from the beginning if there is none yet."""
-    run = Run(config, out, dataset or load_data(config))
-    if (newest := checkpoint.latest(out)) is not None:
-        run.counters = checkpoint.load(newest, run.model, run.optimizer)
+    with alone_in(out):  # what another process is writing there must not be taken for what a kill left
+        run = Run(config, out, dataset or load_data(config))
+        if (newest := checkpoint.latest(out)) is not None:
+            run.counters = checkpoint.load(newest, run.model, run.optimizer)
     return run
 
 

@@ -98,6 +98,7 @@ def test_what_a_resumed_run_depends_on_cannot_change(hzo):
         (["train", "--resume", "nowhere"], "start a new run"),
         (["train", "--resume", "a", "--out", "b"], "not both"),
         (["train", "--out", "used"], "--out"),
+        (["train", "--log", "xml"], "csv, tensorboard"),
         (["compare", "--methods", "magic"], "magic"),
         (["compare", "--methods", ""], "at least one"),
         (["compare", "--seeds", "a"], "whole numbers"),
@@ -175,6 +176,23 @@ def test_compare_prints_one_table(hzo):
     code, again, _ = hzo("compare", "--resume", "c")
     assert code == 0
     assert "±" in again
+
+
+def test_the_version_is_printed(hzo):
+    code, out, _ = hzo("--version")
+    assert code == 0
+    assert out.startswith("hzo " + __import__("hzo").__version__)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_completes_commands_and_values(hzo, monkeypatch, shell):
+    monkeypatch.setenv("_HZO_COMPLETE", f"complete_{shell}")
+    monkeypatch.setenv("_TYPER_COMPLETE_FISH_ACTION", "get-args")
+    for begun, completed in (("hzo train --method s", "spsa"), ("hzo comp", "compare"), ("hzo train --lo", "--log")):
+        monkeypatch.setenv("COMP_WORDS", begun)
+        monkeypatch.setenv("COMP_CWORD", str(len(begun.split()) - 1))
+        monkeypatch.setenv("_TYPER_COMPLETE_ARGS", begun)
+        assert completed in hzo()[1]
 
 
 def test_plan_is_printed_without_data(hzo):

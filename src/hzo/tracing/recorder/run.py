@@ -16,7 +16,7 @@ from hzo.tape import Recorder, Tape, ref
 from hzo.tape.opaque import call_opaque
 from hzo.tape.surroundings import recording
 from hzo.tracing import Stages, tensors_in, untouched
-from hzo.tracing.recorder.inputs import requires_gradient
+from hzo.tracing.inputs import requires_gradient
 
 
 @dataclass

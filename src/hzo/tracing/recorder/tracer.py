@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from hzo.distributed import refuse_all_wrappers
 from hzo.errors import HzoError, TraceError
 from hzo.execution import contained, counting
 from hzo.tape import Ref, Tape
 from hzo.tracing import Chain, Graph, Stage, Stages, Value, leaves
-from hzo.tracing.recorder.inputs import batch_size, call_arguments, requires_gradient, signature
+from hzo.tracing.inputs import batch_size, call_arguments, requires_gradient, signature
 from hzo.tracing.recorder.properties import finite_values, inspect
 from hzo.tracing.recorder.run import OutOfSight, Run, check_tensors, recorded, stages_of
 from hzo.tracing.recorder.sample_axes import batched_values
@@ -53,6 +54,11 @@ def trace(model: nn.Module | Chain | Callable[..., Any], x: Any, *, samples: int
         NondeterministicError: see ``hzo.plan``, which decides.
     """
     module = model.model if isinstance(model, Chain) else model if isinstance(model, nn.Module) else Stages([model])
+    refuse_all_wrappers(
+        module,
+        "trace the model inside of it (model.module). A plan made of that goes with the wrapped model: "
+        "hzo.backward(model, loss_fn, x, y, plan=plan) averages",
+    )
     check_tensors(module)
     nominal = batch_size(*call_arguments(x))
     trial = counting.doing(counting.TRIAL_RUN)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from hzo.errors import InputError
-from hzo.tracing import tensors_in
+from hzo.tracing.arguments import tensors_in
 
 _OPTIONS = (bool, float, str)
 
