@@ -210,6 +210,8 @@ def test_what_it_does_not_take():
     node_perturbation(normalized.eval(), F.mse_loss, x, y)
 
     class Own(nn.Module):
+        hzo_opaque = True
+
         def __init__(self) -> None:
             super().__init__()
             self.power = nn.Parameter(torch.tensor(2.0).double())
@@ -217,7 +219,7 @@ def test_what_it_does_not_take():
         def forward(self, x: Tensor) -> Tensor:
             return x.abs() ** self.power
 
-    with pytest.raises(InputError, match=r"local rule for 1\.power"):
+    with pytest.raises(InputError, match=r"local rule for 1\.power in 1"):
         node_perturbation(nn.Sequential(model, Own()), F.mse_loss, x, y)
 
 
@@ -227,7 +229,7 @@ def test_plain_modules_are_traced_once_and_chains_not_again():
     with count_queries() as count:
         node_perturbation(chain, loss_fn, x, y)
     assert count.check_evaluations == 0
-    assert count.parameter_rules == 4
+    assert count.parameter_rules == 6  # of two layers: bias, transposed weight, weight
     checks = []
     for batch in (x, x[:2], x[:1]):
         with count_queries() as count:

@@ -73,12 +73,12 @@ def test_what_takes_plain_queries_is_named_with_its_share(problem):
     assert all(size == 1 for shape in shapes for size in shape[2:])
 
 
-def test_an_unknown_operation_is_named():
+def test_an_operation_of_which_nothing_is_known_is_named():
     class Cumulative(nn.Module):
         def forward(self, x):
             return x.cumsum(1)
 
-    model = nn.Sequential(nn.Linear(8, 8), Cumulative(), nn.Linear(8, 3)).double()
+    model = nn.Sequential(nn.Linear(8, 8), hzo.declare(Cumulative()), nn.Linear(8, 3)).double()
     plan = hzo.plan(hzo.trace(model, torch.randn(4, 8, dtype=torch.float64)))
     (row,) = [match for line in describe(plan, width=300).splitlines() if (match := PLAIN.match(line))]
     assert row["where"] == "boundary 1"

@@ -76,7 +76,7 @@ def test_input_not_finite(unit, value):
 def test_activation_not_finite_names_the_first_stage(unit, value):
     unit.model[2].bias.data[1] = value
     unit.refuses(
-        NonFiniteError, r"^2 is the first operation whose result holds NaN or infinity \(in stage 2, 2:Linear\)"
+        NonFiniteError, r"^addmm is the first operation whose result holds NaN or infinity \(in stage 2, 2:Linear\)"
     )
 
 
@@ -90,7 +90,7 @@ def test_activation_not_finite_with_a_loss_that_is():
 
 
 def test_loss_not_finite(unit):
-    unit.refuses(NonFiniteError, "Expected a finite loss, got NaN or infinity", loss_fn=lambda out, y: out.sum() / 0)
+    unit.refuses(NonFiniteError, "the loss is (nan|inf|-inf)", loss_fn=lambda out, y: out.sum() / 0)
 
 
 def test_query_not_finite():
@@ -127,7 +127,7 @@ def test_no_batch_dimension(unit):
         (F.mse_loss, torch.zeros(5, 1), r"expected a target of the output's shape \(5, 3\), got \(5, 1\)"),
         (F.mse_loss, torch.zeros(3), "[Ee]xpected a target of batch size 5"),
         (lambda out, y: out[:2], torch.zeros(5), r"Expected a real loss of shape \(\) or \(5, \.\.\.\)"),
-        (lambda out, y: None, torch.zeros(5), "Expected a loss that returns a tensor or a number"),
+        (lambda out, y: None, torch.zeros(5), "expected loss_fn to return a tensor"),
     ],
 )
 def test_target_and_loss(unit, loss_fn, y, message):
@@ -211,7 +211,7 @@ def test_options_of_a_module_that_change_are_seen():
 def test_train_mode_batch_norm_in_a_probed_segment():
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double()
     chain = hzo.trace(model, normal(5, 4))
-    with pytest.raises(CoupledSamplesError, match=r"^1 lets the samples of a batch influence each other.*eval mode"):
+    with pytest.raises(CoupledSamplesError, match=r"^native_batch_norm lets the samples of a batch influence each other.*eval mode"):
         hzo.plan(chain, tree="bisect", assume="nothing")
 
 

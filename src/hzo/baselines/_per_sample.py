@@ -9,19 +9,19 @@ from torch import Tensor
 
 from hzo.baselines._evaluate import Problem
 from hzo.errors import InputError
-from hzo.losses import check_finite, check_loss, checked, evaluate, find_closed_form
+from hzo.losses import check_finite, check_loss, checked, evaluate, find_known
 
 
 def contributions(p: Problem, output: Any) -> Tensor:
     """The loss as a sum over samples, ``(B,)``; float32 at least.
 
-    Known are torch's common losses (those with a closed form in ``hzo.losses``), and any that returns values
+    Known are torch's common losses (see ``hzo.losses``), and any that returns values
     of shape ``(B, ...)``, whose mean is the loss.
 
     Raises:
         InputError: a loss of another kind, which returns one number for several samples.
     """
-    known = find_closed_form(p.loss_fn)
+    known = find_known(p.loss_fn)
     if known is None:
         values = evaluate(p.loss_fn, output, p.target)
         check_loss(values, p.batch)

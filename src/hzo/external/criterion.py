@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hzo.errors import InputError
 from hzo.external.autograd import with_cotangent
-from hzo.losses import Smoothing, cast, evaluate, loss_and_cotangent
+from hzo.losses import Smoothing, cast, evaluate, smoothed_loss
 
 
 def smoothed(score: Callable[..., Any], *, mu: float = 1.0, draws: int = 32, maximize: bool = False) -> Criterion:
@@ -52,7 +52,7 @@ class Criterion(nn.Module):
 
     def forward(self, output: Any, target: Any = None) -> Tensor:
         if torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad:
-            return with_cotangent(lambda: loss_and_cotangent(self, output.detach(), target), output)
+            return with_cotangent(lambda: smoothed_loss(self.values, output.detach(), target, self.smoothing), output)
         return self.values(output, target).mean()
 
     def values(self, output: Any, target: Any = None) -> Tensor:

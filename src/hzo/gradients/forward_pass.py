@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from hzo.errors import InputError, NonFiniteError, PlanError
-from hzo.execution import Activities, counting
+from hzo.errors import NonFiniteError, PlanError
+from hzo.execution import Activities, counting, undone_on_error
 from hzo.finite_differences import accumulation_dtype
+from hzo.losses import loss_of
 from hzo.reverse import RecordedStep, as_data, sweep_end
 from hzo.tape import Recorder, Tape
 from hzo.tape.operations import Ref
@@ -137,23 +138,40 @@ def loss_pass(
     graph = chain.traced
     y = pytree.tree_map_only(Tensor, as_data, y)
     with _running(chain, x, steps) as (run, batch):
-        loss = loss_fn(run.output) if y is None else loss_fn(run.output, y)
-        if not isinstance(loss, Tensor):
-            raise InputError(
-                f"expected loss_fn to return a tensor (one number, or one a sample), got {type(loss).__name__}; a "
-                "score without a derivative goes through hzo.smoothed"
-            )
+        loss = loss_of(loss_fn, run.output, y, batch)
     try:
         seeds, hooks = RecordedStep(run.recorder).seed(loss)
         found = sweep_end(run.tape, run.end, seeds, hooks)
         at_end, direct, beside = _sorted(graph, run.tape, found)
         loss = loss.detach().mean()
+    except NonFiniteError as error:
+        run.recorder.undo.restore()
+        first = _first_not_finite(chain, x)
+        if first is None:
+            raise
+        raise NonFiniteError(f"{first}; {error}") from error
     except BaseException:
         run.recorder.undo.restore()
         raise
     counting.add(base_evaluations=batch * len(graph.stages))
     given = dict(zip(run.inputs, run.given, strict=True))
     return BasePass(_activities(graph, run.tape, batch), run.output, loss, at_end, direct, beside, given)
+
+
+def _first_not_finite(chain: Chain, x: Any) -> str | None:
+    """The call of the model that made NaN or infinity first: run once more with everything kept."""
+    graph = chain.traced
+    with undone_on_error([chain.model]), counting.as_checks():
+        activities, _ = base_pass(chain, x)
+    for op in graph.operations:
+        held = [activities.tensor(v) for v in op.writes if graph.values[v].floating]
+        if not all(bool(t.isfinite().all()) for t in held) and all(graph.values[v].finite for v in op.writes):
+            stage = graph.stage_of[op.index]
+            return (
+                f"{op.name} is the first operation whose result holds NaN or infinity (in stage {stage}, "
+                f"{graph.stages[stage].name})"
+            )
+    return None
 
 
 def _sorted(

@@ -1,18 +1,8 @@
-"""The cotangent of the loss with respect to the output of the model: where every sweep starts."""
+"""Losses: those of torch known by name, and scores without a derivative, which are smoothed."""
 
 from hzo.losses.checks import check_finite, check_loss
-from hzo.losses.closed_forms import checked, find_closed_form
-from hzo.losses.cotangent import loss_and_cotangent
-from hzo.losses.perturbed import cast, evaluate
-from hzo.losses.smoothed import Smoothing
+from hzo.losses.evaluation import cast, evaluate
+from hzo.losses.known import checked, find_known, loss_of
+from hzo.losses.smoothed import Smoothing, smoothed_loss
 
-__all__ = [
-    "Smoothing",
-    "cast",
-    "check_finite",
-    "check_loss",
-    "checked",
-    "evaluate",
-    "find_closed_form",
-    "loss_and_cotangent",
-]
+__all__ = ["Smoothing", "cast", "check_finite", "check_loss", "checked", "evaluate", "find_known", "loss_of", "smoothed_loss"]

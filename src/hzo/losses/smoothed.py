@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from hzo._options import positive, whole
+from hzo.errors import InputError
 from hzo.execution import counting
-from hzo.losses.checks import check_finite, check_rows
-from hzo.losses.perturbed import TILED_ELEMENTS, LossFn, cast, check_uncoupled, evaluate, is_tiled, tile
+from hzo.losses.checks import check_batch, check_finite, check_loss, check_rows, check_target
+from hzo.losses.evaluation import TILED_ELEMENTS, LossFn, cast, check_uncoupled, evaluate, is_tiled, tile
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,31 @@ class Smoothing:
         whole("draws", self.draws)
 
 
-def smoothed(loss_fn: LossFn, output: Tensor, target: Any, values: Tensor, smoothing: Smoothing) -> Tensor:
+@torch.no_grad()
+def smoothed_loss(score: LossFn, output: Any, target: Any, smoothing: Smoothing) -> tuple[Tensor, Tensor]:
+    """The mean of ``score(output, target)``, not smoothed, and the cotangent of its smoothed mean.
+
+    The cotangent is float32 for narrower outputs. Cost: see ``cotangent_of``.
+
+    Raises:
+        InputError: empty batch, a target that does not fit, values of a shape that is neither ``()`` nor ``(B, ...)``.
+        NonFiniteError: the score is NaN or infinite. CoupledSamplesError: values that depend on other samples.
+    """
+    batch = check_batch(output)
+    check_target(batch, target)
+    if not isinstance(output, Tensor):
+        raise InputError(
+            f"A smoothed loss takes one tensor as output, got a {type(output).__name__}. Let the model pick it."
+        )
+    # Copies: a loss of the user's own may write into what it is given.
+    values = evaluate(score, cast(output), cast(target))
+    check_loss(values, batch)
+    check_finite(values, "at the output")
+    cotangent = cotangent_of(score, cast(output, torch.float32), cast(target), values, smoothing)
+    return values.mean(), cotangent.to(torch.promote_types(output.dtype, torch.float32))
+
+
+def cotangent_of(loss_fn: LossFn, output: Tensor, target: Any, values: Tensor, smoothing: Smoothing) -> Tensor:
     """Cotangent of the smoothed mean of ``values = loss_fn(output, target)``, of shape (B, ...) or ().
 
     With values per sample each sample has its own direction and its own difference. One number for the batch is moved
@@ -62,7 +87,7 @@ def smoothed(loss_fn: LossFn, output: Tensor, target: Any, values: Tensor, smoot
         return found
 
     if apart:
-        check_uncoupled(lambda _, moved, copies: rows(moved, copies), [output], lambda _: mu, batch)
+        check_uncoupled(rows, output, mu)
     copied = sum(leaf.numel() for leaf in (output, *tree_leaves(target)) if is_tiled(leaf, batch))
     at_once = max(1, TILED_ELEMENTS // (2 * copied))
     total = torch.zeros_like(output)

@@ -10,7 +10,7 @@ import contextlib
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -84,11 +84,10 @@ def _replacements() -> list[tuple[Any, str, Any]]:
         (torch.autograd.graph, "disable_saved_tensors_hooks", _without_hooks),
         (module, "BackwardHook", _recorded_hook(module.BackwardHook)),  # type: ignore[attr-defined]
         (Tensor, "register_hook", _register_hook),
-        (nn.Module, "__call__", _call),
+        (nn.Module, "__call__", _called),
         (nn.parallel.DistributedDataParallel, "forward", _wrapped_forward),
         *((torch._VF, name, _step_by_step(name)) for name in _RECURRENT),
-        # Only where such wrappers exist: it takes time at each call of a module.
-        *([(nn.Module, "__call__", _called)] if _SHARDING & sys.modules.keys() else []),
+        (torch._C._nn, "pad", _pad),
     ]
 
 
@@ -117,15 +116,6 @@ def _eager() -> Iterator[None]:
         return
     with torch.compiler.set_stance("force_eager"):
         yield
-
-
-def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """``Module.__call__``: a module that is one operation runs out of the recorder's sight."""
-    recorder = current_recorder()
-    name = None if recorder is None or recorder.opaque is None else recorder.opaque(module)
-    if recorder is None or name is None:
-        return _originals["__call__"](module, *args, **kwargs)
-    return call_opaque(recorder, module, name, args, kwargs)
 
 
 @contextlib.contextmanager
@@ -193,13 +183,34 @@ def _wrapped_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 _SHARDING = {"torch.distributed.fsdp", "deepspeed"}  # where wrappers come from whose parameters are shares
 
 
-def _called(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """A wrapper that shards parameters is refused before its own hooks run, which wait for other processes."""
-    if current_recorder() is not None:
-        kind = kind_of_wrapper(self)
-        if kind is not None and kind != "DistributedDataParallel":
-            raise sharded(f"a module wrapped in {kind} ran inside the recording, which")
+def _called(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """``Module.__call__``: a module that is one operation runs out of the recorder's sight; a wrapper that shards
+    parameters is refused before its own hooks run, which wait for other processes."""
+    recorder = current_recorder()
+    if recorder is not None:
+        if _SHARDING & sys.modules.keys():
+            kind = kind_of_wrapper(self)
+            if kind is not None and kind != "DistributedDataParallel":
+                raise sharded(f"a module wrapped in {kind} ran inside the recording, which")
+        name = None if recorder.opaque is None else recorder.opaque(self)
+        if name is not None:
+            return call_opaque(recorder, self, name, args, kwargs)
     return _originals["__call__"](self, *args, **kwargs)
+
+
+def _pad(x: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Tensor:
+    """Circular padding as copies of both edges put together, where PyTorch writes them into a new tensor in place."""
+    sizes = [size for size in reversed(x.shape[2:]) for _ in range(2)]
+    plain = len(pad) == len(sizes) and all(0 <= p <= size for p, size in zip(pad, sizes, strict=True))
+    if mode != "circular" or not plain or current_recorder() is None:  # what does not fit raises there
+        padded: Tensor = _originals["pad"](x, pad, mode, value)
+        return padded
+    for k in range(len(pad) // 2):
+        before, behind = pad[2 * k : 2 * k + 2]
+        dim, size = x.dim() - 1 - k, x.shape[-1 - k]
+        if before or behind:
+            x = torch.cat([x.narrow(dim, size - before, before), x, x.narrow(dim, 0, behind)], dim)
+    return x
 
 
 _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")

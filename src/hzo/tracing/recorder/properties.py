@@ -128,13 +128,13 @@ def _name(op: Call) -> str:
 
 
 def _cost(tape: Tape, op: Call) -> int:
-    """Operations of one run of the batch; what only shows memory in another shape is free."""
+    """Operations of one run of the batch; what only shows memory in another shape counts as one, not as nothing."""
     with FlopCounterMode(display=False) as counter:
         results = run_again(tape, op, tape.resolve(op.args), {k: tape.resolve(v) for k, v in op.kwargs.items()})
     operands = [tape.tensors[v] for v in op.reads()]
     shown = {_place(t) for t in operands if t is not None}
     written = sum(t.numel() for t in results if isinstance(t, Tensor) and _place(t) not in shown)
-    return int(counter.get_total_flops()) + written
+    return max(1, int(counter.get_total_flops()) + written)
 
 
 def _place(tensor: Tensor) -> int:
