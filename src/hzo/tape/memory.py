@@ -165,10 +165,14 @@ class Memory:
         """Values keep what they held, where that was saved or everything is kept."""
         recorder = self._recorder_now()
         keeps_all = recorder.keeps_all or recorder.hold_all
-        storage = storage_of(tensor)
+        storage, window = storage_of(tensor), geometry_of(tensor)
         for value in self._held.pop(storage, ()):
             held = self.tape.tensors[value]
-            if held is not None and storage_of(held) == storage:
+            if held is None or storage_of(held) != storage:
+                continue
+            if held is not tensor and held.dtype == tensor.dtype and apart(window, geometry_of(held)):
+                self._held.setdefault(storage, []).append(value)
+            else:
                 self.tape.tensors[value] = held.clone() if keeps_all or value in saved else None
 
     def before_relayout(self, tensor: Tensor) -> None:
@@ -209,7 +213,7 @@ class Memory:
             if self.root_of(other) is root:
                 if key in self.tape._index:
                     self.stale.add(key)
-            elif not apart(window, geometry_of(other)):
+            elif other.dtype != tensor.dtype or not apart(window, geometry_of(other)):
                 self.content_changed(key, other)
         self.stale.discard(id(tensor))
         self.passed.discard(id(tensor))
@@ -221,7 +225,7 @@ class Memory:
         """After a write that autograd does not see: constants are read anew, what carries a gradient keeps its path."""
         window = geometry_of(tensor)
         for key, other in self.sharing(tensor):
-            if other is tensor or not apart(window, geometry_of(other)):
+            if other is tensor or other.dtype != tensor.dtype or not apart(window, geometry_of(other)):
                 self.content_changed(key, other)
         self._refresh(tensor, None)
 
