@@ -4,12 +4,14 @@ from hzo.external.box import BlackBox, blackbox
 from hzo.external.criterion import smoothed
 from hzo.external.network import module, plain
 from hzo.external.program import simulator
+from hzo.external.ray_executor import ray_executor
 
 __all__ = [
     "BlackBox",
     "blackbox",
     "module",
     "plain",
+    "ray_executor",
     "simulator",
     "smoothed",
 ]
