@@ -29,6 +29,10 @@ def raising(k):
     raise ConnectionError("the part's own")
 
 
+def writes(x):
+    return x.add_(1)
+
+
 def exiting(k):
     sys.exit(3)
 
@@ -80,6 +84,14 @@ class TestRetries:
             with pytest.raises(RuntimeError, match="AwkwardError: awkward"):
                 Pool(executor).ask(awkward, CALLS[:1])
             assert Pool(executor).ask(square, CALLS) == [k * k for k in range(20)]
+
+    def test_tensors_are_sent_and_not_shared(self):
+        """PyTorch hands other processes the place of a tensor in memory: what a part writes there is its own affair."""
+        x = torch.zeros(3)
+        with ProcessPoolExecutor(1) as executor:
+            assert Pool(executor).ask(writes, [((x,), {})])[0].tolist() == [1.0, 1.0, 1.0]
+        assert not x.any()
+        assert not x.is_shared()
 
     def test_what_cannot_be_sent(self):
         with ProcessPoolExecutor(1) as executor, pytest.raises(QueryError, match="cannot be sent to a worker"):

@@ -13,7 +13,7 @@ import pickle
 import platform
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import BrokenExecutor, CancelledError, Future
+from concurrent.futures import BrokenExecutor, CancelledError, Future, ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -61,6 +61,12 @@ _by_value = _made()
 def answer(f: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Answer:
     """Run a call in a worker that has hzo."""
     return _by_value(f, args, kwargs)
+
+
+def answer_written(part: bytes, call: bytes) -> bytes:
+    """Run a call in a process of ``concurrent.futures``, to which PyTorch would not send tensors, but their place in
+    memory, where both processes can write."""
+    return pickle.dumps(answer(pickle.loads(part), *pickle.loads(call)))
 
 
 _SEND_CODE = {"distributed", "loky", "joblib", "hzo"}  # where such executors are from; hzo's is that on Ray
@@ -166,10 +172,13 @@ class Pool:
             self._submit(asked, asked.waiting.pop(), done)
 
     def _submit(self, asked: _Asked, k: int, done: SimpleQueue[Future[Any]]) -> None:
-        args, kwargs = asked.calls[k]
         while True:
             try:
-                future: Future[Any] = self._working(asked).submit(asked.run, args, kwargs)
+                executor = self._working(asked)
+                assert asked.run is not None
+                written = isinstance(executor, ProcessPoolExecutor)
+                given = (_written(asked.calls[k]),) if written else asked.calls[k]
+                future: Future[Any] = executor.submit(asked.run, *given)
                 break
             except (BrokenExecutor, CancelledError, OSError, RuntimeError) as error:  # RuntimeError: it was shut down
                 if isinstance(error, QueryError):
@@ -189,8 +198,11 @@ class Pool:
                     "itself to see why"
                 ) from error
         if asked.run is None:  # one object for all calls: executors keep what they have written down of it
-            sends_code = type(self._executor).__module__.split(".")[0] in _SEND_CODE
-            asked.run = partial(_by_value if sends_code else answer, asked.f)
+            if isinstance(self._executor, ProcessPoolExecutor):
+                asked.run = partial(answer_written, _written(asked.f))
+            else:
+                sends_code = type(self._executor).__module__.split(".")[0] in _SEND_CODE
+                asked.run = partial(_by_value if sends_code else answer, asked.f)
         return self._executor
 
     def _receive(self, asked: _Asked, future: Future[Any]) -> None:
@@ -199,18 +211,16 @@ class Pool:
         if k is None or k in asked.results:  # asked twice, and answered by the other one
             return
         try:
-            result, error, where, seconds, there = future.result()
+            found = future.result()
+            answered: Answer = pickle.loads(found) if isinstance(found, bytes) else found
         except _NOT_SENT as trouble:
-            raise QueryError(
-                f"it, or what it was given or returned, cannot be sent to a worker ({_said(trouble)}); define the part "
-                "at the top of a module that the workers can import, or take an executor that sends code as well "
-                "(loky, dask, Ray), or threads"
-            ) from trouble
+            raise _not_sent(trouble) from trouble
         except (Exception, CancelledError) as trouble:
             if not any(other == k for other in asked.running.values()):
                 self._lost(asked, k, trouble, broken=isinstance(trouble, BrokenExecutor))
                 asked.waiting.append(k)
             return
+        result, error, where, seconds, there = answered
         asked.heard = monotonic()
         self.elsewhere = there != (platform.node(), os.getpid())
         if error is not None:
@@ -285,6 +295,21 @@ def _arrived(done: SimpleQueue[Future[Any]], tick: float | None) -> Iterator[Fut
         yield done.get(timeout=tick)
         while True:
             yield done.get_nowait()
+
+
+def _written(what: Any) -> bytes:
+    try:
+        return pickle.dumps(what)
+    except Exception as error:  # of whatever kind, as an object's own __reduce__ raises it
+        raise _not_sent(error) from error
+
+
+def _not_sent(error: BaseException) -> QueryError:
+    return QueryError(
+        f"it, or what it was given or returned, cannot be sent to a worker ({_said(error)}); define the part at the "
+        "top of a module that the workers can import, or take an executor that sends code as well (loky, dask, Ray), or "
+        "threads"
+    )
 
 
 def _said(error: BaseException) -> str:
