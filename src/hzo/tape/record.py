@@ -22,7 +22,7 @@ from hzo.tape.aliases import geometry_of, overlaps_itself, pass_through, restrid
 from hzo.tape.foreach import on_lists, singles
 from hzo.tape.functions import OutOfPlace, out_of_place
 from hzo.tape.memory import WRITTEN_TWICE, Memory, alone, storage_of
-from hzo.tape.operations import Operation, Value, ref
+from hzo.tape.operations import Operation, Ref, Value, ref
 from hzo.tape.tape import Tape
 from hzo.tape.undo import Undo
 
@@ -147,7 +147,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._unpacked: list[int] = []  # values that autograd asked back, for a derivative inside the model
         self._unpacking: tuple[int, int] | None = None  # what autograd asked back last: id of its tensor, value
         self._detached: dict[int, int] = {}  # id of a tensor that autograd detached -> the value behind it
-        self._last_detached: tuple[Tensor, Tensor] | None = None  # a result that is not known, and its source
         self._frozen: set[int] = set()  # ids of views of parameters that are not trained
         self._packed_ids: dict[int, int] = {}  # id and address of what autograd saved under another object
         self._copies: list[tuple[Tensor, Tensor]] = []  # tensors that were just cloned, and their copies
@@ -218,7 +217,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """The recording is over: only the tape holds what it recorded."""
         self.alive, self.unnoted, self.hooked = {}, [], []
         self._detached, self._older, self.tape._index = {}, {}, {}
-        self._last_detached = None
         self.memory.release()
 
     def settle(self, tensor: Tensor) -> None:
@@ -240,7 +238,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return self.foreign(tensor)
         # A leaf: a parameter, an input, a constant; or what autograd detached in the meantime.
         refuse_share(tensor)
-        weight = isinstance(tensor, nn.Parameter) or key in self._frozen
+        weight = _is_parameter(tensor) or key in self._frozen
         new = self.new_value(tensor, tensor.requires_grad, -1, weight)
         self._stale.discard(key)
         self._passed.discard(key)
@@ -377,15 +375,21 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self.operation(restride, (refs[0], ref(self.new_value(seen, False, -1, True)), layout, *window), {})
 
     def _results(self, op: Operation, result: Any) -> tuple[int | None, ...]:
-        values = self.tape.values
-        weight = True
-        for v in op.reads():
-            if not values[v].weight:
-                weight = False
-                break
+        weight = self._of_weights(op.args) and (not op.kwargs or self._of_weights(tuple(op.kwargs.values())))
         if isinstance(result, Tensor):
             return (self._result(result, op.index, weight),)
         return tuple([self._result(r, op.index, weight) for r in flat(result)])
+
+    def _of_weights(self, arguments: tuple[Any, ...]) -> bool:
+        """Whether what is read was computed from parameters alone."""
+        values = self.tape.values
+        for argument in arguments:
+            if type(argument) is Ref:
+                if not values[argument.value].weight:
+                    return False
+            elif type(argument) is tuple and not self._of_weights(argument):
+                return False
+        return True
 
     def _result(self, tensor: Any, producer: int, weight: bool) -> int | None:
         if not isinstance(tensor, Tensor):
@@ -419,16 +423,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if behind is not None:
             self._detached[id(result)] = behind
             self.keep_alive(result)
-            return result
-        if args[0].is_leaf:
-            self._last_detached = result, args[0]
-        if isinstance(args[0], nn.Parameter) or key in self._frozen:
+        elif _is_parameter(args[0]) or key in self._frozen:
             self._constant_view(args[0], result)
         return result
 
     def _constant_view(self, source: Tensor, result: Any) -> None:
         """A view of a parameter that is not trained is a weight as well."""
-        if isinstance(source, nn.Parameter) or id(source) in self._frozen:
+        if _is_parameter(source) or id(source) in self._frozen:
             for tensor in _tensors(result):
                 self._frozen.add(id(tensor))
                 self.keep_alive(tensor)
@@ -484,10 +485,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 result = None if v is None else self.tape.tensors[v]
                 if result is not None and _looks_like(result, tensor) and result.data_ptr() == tensor.data_ptr():
                     index = v
-            if index is None and self._last_detached is not None and self._last_detached[0] is tensor:
-                index = self.read(self._last_detached[1])  # what the call that comes next will read
-                self._last_detached = None
-                return index
         if index is None:
             return self.read(tensor)
         self._packed_ids[key] = tensor.data_ptr()  # it may be the user's own, and be read as a constant next
@@ -675,6 +672,10 @@ def _unrecorded(tensor: Tensor) -> str:
         "begin the recording earlier (hzo.record around all that has a part in the loss), or detach the tensor where "
         "its history does not matter"
     )
+
+
+def _is_parameter(tensor: Tensor) -> bool:
+    return type(tensor) is not Tensor and isinstance(tensor, nn.Parameter)  # the second takes time for plain tensors
 
 
 def _looks_like(a: Tensor, b: Tensor) -> bool:
