@@ -46,7 +46,7 @@ class Call:
         out: its results in order (lists flattened). grads: their cotangents; None for those without.
     """
 
-    __slots__ = ("args", "engine", "grads", "kwargs", "op", "out", "tape")
+    __slots__ = ("args", "engine", "grads", "kwargs", "op", "out", "schema", "tape")
 
     def __init__(
         self,
@@ -62,6 +62,7 @@ class Call:
         self.grads = grads
         self.out = [None if v is None else tape.tensors[v] for v in op.writes]
         self.engine = engine
+        self.schema: dict[str, tuple[int, Any]] | None = None  # arguments by name, once somebody asks (schema.py)
 
     @property
     def grad(self) -> Tensor:
@@ -93,7 +94,8 @@ class Call:
 
     def needs(self, key: Key) -> bool:
         """Whether a cotangent of this operand is asked for; of a list, whether one of any of its tensors is."""
-        template = self._template(key)
+        args = self.op.args
+        template = args[key] if type(key) is int and key < len(args) else self._template(key)
         values = self.tape.values
         if type(template) is Ref:
             return values[template.value].requires

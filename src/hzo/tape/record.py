@@ -139,6 +139,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._needed: set[int] = set()  # values that some other call touches
         self._older: dict[int, list[int]] = {}  # id of a tensor -> its values before the newest
         self._results_of_last: tuple[int | None, ...] = ()
+        self._values_before = 0  # values that there were when the last operation was recorded: others no one reads yet
         self.wrappers: list[nn.Module] = []  # of distributed training, whose hooks average gradients
         self.hooked: list[Tensor] = []  # tensors with hooks
         self.alive: dict[int, Tensor] = {}  # by id: tensors whose ids are in use
@@ -274,6 +275,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         writes: tuple[int | None, ...] = (),
     ) -> Operation:
         """Append an operation."""
+        self._values_before = len(self.tape.values)
         operation = Operation(len(self.tape.operations), target, args, kwargs, writes)
         self.tape.operations.append(operation)
         return operation
@@ -335,7 +337,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return [
                 self._call(single[0], _about(single[0]), single[1], single[2]) for single in singles(func, args, kwargs)
             ]
-        refs, named = self._refs(args), self._named(kwargs)
+        refs = self._refs(args)
+        named = self._named(kwargs) if kwargs else {}
         result = _run(func, args, kwargs)
         op = self._restrided(func, refs, args, kwargs, result) if about.restrides else self.operation(func, refs, named)
         op.writes = self._results(op, result)
@@ -470,7 +473,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def pack(self, tensor: Tensor) -> Any:
         """What autograd saves is on the tape already: it keeps the number of the value."""
-        index = self._packed(tensor)
+        key = id(tensor)
+        index = self.tape._index.get(key)
+        if (
+            index is None
+            or key in self._stale
+            or key in self._passed
+            or key in self._detached
+            or (self.tape.values[index].requires is not tensor.requires_grad and index not in self._results_of_last)
+        ):
+            index = self._packed(tensor)
         self._saved.add(index)
         return index
 
@@ -523,7 +535,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._after_hidden_write(written)
             return result
         if not about.in_place:  # statistics that a layer keeps, noise that a call draws: read as they are afterwards
-            self._before_write(written)
+            self._before_write(written, read=False)
             result = self._drawn(func, args, kwargs)
             self._after_hidden_write(written)
             op = self.operation(about.functional, self._refs(args), self._named(kwargs))
@@ -589,9 +601,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         op.writes = (self._result(tensor, op.index, self.tape.values[refs[0].value].weight),)
         return result
 
-    def _before_write(self, written: list[Tensor]) -> None:
-        """Keep what must survive of the content that is about to change."""
-        shared = [t for t in written if not self._before_lone_write(t)]
+    def _before_write(self, written: list[Tensor], read: bool = True) -> None:
+        """Keep what must survive of the content that is about to change; ``read``: whether the call reads that."""
+        shared = [t for t in written if not self._before_lone_write(t, read)]
         if not shared:
             return
         self.memory.register()
@@ -607,7 +619,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._packed_ids.pop(key, None)
             self.memory.before_write(tensor, self._saved)
 
-    def _before_lone_write(self, tensor: Tensor) -> bool:
+    def _before_lone_write(self, tensor: Tensor, read: bool) -> bool:
         """The same for a tensor that shares its memory with no other one; returns whether it is such a tensor.
 
         Most writes are to those (statistics, activations in place), and nobody else has to be looked for.
@@ -620,10 +632,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.undo.remember(tensor)
         self._detached.pop(key, None)
         self._packed_ids.pop(key, None)
-        if newest is not None:
-            for value in (newest, *self._older.pop(key, ())):
-                if tensors[value] is tensor:
-                    tensors[value] = tensor.clone() if value in self._saved else None
+        older = self._older.pop(key, [])
+        for value in older if newest is None else (newest, *older):
+            if tensors[value] is not tensor:
+                continue
+            if value not in self._saved:
+                tensors[value] = None
+            elif read or value < self._values_before:
+                tensors[value] = tensor.clone()
+            else:  # autograd saved it for this very call, and means what it is afterwards
+                self._older.setdefault(key, []).append(value)
         return True
 
     def _keep_saved_copies(self, written: list[Tensor], copies: list[tuple[Tensor, Tensor]]) -> None:
@@ -700,4 +718,6 @@ def flat(result: Any) -> list[Any]:
 
 
 def _tensors(argument: Any) -> list[Tensor]:
+    if isinstance(argument, Tensor):
+        return [argument]
     return [leaf for leaf in flat(argument) if isinstance(leaf, Tensor)]
