@@ -235,8 +235,9 @@ def main() -> None:
         row["peak memory over backprop"] = peaks["hzo"] / max(peaks["backprop"], 0.1)
         found[name] = row
         print(
-            f"{name:45s} time {row['time over backprop']:5.2f}x (floor {row['floor, weights read']:4.2f}x)   memory {row['peak memory over backprop']:5.2f}x   "
-            f"recording {row['recording, microseconds a call']:4.0f} us a call, {row['recording over backprop']:.0%} "
+            f"{name:45s} time {row['time over backprop']:5.2f}x (floor {row['floor, weights read']:4.2f}x)   "
+            f"memory {row['peak memory over backprop']:5.2f}x   recording "
+            f"{row['recording, microseconds a call']:4.0f} us a call, {row['recording over backprop']:.0%} "
             f"of backprop   1 - cosine {row['1 - cosine']:.0e}",
             flush=True,
         )

@@ -46,6 +46,7 @@ PACKAGES = (
     "hzo_lab.training",
     "hzo_lab.reports",
     "hzo_lab.paper",
+    "hzo_lab.zoo",
     "hzo_lab.cli",
     "hzo_lab",
 )

@@ -8,7 +8,7 @@ from hzo import baselines, presets
 from hzo._version import __version__
 from hzo.baselines import GradientComparison, compare_gradients
 from hzo.execution import QueryCount, count_queries
-from hzo.external import BlackBox, blackbox, module, plain, simulator, smoothed
+from hzo.external import BlackBox, blackbox, module, plain, ray_executor, simulator, smoothed
 from hzo.finite_differences import CrossTalk, estimate_vjp, report_crosstalk
 from hzo.gradients import backward, cotangents, grad_and_value
 from hzo.measurement import calibrate
@@ -64,6 +64,7 @@ __all__ = [
     "plain",
     "plan",
     "presets",
+    "ray_executor",
     "record",
     "report_crosstalk",
     "save_plan",

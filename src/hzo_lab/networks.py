@@ -205,7 +205,8 @@ class ChannelNorm(nn.LayerNorm):
     """Layer normalization of images over their channels."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        out: Tensor = super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return out
 
 
 class ConvNeXtBlock(nn.Module):
@@ -219,7 +220,8 @@ class ConvNeXtBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.depthwise(x).permute(0, 2, 3, 1)
         h = self.gamma * self.shrink(F.gelu(self.expand(self.norm(h))))
-        return x + h.permute(0, 3, 1, 2)
+        out: Tensor = x + h.permute(0, 3, 1, 2)
+        return out
 
 
 class ConvNeXt(nn.Module):
@@ -307,6 +309,8 @@ class Llama(nn.Module):
         size = width // heads
         angles = torch.arange(tokens)[:, None] / 10000 ** (torch.arange(0, size, 2) / size)
         angles = torch.cat([angles, angles], -1)
+        self.cos: Tensor
+        self.sin: Tensor
         self.register_buffer("cos", angles.cos())
         self.register_buffer("sin", angles.sin())
 

@@ -211,7 +211,9 @@ def test_options_of_a_module_that_change_are_seen():
 def test_train_mode_batch_norm_in_a_probed_segment():
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double()
     chain = hzo.trace(model, normal(5, 4))
-    with pytest.raises(CoupledSamplesError, match=r"^native_batch_norm lets the samples of a batch influence each other.*eval mode"):
+    with pytest.raises(
+        CoupledSamplesError, match=r"^native_batch_norm lets the samples of a batch influence each other.*eval mode"
+    ):
         hzo.plan(chain, tree="bisect", assume="nothing")
 
 

@@ -292,5 +292,3 @@ def test_input_errors(loss_fn, output, target, message):
 def test_non_finite_losses(loss_fn, output, target):
     with pytest.raises(NonFiniteError, match="the loss is"):
         loss_and_cotangent(loss_fn, output, target)
-
-

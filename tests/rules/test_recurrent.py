@@ -5,9 +5,11 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+import hzo
+from hzo.errors import TapeError
 from hzo.reverse import record
 from hzo.rules.base import rules
-from support.chip import follows
+from support.chip import Chip, follows
 
 aten = torch.ops.aten
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5}
@@ -140,15 +142,95 @@ def test_cells(cell, bias, dtype):
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_layers_are_recorded_step_by_step(kind):
-    """Nothing computes a layer as a whole while it is recorded, and afterwards the libraries may again."""
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_layers_are_recorded_step_by_step(kind, dtype):
+    """Nothing computes a layer as a whole without a rule for that, and afterwards the libraries may again."""
     before = torch.backends.cudnn.enabled, torch.backends.mkldnn.enabled
-    layer = LAYERS[kind](3, 4)
+    layer = LAYERS[kind](3, 4).to(dtype)
     with record() as step:
-        layer(torch.randn(5, 2, 3))
-    assert not [op.name for op in step.tape.operations if "rnn" in op.name or "lstm" in op.name]
+        layer(torch.randn(5, 2, 3, dtype=dtype))
+    whole = [op.name for op in step.tape.operations if "rnn" in op.name or "lstm" in op.name]
+    assert whole == (["aten.mkldnn_rnn_layer.default"] if kind == "LSTM" and dtype == torch.float32 else [])
     assert (torch.backends.cudnn.enabled, torch.backends.mkldnn.enabled) == before
     assert torch._VF.lstm is torch._C._VariableFunctions.lstm
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_layers_of_onednn(options):
+    """With states to begin with, of which only some results are used; in evaluation, where autograd may as well."""
+    layer = nn.LSTM(3, 4, **options)
+    directions = 2 * layer.num_layers if layer.bidirectional else layer.num_layers
+    x, h, c = inputs((2, 5, 3), (directions, 2, 4), (directions, 2, 4), dtype=torch.float32)
+    x = x if layer.batch_first else x.detach().transpose(0, 1).contiguous().requires_grad_()
+    leaves = [x, h, c, *layer.parameters()]
+    agree(lambda: layer(x, (h, c)), leaves, torch.float32)
+    agree(lambda: layer(x, (h, c))[1], leaves, torch.float32)
+    agree(lambda: layer(x.detach(), (h, c))[0][-1:], leaves[1:], torch.float32)
+    layer.eval()
+    agree(lambda: layer(x, (h, c)), leaves, torch.float32)
+
+
+def test_one_step_after_the_other_measures_the_weights_once():
+    layer = nn.LSTM(3, 4)
+    (x,) = inputs((6, 2, 3), dtype=torch.float32)
+
+    def function():
+        states, results = None, []
+        for part in x.split(1):
+            out, states = layer(part, states)
+            results.append(out)
+        return results
+
+    agree(function, [x, *layer.parameters()], torch.float32)
+    with record() as step:
+        loss = sum(r.sum() for r in function())
+    with hzo.count_queries() as count:
+        step.gradients(loss)
+    assert count.queries == 3 * (3 + 1) + 3 * (4 + 1)
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e-5, 1, 30, 1e4])
+def test_weights_of_any_size(size):
+    """Each entry of the state has weights of another size, one of them none at all."""
+    layer = nn.LSTM(3, 4)
+    (x,) = inputs((1, 2, 3), dtype=torch.float32)
+    h, c = inputs((1, 2, 4), (1, 2, 4), dtype=torch.float32)
+    with torch.no_grad():
+        layer.weight_hh_l0.mul_(torch.tensor([size, 1, 0, 0.1]))
+        layer.weight_ih_l0.mul_(torch.tensor([0, 1, size]))
+    loss = layer(x * 1e-5, (h * 1e-5, c))[0].square().sum()
+    expected = torch.autograd.grad(loss, [x, h])
+    with record() as step:
+        value = layer(x * 1e-5, (h * 1e-5, c))[0].square().sum()
+    found = {id(t): g for t, g in step.gradients(value)}
+    for leaf, g in zip((x, h), expected, strict=True):
+        for column, right in zip(found[id(leaf)].unbind(-1), g.unbind(-1), strict=True):
+            assert torch.allclose(column, right, rtol=1e-5, atol=1e-5 * float(right.abs().max()))
+
+
+def test_an_lstm_that_cannot_be_measured_is_an_error():
+    layer = nn.LSTM(3, 4)
+    with record() as step:
+        loss = layer(torch.randn(5, 2, 3))[0].sum()
+    with torch.no_grad():
+        layer.weight_hh_l0.fill_(torch.inf)
+    with pytest.raises(TapeError, match="could not be measured"):
+        step.gradients(loss)
+
+
+def test_an_lstm_follows_the_hardware():
+    """The chip holds other weights than stand in the parameters, which are not numbers."""
+    layer = nn.LSTM(3, 4)
+    (x,) = inputs((5, 2, 3), dtype=torch.float32)
+    factor = torch.randn(5, 2, 4)
+    expected = torch.autograd.grad((layer(x)[0] * factor).sum(), x)[0]
+    with Chip({aten.mkldnn_rnn_layer.default: lambda out: out}, list(layer.parameters())) as chip:
+        with record() as step:
+            loss = (layer(x)[0] * factor).sum()
+        found = {id(t): g for t, g in step.gradients(loss)}
+    assert chip.calls > 1
+    assert layer.weight_hh_l0.isnan().all()
+    assert torch.allclose(found[id(x)], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_frozen_layers():

@@ -307,6 +307,49 @@ def test_retained_gradients():
     torch.testing.assert_close(found, again.grad)
 
 
+def test_gradients_own_their_memory():
+    """What goes into .grad is handed over where it is nobody else's: never a view, or what somebody else holds."""
+    a, b, c, d = (torch.randn(4, 3, dtype=torch.float64).requires_grad_() for _ in range(4))
+    kept = []
+    d.register_hook(kept.append)
+    with hzo.record() as step:
+        product = c @ torch.ones(3, 3, dtype=torch.float64)
+        product.retain_grad()
+        loss = (a + b + product + d * 2).square().sum() + b[0].sum()
+    step.backward(loss)
+    tensors = [a.grad, b.grad, c.grad, d.grad, product.grad, kept[0]]
+    before = [t.clone() for t in tensors]
+    for t in tensors[:4]:
+        assert t.is_contiguous()
+        assert t._base is None
+    for k, t in enumerate(tensors):
+        t.add_(1)
+        for j, other in enumerate(tensors):
+            assert torch.equal(other, before[j] + 1 if j <= k else before[j])
+
+
+def test_a_gradient_that_a_function_keeps_is_copied():
+    class Kept(torch.autograd.Function):
+        made = torch.ones(3, dtype=torch.float64)
+
+        @staticmethod
+        def forward(ctx, x):
+            return x * 1
+
+        @staticmethod
+        def backward(ctx, g):
+            return Kept.made
+
+    x = torch.randn(3, dtype=torch.float64).requires_grad_()
+    for _ in range(2):
+        x.grad = None
+        with hzo.record() as step:
+            loss = Kept.apply(x).sum()
+        step.backward(loss)
+        x.grad.add_(5)
+        assert torch.equal(Kept.made, torch.ones(3, dtype=torch.float64))
+
+
 def test_what_lies_before_the_recording_is_no_silent_zero():
     model = Net(tanh).double()
     before = model.a(X)

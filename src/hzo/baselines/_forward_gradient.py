@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, jvp, vmap
 
 from hzo.baselines import _evaluate as ev
+from hzo.baselines import _population as population
 from hzo.baselines import _together as together
 from hzo.errors import InputError
 from hzo.execution import counting
@@ -24,6 +26,7 @@ def forward_gradient(
     *,
     samples: int = 1,
     generator: torch.Generator | None = None,
+    executor: Any = None,
 ) -> Tensor:
     """Gradients without backpropagation; adds the estimate to ``.grad`` and returns the loss.
 
@@ -48,6 +51,9 @@ def forward_gradient(
         y: target; None calls ``loss_fn(output)``.
         samples: directions averaged.
         generator: draws one seed per direction; default: torch's global random state, which that moves.
+        executor: a ``concurrent.futures.Executor``, or a function that makes one for this call: all queries go out at
+            once, each to a copy of the model on a worker; what they find is what they find one by one, to the bit.
+            Processes: forward mode runs in one thread at a time.
 
     Raises:
         InputError: an operation has no forward-mode derivative, or cuts it off.
@@ -58,13 +64,19 @@ def forward_gradient(
     p = ev.problem(model, loss_fn, x, y)
     parameters = list(p.parameters.values())
     seeds = ev.draw_seeds(generator, samples)
+    before = torch.get_rng_state()
     if not parameters:
         with ev.queried(p) as (loss, *_):
             return loss
     with torch.no_grad(), ev.replayed([p.module]) as run:
         loss, slope = run(partial(_loss_and_slope, p, seeds[0]))
         ev.count_pass(p, 2)
-        rest = _slopes_together(p, seeds[1:], loss, run) if len(seeds) > 2 else None
+        rest = None
+        if executor is not None:
+            found = population.ask(p, _loss_and_slope, [(seed,) for seed in seeds[1:]], executor, before)
+            rest = [slope for _, slope in found]
+        elif len(seeds) > 2:
+            rest = _slopes_together(p, seeds[1:], loss, run)
         if rest is None:
             rest = [run(partial(_loss_and_slope, p, seed))[1] for seed in seeds[1:]]
         for _ in rest:
@@ -108,6 +120,14 @@ def _slopes_together(p: ev.Problem, seeds: list[int], loss: Tensor, run: ev.Run)
 
 def _loss_and_slope(p: ev.Problem, seed: int) -> tuple[Tensor, float]:
     """The loss, and its derivative along the direction of a seed."""
+    with _one_level:
+        return _loss_and_slope_alone(p, seed)
+
+
+_one_level = threading.Lock()  # levels of forward mode are those of all threads
+
+
+def _loss_and_slope_alone(p: ev.Problem, seed: int) -> tuple[Tensor, float]:
     directions = ev.directions([*p.parameters.values()], ev.gaussian, seed)
     with forward_ad.dual_level():
         moving = {

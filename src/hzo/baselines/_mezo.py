@@ -20,6 +20,7 @@ def mezo(
     samples: int = 1,
     mu: float | None = None,
     generator: torch.Generator | None = None,
+    executor: Any = None,
 ) -> Tensor:
     """Memory-efficient zeroth-order gradient; adds its estimate to ``.grad`` and returns the loss.
 
@@ -47,8 +48,12 @@ def mezo(
         samples: directions averaged.
         mu: the step; default u^(1/3)/5 for the rounding unit u (1e-3 in float32, the paper's).
         generator: draws one seed per direction; default: torch's global random state, which that moves.
+        executor: a ``concurrent.futures.Executor``, or a function that makes one for this call: all queries go out at
+            once, each to a copy of the model on a worker; what they find is what they find one by one, to the bit.
 
     Source: S. Malladi, T. Gao, E. Nichani, A. Damian, J. D. Lee, D. Chen, S. Arora, Fine-tuning language
     models with just forward passes, NeurIPS 2023.
     """
-    return two_point(model, loss_fn, x, y, draw=ev.gaussian, samples=samples, mu=mu, generator=generator)
+    return two_point(
+        model, loss_fn, x, y, draw=ev.gaussian, samples=samples, mu=mu, generator=generator, executor=executor
+    )

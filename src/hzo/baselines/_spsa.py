@@ -20,6 +20,7 @@ def spsa(
     samples: int = 1,
     mu: float | None = None,
     generator: torch.Generator | None = None,
+    executor: Any = None,
 ) -> Tensor:
     """Simultaneous perturbation stochastic approximation; adds the estimate to ``.grad``, returns the loss.
 
@@ -44,8 +45,12 @@ def spsa(
         mu: length of the step along every coordinate; default u^(1/3)/5 for the rounding unit u (1e-3 in
             float32).
         generator: draws one seed per direction; default: torch's global random state, which that moves.
+        executor: a ``concurrent.futures.Executor``, or a function that makes one for this call: all queries go out at
+            once, each to a copy of the model on a worker; what they find is what they find one by one, to the bit.
 
     Source: J. C. Spall, Multivariate stochastic approximation using a simultaneous perturbation gradient
     approximation, IEEE Trans. Automatic Control 37(3), 1992.
     """
-    return two_point(model, loss_fn, x, y, draw=ev.rademacher, samples=samples, mu=mu, generator=generator)
+    return two_point(
+        model, loss_fn, x, y, draw=ev.rademacher, samples=samples, mu=mu, generator=generator, executor=executor
+    )

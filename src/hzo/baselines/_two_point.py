@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hzo.baselines import _evaluate as ev
+from hzo.baselines import _population as population
 from hzo.baselines import _together as together
 
 
@@ -22,6 +23,7 @@ def two_point(
     samples: int,
     mu: float | None,
     generator: torch.Generator | None,
+    executor: Any,
 ) -> Tensor:
     """Accumulate the mean over ``samples`` directions z of ``(L(θ + μz) − L(θ − μz)) / 2μ · z``.
 
@@ -31,8 +33,17 @@ def two_point(
     parameters = list(p.parameters.values())
     mu = ev.checked_step(mu, ev.rounding(parameters) ** (1 / 3) / 5, p.parameters)
     seeds = ev.draw_seeds(generator, samples)
+    before = torch.get_rng_state()
     with ev.queried(p) as (loss, loss_at, run):
-        slopes = _slopes_together(p, draw, seeds, mu, loss, run) if parameters and samples > 1 else None
+        slopes = None
+        if executor is not None and parameters:
+            members = [(draw, seed, signed) for seed in seeds for signed in (mu, -mu)]
+            values = population.ask(p, _loss, members, executor, before)
+            slopes = [(a - b) / (2 * mu) for a, b in zip(values[::2], values[1::2], strict=True)]
+            for _ in values:
+                ev.count_pass(p)
+        elif parameters and samples > 1:
+            slopes = _slopes_together(p, draw, seeds, mu, loss, run)
         if slopes is None:
             slopes = [_slope(parameters, draw, seed, mu, loss_at) for seed in seeds] if parameters else []
     gradients = [ev.accumulator(parameter) for parameter in parameters]
@@ -66,6 +77,14 @@ def _slopes_together(
     for _ in range(2 * len(seeds)):
         ev.count_pass(p)
     return slopes
+
+
+def _loss(p: ev.Problem, draw: ev.Draw, seed: int, signed: float) -> float:
+    """The loss at a step along the direction of a seed, by a model that nobody else has."""
+    parameters = list(p.parameters.values())
+    for parameter, z in zip(parameters, ev.directions(parameters, draw, seed), strict=True):
+        parameter.data.add_(z, alpha=signed)
+    return float(ev.precise(p, p.module)())
 
 
 def _slope(parameters: list[torch.nn.Parameter], draw: ev.Draw, seed: int, mu: float, loss_at: ev.LossAt) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -74,9 +75,10 @@ def refuse_share(tensor: Tensor) -> None:
 
 def is_shared(tensor: Tensor) -> bool:
     """Whether a tensor is a ``DTensor``, or a parameter that holds one."""
-    return type(tensor).__name__ == "DTensor" or (
-        isinstance(tensor, nn.Parameter) and type(tensor.data).__name__ == "DTensor"
-    )
+    kind = type(tensor)
+    if kind is Tensor or "torch.distributed.tensor" not in sys.modules:  # asking for .data takes time in a recording
+        return False
+    return kind.__name__ == "DTensor" or (isinstance(tensor, nn.Parameter) and type(tensor.data).__name__ == "DTensor")
 
 
 def kind_of_wrapper(module: nn.Module) -> str | None:

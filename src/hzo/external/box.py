@@ -67,6 +67,7 @@ def blackbox(
     on_failure: OnFailure = "pass",
     executor: Any = None,
     retries: int = 3,
+    hedge: float | None = None,
     noise: float | Noise | Literal["measured"] | None = None,
     target_cosine: float | None = None,
     budget: float | None = None,
@@ -118,6 +119,8 @@ def blackbox(
             ``box.failed`` tells which they are. With ``"zero"`` a sample whose call raises is left out alike.
         executor: a ``concurrent.futures.Executor``, or a function that makes one: calls of ``f`` run there, several at
             a time. Calls whose worker is lost are asked again up to ``retries`` times. ``f`` must keep no state then.
+        hedge: ask a call a second time where it runs longer than so many times the median of the others, once none
+            waits any more; the first answer counts. None never does.
         noise: None where ``f`` repeats, else an error. Random numbers of torch's do repeat: every query draws those of
             the forward pass, as for dropout. A simulator can do that, a chip cannot: with a noise they are noise. A
             number or ``hzo.Noise`` declares how noisy queries are, ``"measured"`` has it measured at the first backward
@@ -168,7 +171,9 @@ def blackbox(
         raise InputError(
             "a part that runs in an executor cannot keep a state: give it and return it, f(x, state) -> (y, state)"
         )
-    pool = None if executor is None else Pool(executor, whole("retries", retries) if retries else 0)
+    if hedge is not None:
+        positive("hedge", hedge, "None asks no call twice")
+    pool = None if executor is None else Pool(executor, whole("retries", retries) if retries else 0, hedge)
 
     def guard(part: Part, of: str, last: bool) -> nn.Module:
         if isinstance(part, BlackBox):

@@ -178,7 +178,7 @@ class Call:
             self.seconds = perf_counter() - began
             self._settle(leaves, batch, sample, outputs)
         self.start, self.end = self.guard.remembers.start, self.guard.remembers.end
-        self.draws = randomness([device]) != self.random
+        self.draws = self.guard.runs_here and randomness([device]) != self.random
         counting.add(base_evaluations=batch)
         state = self._state_left()
         if layout is None:

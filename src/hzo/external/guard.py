@@ -108,6 +108,11 @@ class Guarded(nn.Module):
         found: Callable[..., Any] = self._held[0] if self.hzo_ignores_parameters else self.f
         return found
 
+    @property
+    def runs_here(self) -> bool:
+        """Whether calls run in this process, and draw from its random numbers."""
+        return self.pool is None or not self.pool.elsewhere
+
     @cached_property
     def state(self) -> State:
         """What ``f`` remembers."""

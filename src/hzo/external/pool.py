@@ -1,24 +1,98 @@
 """Calls of a part in other threads, processes or machines: any ``concurrent.futures.Executor``.
 
-The part runs several times at once and in whatever order; results come back in the order of the calls. A worker that is
-lost (its process was killed, its connection broke) loses nothing: the call is asked again, a broken executor is
-replaced where a function that makes one was given. What the part itself raises is the part's, and is not asked again.
+The part runs several times at once and in whatever order; results come back in the order of the calls. What the part
+raises comes back as a value, so that what the executor raises is the executor's: a worker that is lost (its process was
+killed, its connection broke) loses nothing. Its call is asked again, and a broken executor is replaced where a function
+that makes one was given. What the part itself raises is the part's, and is not asked again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, Executor, Future, wait
+import os
+import pickle
+import platform
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import BrokenExecutor, CancelledError, Future, ProcessPoolExecutor
 from contextlib import suppress
-from time import monotonic
+from dataclasses import dataclass, field
+from functools import partial
+from hashlib import sha256
+from queue import Empty, SimpleQueue
+from statistics import median
+from time import monotonic, perf_counter
 from typing import Any
 
 from hzo.errors import InputError, QueryError, QueryTimeoutError
 
-LOST = (BrokenExecutor, CancelledError, ConnectionError, EOFError)
-"""What an executor raises when a worker is gone."""
+CallArguments = tuple[tuple[Any, ...], Mapping[str, Any]]
 
-_AHEAD = 256  # calls that wait in the executor at a time
+_AHEAD = 256  # calls that wait in the executor at a time, or twice as many as it has workers
+_TICK = 0.05  # seconds between looks at the time
+_NOT_SENT = (pickle.PickleError, TypeError, AttributeError, ImportError)
+"""What an executor raises where a task or its result does not go through a pipe."""
+
+
+Answer = tuple[Any, BaseException | None, str, float, tuple[str, int]]
+"""What came of one call in a worker: its result, its error, where that was met, the seconds that it took there, and in
+which process of which machine."""
+
+
+def _made() -> Callable[..., Answer]:
+    def answer(f: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Answer:
+        began, here = perf_counter(), (platform.node(), os.getpid())
+        try:
+            return f(*args, **kwargs), None, "", perf_counter() - began, here
+        except (Exception, SystemExit) as error:
+            met, where = error, traceback.format_exc()
+        try:
+            pickle.loads(pickle.dumps(met))
+        except Exception:  # of whatever kind: an exception that takes other arguments than it keeps
+            met = RuntimeError(f"{type(met).__name__}: {met}")
+        return None, met, where, perf_counter() - began, here
+
+    return answer
+
+
+_by_value = _made()
+"""Run a call in a worker, for executors that send the code itself: their workers need neither hzo nor torch."""
+
+
+def answer(f: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Answer:
+    """Run a call in a worker that has hzo."""
+    return _by_value(f, args, kwargs)
+
+
+def answer_written(part: bytes, call: bytes) -> bytes:
+    """Run a call in a process of ``concurrent.futures``, to which PyTorch would not send tensors, but their place in
+    memory, where both processes can write."""
+    return pickle.dumps(answer(pickle.loads(part), *pickle.loads(call)))
+
+
+_SEND_CODE = {"distributed", "loky", "joblib", "hzo"}  # where such executors are from; hzo's is that on Ray
+
+
+class InWorker(Exception):  # noqa: N818  # the cause of an error, not one that is raised
+    """The traceback of an error in the worker that met it."""
+
+    def __str__(self) -> str:
+        return f"\n{self.args[0]}"
+
+
+@dataclass
+class _Asked:
+    """The calls of one ``ask``, and how they stand."""
+
+    f: Callable[..., Any]
+    calls: Sequence[CallArguments]
+    run: Callable[..., Any] | None = None
+    results: dict[int, Any] = field(default_factory=dict)
+    tries: dict[int, int] = field(default_factory=dict)
+    waiting: list[int] = field(default_factory=list)
+    running: dict[Future[Any], int] = field(default_factory=dict)
+    began: dict[Future[Any], float] = field(default_factory=dict)
+    seconds: list[float] = field(default_factory=list)
+    heard: float = field(default_factory=monotonic)  # when the last answer came
 
 
 class Pool:
@@ -27,9 +101,15 @@ class Pool:
     Args:
         executor: an ``Executor`` (whatever has ``submit``), or a function that makes one.
         retries: how often a call is asked again after its worker was lost.
+        hedge: a call that runs longer than so many times the median of the others, when none waits any more, is asked
+            a second time, and the first answer counts; None never.
+
+    Attributes:
+        lost: calls that were asked again. hedged: calls that were asked twice at once. elsewhere: whether calls run in
+            another process.
     """
 
-    def __init__(self, executor: Any, retries: int = 3) -> None:
+    def __init__(self, executor: Any, retries: int = 3, hedge: float | None = None) -> None:
         self.make: Callable[[], Any] | None = None
         if hasattr(executor, "submit") and not isinstance(executor, type):
             self._executor: Any = executor
@@ -41,86 +121,144 @@ class Pool:
                 f"(lambda: ProcessPoolExecutor(8)), got a {type(executor).__name__}"
             )
         self.retries = retries
-        self.lost = 0  # calls that were asked again
+        self.hedge = hedge
+        self.lost = self.hedged = 0
+        self.elsewhere = False
+        self._kept: dict[bytes, list[Any]] = {}  # answers that came before an error, by their question
+        self._tells = False  # whether the executor says when a call runs
 
-    def ask(
-        self, f: Callable[..., Any], calls: Sequence[tuple[tuple[Any, ...], Mapping[str, Any]]], timeout: float | None
-    ) -> list[Any]:
+    def ask(self, f: Callable[..., Any], calls: Sequence[CallArguments], timeout: float | None = None) -> list[Any]:
         """The results of ``f`` for these calls, in order.
 
+        What was answered before an error is not asked again when the same is asked the next time, of a part that can be
+        written down (pickled) and is then the same.
+
         Args:
-            timeout: seconds for one call from when it runs, as far as the executor tells (``Future.running``).
+            timeout: seconds for one call from when it runs; where the executor does not tell, from the last answer.
 
         Raises:
-            QueryTimeoutError: a call took longer. QueryError: its worker was lost too often, or the executor is broken
-            and cannot be made anew. What ``f`` raises passes through.
+            QueryTimeoutError: a call took longer. QueryError: its worker was lost too often, the executor is broken
+            and cannot be made anew, or the call cannot be sent to it. What ``f`` raises passes through.
         """
-        results: list[Any] = [None] * len(calls)
-        tries = [0] * len(calls)
-        waiting = list(range(len(calls)))[::-1]
-        running: dict[Future[Any], int] = {}
-        began: dict[Future[Any], float] = {}
+        asked = _Asked(f, calls)
+        kept = self._kept
+        if kept:
+            found = {k: kept.get(question, []) for k, question in _questions(f, dict(enumerate(calls)))}
+            asked.results = {k: answers.pop() for k, answers in found.items() if answers}
+        asked.waiting = [k for k in reversed(range(len(calls))) if k not in asked.results]
+        done: SimpleQueue[Future[Any]] = SimpleQueue()
+        tick = None if timeout is None and self.hedge is None else _TICK
         try:
-            while waiting or running:
-                while waiting and len(running) < _AHEAD:
-                    k = waiting.pop()
-                    future = self._submit(f, calls[k], tries, k)
-                    running[future] = k
-                done, _ = wait(list(running), timeout=None if timeout is None else 0.05, return_when=FIRST_COMPLETED)
-                for future in sorted(done, key=lambda one: running[one]):
-                    k = running.pop(future)
-                    began.pop(future, None)
-                    try:
-                        results[k] = future.result()
-                    except LOST as error:
-                        self._again(tries, k, error)
-                        waiting.append(k)
-                if timeout is not None:
-                    self._check_time(running, began, timeout)
+            while len(asked.results) < len(calls):
+                self._submit_waiting(asked, done)
+                for future in _arrived(done, tick):
+                    self._receive(asked, future)
+                if tick is not None:
+                    self._look(asked, done, timeout)
+        except BaseException:
+            self._kept = {}
+            for k, question in _questions(f, {k: calls[k] for k in asked.results}):
+                self._kept.setdefault(question, []).append(asked.results[k])
+            raise
         finally:
-            for future in running:
+            for future in asked.running:
                 future.cancel()
-        return results
+        if kept and any(not answers for answers in kept.values()):
+            self._kept = {}  # it was for this time
+        return [asked.results[k] for k in range(len(calls))]
 
-    def _submit(
-        self, f: Callable[..., Any], call: tuple[tuple[Any, ...], Mapping[str, Any]], tries: list[int], k: int
-    ) -> Future[Any]:
+    def _submit_waiting(self, asked: _Asked, done: SimpleQueue[Future[Any]]) -> None:
+        while asked.waiting and len(asked.running) < max(_AHEAD, 2 * getattr(self._executor, "_max_workers", 0)):
+            self._submit(asked, asked.waiting.pop(), done)
+
+    def _submit(self, asked: _Asked, k: int, done: SimpleQueue[Future[Any]]) -> None:
         while True:
-            if self._executor is None:
-                assert self.make is not None
-                self._executor = self.make()
             try:
-                future: Future[Any] = self._executor.submit(f, *call[0], **call[1])
-                return future
-            except (*LOST, RuntimeError) as error:  # RuntimeError: it was shut down
-                self._again(tries, k, error)
+                executor = self._working(asked)
+                assert asked.run is not None
+                written = isinstance(executor, ProcessPoolExecutor)
+                given = (_written(asked.calls[k]),) if written else asked.calls[k]
+                future: Future[Any] = executor.submit(asked.run, *given)
+                break
+            except (BrokenExecutor, CancelledError, OSError, RuntimeError) as error:  # RuntimeError: it was shut down
+                if isinstance(error, QueryError):
+                    raise
+                self._lost(asked, k, error, broken=True)
+        asked.running[future] = k
+        future.add_done_callback(done.put)
 
-    def _again(self, tries: list[int], k: int, error: BaseException) -> None:
+    def _working(self, asked: _Asked) -> Any:
+        if self._executor is None:
+            assert self.make is not None
+            try:
+                self._executor = self.make()
+            except Exception as error:
+                raise QueryError(
+                    f"its executor could not be started ({_said(error)}); call the function given as executor= by "
+                    "itself to see why"
+                ) from error
+        if asked.run is None:  # one object for all calls: executors keep what they have written down of it
+            if isinstance(self._executor, ProcessPoolExecutor):
+                asked.run = partial(answer_written, _written(asked.f))
+            else:
+                sends_code = type(self._executor).__module__.split(".")[0] in _SEND_CODE
+                asked.run = partial(_by_value if sends_code else answer, asked.f)
+        return self._executor
+
+    def _receive(self, asked: _Asked, future: Future[Any]) -> None:
+        k = asked.running.pop(future, None)
+        asked.began.pop(future, None)
+        if k is None or k in asked.results:  # asked twice, and answered by the other one
+            return
+        try:
+            found = future.result()
+            answered: Answer = pickle.loads(found) if isinstance(found, bytes) else found
+        except _NOT_SENT as trouble:
+            raise _not_sent(trouble) from trouble
+        except (Exception, CancelledError) as trouble:
+            if not any(other == k for other in asked.running.values()):
+                self._lost(asked, k, trouble, broken=isinstance(trouble, BrokenExecutor))
+                asked.waiting.append(k)
+            return
+        result, error, where, seconds, there = answered
+        asked.heard = monotonic()
+        self.elsewhere = there != (platform.node(), os.getpid())
+        if error is not None:
+            raise error from InWorker(where)
+        asked.results[k] = result
+        asked.seconds.append(seconds)
+
+    def _lost(self, asked: _Asked, k: int, error: BaseException, *, broken: bool) -> None:
         """A call was lost: replace what is broken, or give up."""
         self.lost += 1
-        tries[k] += 1
-        what = f"{type(error).__name__}: {error}".rstrip(": ")
-        broken = isinstance(error, (BrokenExecutor, RuntimeError))
-        if tries[k] > self.retries:
+        tries = asked.tries[k] = asked.tries.get(k, 0) + 1
+        if tries > self.retries:
             raise QueryError(
-                f"its worker was lost {tries[k]} times ({what}); does this input kill it? retries= asks more often"
+                f"its worker was lost {tries} times ({_said(error)}); does this input kill it, or can the worker not "
+                "start? retries= asks more often"
             ) from error
         if not broken:
             return
         if self.make is None:
             raise QueryError(
-                f"its executor is broken ({what}) and cannot be made anew; give a function that makes one: "
+                f"its executor is broken ({_said(error)}) and cannot be made anew; give a function that makes one: "
                 "hzo.blackbox(f, executor=lambda: ProcessPoolExecutor(8))"
             ) from error
         if self._executor is not None and not _works(self._executor):
-            with suppress(Exception):
-                self._executor.shutdown(wait=False, cancel_futures=True)
+            _shut_down(self._executor)
             self._executor = None
 
-    def _check_time(self, running: dict[Future[Any], int], began: dict[Future[Any], float], timeout: float) -> None:
+    # -- time ---
+
+    def _look(self, asked: _Asked, done: SimpleQueue[Future[Any]], timeout: float | None) -> None:
         now = monotonic()
-        for future in running:
-            if future.running() and now - began.setdefault(future, now) > timeout:
+        for future in list(asked.running):
+            if future.running():
+                self._tells = True
+                asked.began.setdefault(future, now)
+        if timeout is not None:
+            begun = list(asked.began.values()) if self._tells else [asked.heard] if asked.running else []
+            if any(now - began > timeout for began in begun):
                 stuck = self._executor
                 if self.make is not None:  # what hangs there is left behind
                     self._executor = None
@@ -129,11 +267,18 @@ class Pool:
                     f"no answer within {timeout:g} seconds; allow more for a call (timeout=), or put fewer samples "
                     "into one (batched=)"
                 )
+        if self.hedge is not None and not asked.waiting and asked.seconds:
+            limit = self.hedge * median(asked.seconds)
+            copies = list(asked.running.values())
+            for future, k in list(asked.running.items()):
+                if now - asked.began.get(future, now if self._tells else asked.heard) > limit and copies.count(k) == 1:
+                    self.hedged += 1
+                    self._submit(asked, k, done)
 
     def close(self) -> None:
         """Shut down what was made here; an executor that was given is its owner's."""
         if self.make is not None and self._executor is not None:
-            self._executor.shutdown(wait=False, cancel_futures=True)
+            _shut_down(self._executor)
             self._executor = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -141,22 +286,65 @@ class Pool:
             raise InputError(
                 "an executor cannot be copied; give hzo.blackbox a function that makes one (executor=lambda: …)"
             )
-        return {**self.__dict__, "_executor": None}
+        return {**self.__dict__, "_executor": None, "_kept": {}}
 
 
-def _works(executor: Executor) -> bool:
+def _arrived(done: SimpleQueue[Future[Any]], tick: float | None) -> Iterator[Future[Any]]:
+    """The futures that are done, at least one unless the time is over."""
+    with suppress(Empty):
+        yield done.get(timeout=tick)
+        while True:
+            yield done.get_nowait()
+
+
+def _written(what: Any) -> bytes:
+    try:
+        return pickle.dumps(what)
+    except Exception as error:  # of whatever kind, as an object's own __reduce__ raises it
+        raise _not_sent(error) from error
+
+
+def _not_sent(error: BaseException) -> QueryError:
+    return QueryError(
+        f"it, or what it was given or returned, cannot be sent to a worker ({_said(error)}); define the part at the "
+        "top of a module that the workers can import, or take an executor that sends code as well (loky, dask, Ray), or "
+        "threads"
+    )
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".rstrip(": ")
+
+
+def _questions(f: Callable[..., Any], calls: Mapping[int, CallArguments]) -> list[tuple[int, bytes]]:
+    """By what answers are found again: the part as it is now and all that it is given; nothing where it is not said."""
+    try:
+        part = pickle.dumps(f)
+        return [(k, sha256(part + pickle.dumps(call)).digest()) for k, call in calls.items()]
+    except Exception:  # of whatever kind: what cannot be written down is asked again
+        return []
+
+
+def _works(executor: Any) -> bool:
     """Whether it takes another call; another one of many that were lost together may have replaced it already."""
     try:
         executor.submit(int)
-    except (*LOST, RuntimeError):
+    except (BrokenExecutor, CancelledError, OSError, RuntimeError):
         return False
     return True
 
 
+def _shut_down(executor: Any) -> None:
+    """As far as it can; dask's and loky's know no ``cancel_futures``, and mpi4py's waits where it must."""
+    for options in ({"wait": False, "cancel_futures": True}, {"wait": False}):
+        with suppress(Exception):
+            executor.shutdown(**options)
+            return
+
+
 def _stop(executor: Any) -> None:
     processes = list((getattr(executor, "_processes", None) or {}).values())
-    with suppress(Exception):
-        executor.shutdown(wait=False, cancel_futures=True)
+    _shut_down(executor)
     for process in processes:  # of our own making: a call that hangs would keep the interpreter from ending
         with suppress(Exception):
             process.kill()

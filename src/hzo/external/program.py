@@ -15,10 +15,11 @@ from hzo._options import positive, whole
 from hzo.errors import InputError, QueryError, QueryTimeoutError
 from hzo.external.guard import within
 
+_RETRIES = 3
 _LAST_WORDS = 800  # bytes of what a process that ended had written to its standard error
 
 
-def simulator(command: Sequence[str], *, timeout: float = 60.0, outputs: int = 1, workers: int = 1) -> Simulator:
+def simulator(command: Sequence[str], *, timeout: float = 60.0, outputs: int = 1, copies: int = 1) -> Simulator:
     """Make a callable, from NumPy arrays to NumPy arrays, of a program that is started once and asked again and again.
 
     Args:
@@ -35,7 +36,9 @@ def simulator(command: Sequence[str], *, timeout: float = 60.0, outputs: int = 1
 
         timeout: seconds for one call, the start of the program included. What hangs is stopped.
         outputs: arrays that a call returns; several come as a tuple.
-        workers: copies of the program that run at once; the samples of a call are divided among them, in order.
+        copies: of the program that run at once, a pool of programs: the samples of a call are divided among them, and
+            results come in order. A program that is killed by a signal is started anew and asked again, up to three
+            times.
 
     Use it as ``hzo.blackbox(hzo.simulator([...]), numpy=True)``. A program that has ended or was stopped is started
     anew by the next call; so is the copy of a simulator. Needs NumPy. Source: ours.
@@ -47,22 +50,22 @@ def simulator(command: Sequence[str], *, timeout: float = 60.0, outputs: int = 1
     if isinstance(command, str) or not command:
         raise InputError(f"expected the program and its arguments as a list, ['python', 'chip.py'], got {command!r}")
     seconds, results = positive("timeout in seconds", timeout), whole("outputs", outputs)
-    return Simulator(tuple(command), seconds, results, whole("workers", workers))
+    return Simulator(tuple(command), seconds, results, whole("copies", copies))
 
 
 class Simulator:
     """Made by ``hzo.simulator``; ``close()`` ends the program, as the end of the ``with`` block of it does."""
 
-    def __init__(self, command: tuple[str, ...], timeout: float, outputs: int, workers: int = 1) -> None:
+    def __init__(self, command: tuple[str, ...], timeout: float, outputs: int, copies: int = 1) -> None:
         self.command, self.timeout, self.outputs = command, timeout, outputs
-        self.others = [Simulator(command, timeout, outputs) for _ in range(workers - 1)]
+        self.others = [Simulator(command, timeout, outputs) for _ in range(copies - 1)]
         self.__name__ = PurePath(command[-1]).name
         self._process: subprocess.Popen[bytes] | None = None
         self._complaints: IO[bytes] | None = None
 
     def __repr__(self) -> str:
-        running = sum(worker._process is not None for worker in (self, *self.others))
-        return f"<Simulator {' '.join(self.command)}: {running} of {1 + len(self.others)} workers running>"
+        running = sum(one._process is not None for one in (self, *self.others))
+        return f"<Simulator {' '.join(self.command)}: {running} of {1 + len(self.others)} running>"
 
     def __call__(self, *arrays: Any) -> Any:
         if not self.others:
@@ -71,30 +74,30 @@ class Simulator:
         if len(samples) != 1:
             shapes = [a.shape for a in arrays]
             raise InputError(
-                f"several workers divide the samples of a call; expected arrays of one batch size, got shapes {shapes}"
+                f"several copies divide the samples of a call; expected arrays of one batch size, got shapes {shapes}"
             )
         return self._divided(arrays, samples.pop())
 
     def _divided(self, arrays: Sequence[Any], samples: int) -> Any:
-        """Each worker a share of the samples; the first error of all is raised."""
+        """Each copy a share of the samples; the first error of all is raised."""
         from numpy import concatenate  # noqa: PLC0415  # the core does not need NumPy
 
-        workers = [self, *self.others]
-        for worker in workers:
-            worker.timeout = self.timeout
-        share = -(-samples // len(workers))
+        copies = [self, *self.others]
+        for copy in copies:
+            copy.timeout = self.timeout
+        share = -(-samples // len(copies))
         cuts = [(k, min(k + share, samples)) for k in range(0, samples, share)]
         with ThreadPoolExecutor(len(cuts)) as threads:
             asked = [
-                threads.submit(worker._ask, [a[start:stop] if a.ndim else a for a in arrays])
-                for worker, (start, stop) in zip(workers, cuts, strict=False)
+                threads.submit(copy._ask, [a[start:stop] if a.ndim else a for a in arrays])
+                for copy, (start, stop) in zip(copies, cuts, strict=False)
             ]
         results = [future.result() for future in asked]
         if self.outputs == 1:
             return concatenate(results)
         return tuple(concatenate(parts) for parts in zip(*results, strict=True))
 
-    def _ask(self, arrays: Sequence[Any]) -> Any:
+    def _ask(self, arrays: Sequence[Any], tries: int = 0) -> Any:
         process = self._running()
         try:
             results = within(self.timeout, lambda: self._exchange(process, arrays), ())
@@ -105,7 +108,11 @@ class Simulator:
                 "(timeout=), or find out what it waits for"
             ) from None
         except (OSError, ValueError, EOFError) as error:
-            raise QueryError(self._what_happened(process, error)) from None
+            killed, what = self._what_happened(process, error)
+            if killed and tries < _RETRIES:  # not the program's own end: by the system, or by hand
+                return self._ask(arrays, tries + 1)
+            again = f" (asked {tries + 1} times)" if tries else ""
+            raise QueryError(what + again) from None
         except BaseException:
             self._end()  # what is left of an answer must not be taken for the next one
             raise
@@ -151,7 +158,7 @@ class Simulator:
         process.stdin.flush()
         return [read_array(source, allow_pickle=False) for _ in range(self.outputs)]
 
-    def _what_happened(self, process: subprocess.Popen[bytes], error: Exception) -> str:
+    def _what_happened(self, process: subprocess.Popen[bytes], error: Exception) -> tuple[bool, str]:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(1)  # a pipe breaks a moment before its process has ended
         code = process.poll()
@@ -163,12 +170,12 @@ class Simulator:
         said = words.decode(errors="replace").strip()
         self._end()
         if code is None:
-            return (
+            return False, (
                 f"{self.command[0]} wrote something else than {self.outputs} array(s) in .npy format to its standard "
                 f"output ({error}) and was stopped; messages belong to its standard error"
             )
         how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
-        return f"{self.command[0]} {how} before it answered; its last words: {said or 'none'}"
+        return code < 0, f"{self.command[0]} {how} before it answered; its last words: {said or 'none'}"
 
     def __enter__(self) -> Simulator:
         return self

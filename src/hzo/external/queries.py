@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from math import inf
 from typing import Any
 
@@ -244,13 +245,9 @@ class Sweep:
                 left.append((stop, end))
             asked = f"queries {start + 1} to {stop} of {method.directions} that move {site.name}"
             try:
-                with counting.doing(f"{asked} up"):
-                    above = [t.to(wide) for t in self.run(site, up(start, stop, upper), sample)]
-                if one_place:
-                    below = None
-                else:
-                    with counting.doing(f"{asked} down"):
-                        below = [t.to(wide) for t in self.run(site, down(start, stop, lower), sample)]
+                ways = [("up", partial(up, start, stop, upper))]
+                ways += [] if one_place else [("down", partial(down, start, stop, lower))]
+                above, below = self._asked(site, asked, ways, sample, wide)
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if stop - start == 1 or not (
                     isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
@@ -275,6 +272,21 @@ class Sweep:
                     [a - b for a, b in zip(below, base, strict=True)],
                     places.other,
                 )
+
+    def _asked(
+        self, site: Site, asked: str, ways: Sequence[tuple[str, Callable[[], Tensor]]], sample: int | None, wide: Any
+    ) -> tuple[list[Tensor], list[Tensor] | None]:
+        """Results above and below, of states by the names of the ways that they are moved; None where there is one."""
+        if self.call.guard.pool is not None and len(ways) == 2:  # nobody there waits for the first half
+            with counting.doing(f"{asked} up and down"):
+                both = torch.cat([moved() for _, moved in ways])
+                found = [t.to(wide) for t in self.run(site, both, sample)]
+            return [t[: len(both) // 2] for t in found], [t[len(both) // 2 :] for t in found]
+        results = []
+        for way, moved in ways:
+            with counting.doing(f"{asked} {way}"):
+                results.append([t.to(wide) for t in self.run(site, moved(), sample)])
+        return results[0], results[1] if len(results) == 2 else None
 
     def _note(self, above: Sequence[Tensor], below: Sequence[Tensor], base: Sequence[Tensor]) -> None:
         """Second differences beside first ones: of a smooth part they are smaller by a step, of noise as large."""

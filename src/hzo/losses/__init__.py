@@ -5,4 +5,14 @@ from hzo.losses.evaluation import cast, evaluate
 from hzo.losses.known import checked, find_known, loss_of
 from hzo.losses.smoothed import Smoothing, smoothed_loss
 
-__all__ = ["Smoothing", "cast", "check_finite", "check_loss", "checked", "evaluate", "find_known", "loss_of", "smoothed_loss"]
+__all__ = [
+    "Smoothing",
+    "cast",
+    "check_finite",
+    "check_loss",
+    "checked",
+    "evaluate",
+    "find_known",
+    "loss_of",
+    "smoothed_loss",
+]

@@ -30,9 +30,7 @@ _CLASS_OPTIONS = ("weight", "ignore_index", "reduction")
 TABLE = (
     KnownLoss(F.cross_entropy, nn.CrossEntropyLoss, (*_CLASS_OPTIONS, "label_smoothing"), True),
     KnownLoss(F.nll_loss, nn.NLLLoss, _CLASS_OPTIONS, True),
-    KnownLoss(
-        F.binary_cross_entropy_with_logits, nn.BCEWithLogitsLoss, ("weight", "pos_weight", "reduction")
-    ),
+    KnownLoss(F.binary_cross_entropy_with_logits, nn.BCEWithLogitsLoss, ("weight", "pos_weight", "reduction")),
     KnownLoss(F.mse_loss, nn.MSELoss, ("reduction",)),
     KnownLoss(F.l1_loss, nn.L1Loss, ("reduction",)),
     KnownLoss(F.smooth_l1_loss, nn.SmoothL1Loss, ("reduction", "beta")),

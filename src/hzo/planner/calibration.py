@@ -76,7 +76,12 @@ class Calibration:
     def __repr__(self) -> str:
         sizes = [norm**0.5 for (position, _), norm in self.norms.items() if position > 0]
         low, high = (min(sizes), max(sizes)) if sizes else (1.0, 1.0)
-        noise = "every query repeats" if self.noise is None else f"noise {self.noise!r}"
+        noise = "every query repeats"
+        if self.noise is not None:
+            stages = range(len(self.rounding))
+            readout = max(self.noise.readout_of(k) for k in stages)
+            process = max(self.noise.process_of(k) for k in stages)
+            noise = f"readout noise up to {readout:.2g}, process noise up to {process:.2g}"
         time = "no times" if self.seconds is None else "with times"
         return (
             f"<Calibration of a chain of {len(self.rounding)} stages: cotangents {low:.3g} to {high:.3g} times that at "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -12,6 +13,7 @@ from hzo.errors import DistributedError, InputError, NonFiniteError, TapeError
 from hzo.reverse.walk import sweep
 from hzo.rules.registry import LEAN
 from hzo.tape import Recorder, Tape, current_recorder
+from hzo.tape.memory import alone
 from hzo.tape.surroundings import recording
 
 Gradients = list[tuple[Tensor, Tensor]]
@@ -55,7 +57,7 @@ class RecordedStep:
         """
         factor = float(scale)
         gradients = self.gradients(loss, retain_graph=retain_graph)
-        accumulate([(leaf, g * factor if factor != 1 else g) for leaf, g in gradients])
+        accumulate(_one_by_one(gradients) if factor == 1 else [(leaf, g * factor) for leaf, g in gradients])
 
     def gradients(self, loss: Tensor, *, retain_graph: bool = False) -> Gradients:
         """The gradient of the loss for every leaf that requires one; ``.grad`` is left alone. Errors: ``backward``."""
@@ -170,6 +172,11 @@ def accumulate(gradients: Iterable[tuple[Tensor, Tensor]]) -> None:
     with torch.no_grad():
         for leaf, gradient in gradients:
             before = leaf.grad
+            if before is None and sys.getrefcount(gradient) <= _REFERENCES:
+                gradient = gradient.detach()  # the transpose of a product keeps that alive  # noqa: PLW2901
+                if _can_be_handed_over(gradient, leaf):
+                    made.append((leaf, gradient, True))
+                    continue
             dense = gradient.to(leaf.dtype if before is None else before.dtype)
             if before is None:
                 made.append((leaf, torch.empty_like(leaf, requires_grad=False).copy_(dense), True))
@@ -185,6 +192,29 @@ def accumulate(gradients: Iterable[tuple[Tensor, Tensor]]) -> None:
     for leaf, _, _ in made:
         for hook in tuple((getattr(leaf, "_post_accumulate_grad_hooks", None) or {}).values()):
             hook(leaf)
+
+
+_REFERENCES = 2  # to a gradient that no one else holds: a variable, and the count itself
+
+
+def _one_by_one(gradients: Gradients) -> Iterator[tuple[Tensor, Tensor]]:
+    """The pairs of a list, which forgets them: whoever takes them owns them."""
+    gradients.reverse()
+    while gradients:
+        yield gradients.pop()
+
+
+def _can_be_handed_over(gradient: Tensor, leaf: Tensor) -> bool:
+    """Whether a gradient's memory is nobody else's, and lies as that of ``.grad`` should; otherwise it is copied."""
+    return (
+        type(gradient) is Tensor
+        and gradient.dtype == leaf.dtype
+        and gradient.layout == leaf.layout == torch.strided
+        and gradient.stride() == leaf.stride()
+        and not (gradient.is_conj() or gradient.is_neg() or gradient.is_inference())
+        and alone(gradient)
+        and gradient.untyped_storage().nbytes() == gradient.numel() * gradient.element_size()
+    )
 
 
 def _can_be_added_to(grad: Tensor) -> bool:

@@ -42,27 +42,17 @@ def sweep(
         TapeError: the path leads through a function that was not recorded.
     """
     walk = _Walk(tape, dict(seeds), hooks, engine or ENGINE)
-    last_reads = _last_reads(tape) if free else {}
-    for op in reversed(tape.operations):
+    operations, end = tape.operations, len(tape.values)
+    for op in reversed(operations):
         walk.through(op, counted)
         if free:
-            for v in (*(w for w in op.writes if w is not None), *last_reads.get(op.index, ())):
+            # What was written down since the operation before this one had run, no operation before this one reads.
+            before = [v for v in operations[op.index - 1].writes if v is not None] if op.index else [-1]
+            begin = max(before) + 1 if before else end
+            for v in range(begin, end):
                 tape.tensors[v] = None
+            end = min(begin, end)
     return walk.leaves()
-
-
-def _last_reads(tape: Tape) -> dict[int, list[int]]:
-    """By operation the constants that no operation before it reads: those that a sweep needs no longer behind it."""
-    first: dict[int, int] = {}
-    values, leaves = tape.values, tape.leaves
-    for op in tape.operations:
-        for v in op.reads():
-            if values[v].producer < 0 and v not in leaves:
-                first.setdefault(v, op.index)
-    found: dict[int, list[int]] = {}
-    for v, index in first.items():
-        found.setdefault(index, []).append(v)
-    return found
 
 
 def sweep_end(

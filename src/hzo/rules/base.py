@@ -47,7 +47,7 @@ class Call:
         wanted: the values of which cotangents are asked for; None for all that require one.
     """
 
-    __slots__ = ("args", "engine", "grads", "kwargs", "op", "out", "tape", "wanted")
+    __slots__ = ("args", "engine", "grads", "kwargs", "op", "out", "schema", "tape", "wanted")
 
     def __init__(
         self,
@@ -65,6 +65,7 @@ class Call:
         self.out = [None if v is None else tape.tensors[v] for v in op.writes]
         self.engine = engine
         self.wanted = wanted
+        self.schema: dict[str, tuple[int, Any]] | None = None  # arguments by name, once somebody asks (schema.py)
 
     @property
     def grad(self) -> Tensor:
@@ -96,7 +97,8 @@ class Call:
 
     def needs(self, key: Key) -> bool:
         """Whether a cotangent of this operand is asked for; of a list, whether one of any of its tensors is."""
-        template = self._template(key)
+        args = self.op.args
+        template = args[key] if type(key) is int and key < len(args) else self._template(key)
         if type(template) is Ref:
             return self._asked(template.value)
         return type(template) is tuple and any(self._asked(v) for v in refs_in(template))

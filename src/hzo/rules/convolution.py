@@ -8,6 +8,7 @@ kernel an activation, a kernel of one pixel that hands the channels on shows the
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -46,11 +47,20 @@ def _groups(call: Call) -> int:
 
 
 def impulses(channels: int, groups: int, axes: int, like: Tensor, device: torch.device) -> Tensor:
-    """A pixel of one in each channel of a group, in all groups at once, and pixels of zero."""
+    """A pixel of one in each channel of a group, in all groups at once, and pixels of zero. Nobody writes to it."""
+    make = _small_impulses if channels * channels <= _SMALL * groups else _impulses
+    return make(channels, groups, axes, like.dtype, device)
+
+
+def _impulses(channels: int, groups: int, axes: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     each = channels // groups
-    probe = torch.zeros(each + 1, groups, each, dtype=like.dtype, device=device)
+    probe = torch.zeros(each + 1, groups, each, dtype=dtype, device=device)
     probe[:each].diagonal(dim1=0, dim2=2).fill_(1)
     return probe.view(each + 1, channels, *[1] * axes)
+
+
+_SMALL = 1 << 16  # elements of probes that are made once and kept
+_small_impulses = lru_cache(maxsize=64)(_impulses)
 
 
 def _measured_kernel(call: Call, kernel: Tensor) -> Tensor:

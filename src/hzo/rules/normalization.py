@@ -7,6 +7,7 @@ probe moves running statistics. Without the 11ᵀ term for RMS norms.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import prod, sqrt
 from typing import Any
 
@@ -21,16 +22,20 @@ from hzo.tape.functions import out_of_place
 aten = torch.ops.aten
 
 
+@lru_cache(maxsize=256)
 def _signs(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Two rows of signs that alternate in the order of memory, the second one the negative of the first."""
+    """Two rows of signs that alternate in the order of memory, the second one the negative of the first.
+
+    Made once, as all that depends on shapes alone; nobody writes to it.
+    """
     row = 1 - 2 * (torch.arange(prod(shape), device=device) % 2)
     return torch.stack([row, -row]).to(dtype).view(2, *shape)
 
 
 def _half_difference(seen: Tensor) -> Tensor:
     """Of the two rows that answer to signs, in float32 at least."""
-    wide = seen.to(torch.promote_types(seen.dtype, torch.float32))
-    return (wide[0] - wide[1]) / 2
+    wide = seen if seen.dtype in (torch.float32, torch.float64) else seen.float()
+    return (wide[0] - wide[1]) * 0.5
 
 
 def _measured_normalized(call: Call, gamma: Tensor, also: dict[Key, Any]) -> Tensor:
@@ -78,11 +83,17 @@ def _statistics(call: Call, training: bool) -> dict[Key, Any]:
     return {**mean, key_of(call, "running_var"): torch.ones_like(zeros)} if training else mean
 
 
+@lru_cache(maxsize=256)
+def _ones_and_their_negatives(channels: int, axes: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    probe = torch.ones(2, channels, *[1] * axes, dtype=dtype, device=device)
+    probe[1] = -1
+    return probe
+
+
 def _batch_gamma(call: Call, gamma: Tensor, training: bool, eps: float) -> Tensor:
     """By channel the slope of the output on x̂, seen on two samples of one pixel."""
     axes = call.grad.dim() - 2
-    probe = torch.ones(2, gamma.shape[0], *[1] * axes, dtype=gamma.dtype, device=call.grad.device)
-    probe[1] = -1
+    probe = _ones_and_their_negatives(gamma.shape[0], axes, gamma.dtype, call.grad.device)
     replaced: dict[Key, Any] = {key_of(call, "input"): probe, key_of(call, "bias"): None, **_statistics(call, training)}
     slope = _half_difference(call.measure(replaced, probe)[0].flatten(1))
     deviation = sqrt(1 + eps) if training else (named(call, "running_var") + eps).sqrt()
@@ -132,14 +143,21 @@ vjp(
 # ---- layer normalization: statistics of every sample (and token) over the last dimensions ---------------------------
 
 
+@lru_cache(maxsize=256)
+def _inverse_of_normalized(
+    shape: tuple[int, ...], dtype: torch.dtype, of_probe: torch.dtype, eps: float, device: torch.device
+) -> Tensor:
+    """What the first row of signs is divided by to have one everywhere, once it is normalized; zero where it is."""
+    count = prod(shape)
+    mean = (count % 2) / count
+    known = (_signs(shape, of_probe, device)[0].to(dtype) - mean) / sqrt(1 - mean**2 + eps)
+    return torch.where(known == 0, 0, 1 / known)  # one element alone has no slope
+
+
 def _layer_gamma(call: Call, gamma: Tensor, shape: tuple[int, ...], eps: float) -> Tensor:
     probe = _signs(shape, gamma.dtype, call.grad.device)
     seen = _half_difference(call.measure({0: probe, 3: None}, probe)[0])
-    count = prod(shape)
-    mean = (count % 2) / count
-    deviation = sqrt(1 - mean**2 + eps)
-    known = (probe[0].to(seen.dtype) - mean) / deviation
-    return torch.where(known == 0, 0, seen / known).to(gamma.dtype)  # one element alone has no slope
+    return (seen * _inverse_of_normalized(shape, seen.dtype, gamma.dtype, eps, seen.device)).to(gamma.dtype)
 
 
 @vjp(aten.native_layer_norm.default, measures=True)

@@ -15,18 +15,24 @@ def _arguments(target: Any) -> dict[str, tuple[int, Any]]:
     return {argument.name: (k, argument.default_value) for k, argument in enumerate(schema.arguments)}
 
 
+def _of(call: Call) -> dict[str, tuple[int, Any]]:
+    if call.schema is None:
+        call.schema = _arguments(call.op.target)
+    return call.schema
+
+
 def has(call: Call, name: str) -> bool:
     """Whether the operator has an argument of this name."""
-    return name in _arguments(call.op.target)
+    return name in _of(call)
 
 
 def key_of(call: Call, name: str) -> Key:
     """The place of an argument in this call: its position, or its name where it came as a keyword."""
-    position, _ = _arguments(call.op.target)[name]
+    position, _ = _of(call)[name]
     return position if position < len(call.args) else name
 
 
 def named(call: Call, name: str) -> Any:
     """An argument; its default where the call left it out."""
-    position, default = _arguments(call.op.target)[name]
+    position, default = _of(call)[name]
     return call.arg(position, name, default)

@@ -23,7 +23,7 @@ from hzo.tape.foreach import on_lists, singles
 from hzo.tape.functions import OutOfPlace, out_of_place
 from hzo.tape.memory import WRITTEN_TWICE, Memory, alone, storage_of
 from hzo.tape.opaque import State, random_state
-from hzo.tape.operations import Operation, Value, ref
+from hzo.tape.operations import Operation, Ref, Value, ref
 from hzo.tape.tape import Tape
 from hzo.tape.undo import Undo
 
@@ -144,6 +144,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._needed: set[int] = set()  # values that some other call touches
         self._older: dict[int, list[int]] = {}  # id of a tensor -> its values before the newest
         self._results_of_last: tuple[int | None, ...] = ()
+        self._values_before = 0  # values that there were when the last operation was recorded: others no one reads yet
         self.wrappers: list[nn.Module] = []  # of distributed training, whose hooks average gradients
         self.hooked: list[Tensor] = []  # tensors with hooks
         self.alive: dict[int, Tensor] = {}  # by id: tensors whose ids are in use
@@ -152,7 +153,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._unpacked: list[int] = []  # values that autograd asked back, for a derivative inside the model
         self._unpacking: tuple[int, int] | None = None  # what autograd asked back last: id of its tensor, value
         self._detached: dict[int, int] = {}  # id of a tensor that autograd detached -> the value behind it
-        self._last_detached: tuple[Tensor, Tensor] | None = None  # a result that is not known, and its source
         self._frozen: set[int] = set()  # ids of views of parameters that are not trained
         self._packed_ids: dict[int, int] = {}  # id and address of what autograd saved under another object
         self._copies: list[tuple[Tensor, Tensor]] = []  # tensors that were just cloned, and their copies
@@ -235,7 +235,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """The recording is over: only the tape holds what it recorded."""
         self.alive, self.unnoted, self.hooked = {}, [], []
         self._detached, self._older, self.tape._index = {}, {}, {}
-        self._last_detached = None
         self.memory.release()
 
     def let_go(self, tensors: Iterable[Tensor]) -> None:
@@ -263,7 +262,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return self.foreign(tensor)
         # A leaf: a parameter, an input, a constant; or what autograd detached in the meantime.
         refuse_share(tensor)
-        weight = isinstance(tensor, nn.Parameter) or key in self._frozen
+        weight = _is_parameter(tensor) or key in self._frozen
         new = self.new_value(tensor, tensor.requires_grad, -1, weight)
         self._stale.discard(key)
         self._passed.discard(key)
@@ -301,6 +300,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Append an operation."""
         if self.behind is not None:
             self.behind()
+        self._values_before = len(self.tape.values)
         operation = Operation(len(self.tape.operations), target, args, kwargs, writes)
         self.tape.operations.append(operation)
         return operation
@@ -379,7 +379,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return [
                 self._call(single[0], _about(single[0]), single[1], single[2]) for single in singles(func, args, kwargs)
             ]
-        refs, named = self._refs(args), self._named(kwargs)
+        refs = self._refs(args)
+        named = self._named(kwargs) if kwargs else {}
         if self.keeps_all:
             self._remember_state(func, args)
         result = _run(func, args, kwargs)
@@ -434,15 +435,21 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self.operation(restride, (refs[0], ref(self.new_value(seen, False, -1, True)), layout, *window), {})
 
     def _results(self, op: Operation, result: Any) -> tuple[int | None, ...]:
-        values = self.tape.values
-        weight = True
-        for v in op.reads():
-            if not values[v].weight:
-                weight = False
-                break
+        weight = self._of_weights(op.args) and (not op.kwargs or self._of_weights(tuple(op.kwargs.values())))
         if isinstance(result, Tensor):
             return (self._result(result, op.index, weight),)
         return tuple([self._result(r, op.index, weight) for r in flat(result)])
+
+    def _of_weights(self, arguments: tuple[Any, ...]) -> bool:
+        """Whether what is read was computed from parameters alone."""
+        values = self.tape.values
+        for argument in arguments:
+            if type(argument) is Ref:
+                if not values[argument.value].weight:
+                    return False
+            elif type(argument) is tuple and not self._of_weights(argument):
+                return False
+        return True
 
     def _result(self, tensor: Any, producer: int, weight: bool) -> int | None:
         if not isinstance(tensor, Tensor):
@@ -476,16 +483,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if behind is not None:
             self._detached[id(result)] = behind
             self.keep_alive(result)
-            return result
-        if args[0].is_leaf:
-            self._last_detached = result, args[0]
-        if isinstance(args[0], nn.Parameter) or key in self._frozen:
+        elif _is_parameter(args[0]) or key in self._frozen:
             self._constant_view(args[0], result)
         return result
 
     def _constant_view(self, source: Tensor, result: Any) -> None:
         """A view of a parameter that is not trained is a weight as well."""
-        if isinstance(source, nn.Parameter) or id(source) in self._frozen:
+        if _is_parameter(source) or id(source) in self._frozen:
             for tensor in _tensors(result):
                 self._frozen.add(id(tensor))
                 self.keep_alive(tensor)
@@ -526,7 +530,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def pack(self, tensor: Tensor) -> Any:
         """What autograd saves is on the tape already: it keeps the number of the value."""
-        index = self._packed(tensor)
+        key = id(tensor)
+        index = self.tape._index.get(key)
+        if (
+            index is None
+            or key in self._stale
+            or key in self._passed
+            or key in self._detached
+            or (self.tape.values[index].requires is not tensor.requires_grad and index not in self._results_of_last)
+        ):
+            index = self._packed(tensor)
         self._saved.add(index)
         return index
 
@@ -541,10 +554,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 result = None if v is None else self.tape.tensors[v]
                 if result is not None and _looks_like(result, tensor) and result.data_ptr() == tensor.data_ptr():
                     index = v
-            if index is None and self._last_detached is not None and self._last_detached[0] is tensor:
-                index = self.read(self._last_detached[1])  # what the call that comes next will read
-                self._last_detached = None
-                return index
         if index is None:
             return self.read(tensor)
         self._packed_ids[key] = tensor.data_ptr()  # it may be the user's own, and be read as a constant next
@@ -579,7 +588,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._after_hidden_write(written)
             return result
         if not about.in_place:  # statistics that a layer keeps, noise that a call draws: read as they are afterwards
-            self._before_write(written)
+            self._before_write(written, read=False)
             if self.keeps_all:
                 self._remember_state(func, args)
             result = self._drawn(func, args, kwargs)
@@ -647,9 +656,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         op.writes = (self._result(tensor, op.index, self.tape.values[refs[0].value].weight),)
         return result
 
-    def _before_write(self, written: list[Tensor]) -> None:
-        """Keep what must survive of the content that is about to change."""
-        shared = [t for t in written if not self._before_lone_write(t)]
+    def _before_write(self, written: list[Tensor], read: bool = True) -> None:
+        """Keep what must survive of the content that is about to change; ``read``: whether the call reads that."""
+        shared = [t for t in written if not self._before_lone_write(t, read)]
         if not shared:
             return
         self.memory.register()
@@ -665,7 +674,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._packed_ids.pop(key, None)
             self.memory.before_write(tensor, self._saved)
 
-    def _before_lone_write(self, tensor: Tensor) -> bool:
+    def _before_lone_write(self, tensor: Tensor, read: bool) -> bool:
         """The same for a tensor that shares its memory with no other one; returns whether it is such a tensor.
 
         Most writes are to those (statistics, activations in place), and nobody else has to be looked for.
@@ -678,10 +687,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.undo.remember(tensor)
         self._detached.pop(key, None)
         self._packed_ids.pop(key, None)
-        if newest is not None:
-            for value in (newest, *self._older.pop(key, ())):
-                if tensors[value] is tensor:
-                    tensors[value] = tensor.clone() if value in self._saved else None
+        older = self._older.pop(key, [])
+        for value in older if newest is None else (newest, *older):
+            if tensors[value] is not tensor:
+                continue
+            if value not in self._saved:
+                tensors[value] = None
+            elif read or value < self._values_before:
+                tensors[value] = tensor.clone()
+            else:  # autograd saved it for this very call, and means what it is afterwards
+                self._older.setdefault(key, []).append(value)
         return True
 
     def _keep_saved_copies(self, written: list[Tensor], copies: list[tuple[Tensor, Tensor]]) -> None:
@@ -741,6 +756,10 @@ def _unrecorded(tensor: Tensor) -> str:
     )
 
 
+def _is_parameter(tensor: Tensor) -> bool:
+    return type(tensor) is not Tensor and isinstance(tensor, nn.Parameter)  # the second takes time for plain tensors
+
+
 def _looks_like(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
 
@@ -763,4 +782,6 @@ def flat(result: Any) -> list[Any]:
 
 
 def _tensors(argument: Any) -> list[Tensor]:
+    if isinstance(argument, Tensor):
+        return [argument]
     return [leaf for leaf in flat(argument) if isinstance(leaf, Tensor)]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch._C._functorch import maybe_current_level
 from torch.nn.modules import module
 
 from hzo.distributed import kind_of_wrapper, sharded
@@ -217,14 +218,20 @@ _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 
 def _step_by_step(name: str) -> Callable[..., Any]:
-    """A recurrent layer out of the operators it is made of, where oneDNN or cuDNN would compute it as a whole."""
+    """A recurrent layer out of the operators it is made of, where no operator computes it that has a rule.
+
+    oneDNN's LSTM has one. Its weights are measured by what it returns, which takes float32; transforms of torch.func
+    do not know it.
+    """
 
     def layer(*args: Any, **kwargs: Any) -> Any:
         original = _originals[name]
         if current_recorder() is None:
             return original(*args, **kwargs)
         onednn, cudnn = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
-        torch._C._set_mkldnn_enabled(onednn and name != "lstm")  # of these it has the LSTM alone
+        exact = args[0].dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        whole = name == "lstm" and exact and maybe_current_level() is None
+        torch._C._set_mkldnn_enabled(onednn and (whole or name != "lstm"))  # of these it has the LSTM alone
         torch._C._set_cudnn_enabled(False)
         try:
             return original(*args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,11 @@ from hzo.tape.operations import Operation, Ref, Value
 
 if TYPE_CHECKING:
     from hzo.tape.opaque import State
+
+
+@lru_cache(maxsize=1024)
+def _absent(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    return Absent(torch.empty(shape, dtype=dtype, device="meta"))
 
 
 class Tape:
@@ -54,17 +60,25 @@ class Tape:
 
         PyTorch's own derivatives would not read those, and neither do rules; their shape and dtype are right.
         """
+        if type(arguments) is tuple:
+            tensors = self.tensors
+            found = []
+            for a in arguments:
+                if type(a) is Ref:
+                    tensor = tensors[a.value]
+                    found.append(self.without_content(a.value) if tensor is None else tensor)
+                else:
+                    found.append(self.resolve(a) if type(a) is tuple else a)
+            return tuple(found)
         if type(arguments) is Ref:
             tensor = self.tensors[arguments.value]
             return self.without_content(arguments.value) if tensor is None else tensor
-        if type(arguments) is tuple:
-            return tuple([self.resolve(a) for a in arguments])
         return arguments
 
     def without_content(self, value: int) -> Tensor:
         """A tensor of a value's shape and dtype that takes no memory; computing with it is an error."""
         about = self.values[value]
-        return Absent(torch.empty(about.shape, dtype=about.dtype, device="meta"))
+        return _absent(about.shape, about.dtype)
 
     def value_of(self, tensor: Tensor) -> int | None:
         """The value that a tensor of the recorded code holds; None for one that the recording never saw."""

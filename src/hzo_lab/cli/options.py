@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,10 +20,16 @@ def one_of(choices: tuple[str, ...]) -> str:
 def choice(choices: tuple[str, ...], more: str = ".", *flags: str) -> Any:
     """An option that takes one of these names, and that a shell completes."""
 
-    def begin(text: str) -> list[str]:
-        return [name for name in choices if name.startswith(text)]
+    return typer.Option(*flags, help=f"{one_of(choices)}{more}", autocompletion=among(choices))
 
-    return typer.Option(*flags, help=f"{one_of(choices)}{more}", autocompletion=begin)
+
+def among(choices: Sequence[str]) -> Callable[[str], list[str]]:
+    """What a shell completes a value with."""
+
+    def begin(incomplete: str) -> list[str]:
+        return [name for name in choices if name.startswith(incomplete)]
+
+    return begin
 
 
 DataName = Annotated[str | None, choice(names.DATA, ". Default: digits.", "--data")]

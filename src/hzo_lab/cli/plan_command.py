@@ -109,6 +109,10 @@ def plan_command(
         raise InputError("--seconds plans from measured times: add --calibrate.")
     if picture is not None:
         check_picture(picture)
+    if load is not None and not load.is_file():
+        raise InputError(f"expected a plan in {load}, which is not a file: write one with hzo plan --save {load}.")
+    if save is not None and not save.parent.is_dir():
+        raise InputError(f"expected --save to name a file in a directory that exists, got {save}: make it first.")
     options |= {"tree": config.tree, "assume": config.assume, "scheme": config.scheme}
     with on_threads(config.threads), console.status("tracing"):
         given = problem(config)

@@ -14,8 +14,8 @@ from rich.table import Table
 
 from hzo.errors import InputError
 from hzo_lab.cli.commands import app
-from hzo_lab.cli.options import one_of, whole_numbers
-from hzo_lab.cli.terminal import console, train_shown
+from hzo_lab.cli.options import among, one_of, whole_numbers
+from hzo_lab.cli.terminal import INTERRUPTED, console, train_shown
 from hzo_lab.paper import SCALES, Finding, Scale, Setting, record, registry
 from hzo_lab.records import commit
 from hzo_lab.reports import clock
@@ -32,7 +32,13 @@ COLORS = {"holds": "green", "holds in part": "yellow", "does not hold": "red"}
 
 @app.command("reproduce")
 def reproduce_command(
-    name: Annotated[str, typer.Argument(help=f"{one_of(registry.names())}; all; or list, to see what there is.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help=f"{one_of(registry.names())}; all; or list, to see what there is.",
+            autocompletion=among((*registry.names(), "all", "list")),
+        ),
+    ] = "list",
     scale: Annotated[str, typer.Option(help=f"{one_of(SCALES)}: seconds; up to hours on two cores; a GPU.")] = "smoke",
     data_dir: Annotated[
         Path | None,
@@ -77,7 +83,14 @@ def reproduce_command(
     registry.check_data(experiments, setting)
     record.prepare_directory(setting.out)
     commit()  # of the code as it is now
-    findings = {experiment.name: reproduce(experiment, setting) for experiment in experiments}
+    try:
+        findings = {experiment.name: reproduce(experiment, setting) for experiment in experiments}
+    except KeyboardInterrupt:
+        console.print(
+            f"Stopped. What was written, and runs in {setting.out / 'runs'}, is kept: the same command goes on.",
+            soft_wrap=True,
+        )
+        raise typer.Exit(INTERRUPTED) from None
     console.print(verdicts(findings))
 
 

@@ -21,6 +21,7 @@ from hzo_lab.zoo.subset import SMOKE
 from hzo_lab.zoo.trial import NOT_BUILT, REFUSED, RIGHT, SLOW, Record
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended
 RESULTS = Path("results/zoo/families.jsonl")
 
 
@@ -59,7 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
 
     limits = Limits(seconds=options.seconds, gib=options.gib)
-    run(chosen, DTYPES[options.dtype], options.results, limits, options.again, options.calls, progress)
+    try:
+        run(chosen, DTYPES[options.dtype], options.results, limits, options.again, options.calls, progress)
+    except KeyboardInterrupt:
+        print(f"Stopped. What was tried is kept in {options.results}: the same command goes on with the rest.")
+        return INTERRUPTED
     names = {(f.library, f.name) for f in chosen}
     records = [
         r for r in read_results(options.results) if r["asked"] == options.dtype and (r["library"], r["family"]) in names
@@ -83,9 +88,9 @@ def _parser() -> argparse.ArgumentParser:
         "--results", type=Path, default=RESULTS, help="file of JSON lines; what it holds is not tried again"
     )
     parser.add_argument("--again", action="store_true", help="try again what the file holds; the newer record counts")
-    parser.add_argument("--shard", default="0/1", help="K/N: of N equal shares the K-th, from 0, for several processes")
-    parser.add_argument("--seconds", type=float, default=120.0, help="limit of processor time for a family")
-    parser.add_argument("--gib", type=float, default=12.0, help="limit of memory for a family")
+    parser.add_argument("--shard", type=_shard, default=(0, 1), help="K/N: the K-th of N shares, from 0")
+    parser.add_argument("--seconds", type=_above_zero, default=120.0, help="limit of processor time for a family")
+    parser.add_argument("--gib", type=_above_zero, default=12.0, help="limit of memory for a family")
     parser.add_argument("--calls", action="store_true", help="record the ATen calls on values that carry a gradient")
     parser.add_argument("--all-right", action="store_true", help="exit with 1 unless every family is right")
     parser.add_argument("--list", action="store_true", help="print the names of the families and stop")
@@ -95,6 +100,23 @@ def _parser() -> argparse.ArgumentParser:
         "--count-calls", action="store_true", help="print how many families use each ATen call and stop"
     )
     return parser
+
+
+def _shard(text: str) -> tuple[int, int]:
+    share, _, of = text.partition("/")
+    if not (share.isdigit() and of.isdigit() and int(share) < int(of)):
+        raise argparse.ArgumentTypeError(f"expected K/N with K from 0 to N - 1, such as 0/2 and 1/2; got {text!r}")
+    return int(share), int(of)
+
+
+def _above_zero(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value
 
 
 def _chosen(options: argparse.Namespace) -> list[Family]:
@@ -115,7 +137,7 @@ def _chosen(options: argparse.Namespace) -> list[Family]:
                 print(f"{library} is left out: {error}", file=sys.stderr)
     if options.families:
         found = [f for f in found if any(fnmatch.fnmatch(str(f), pattern) for pattern in options.families)]
-    share, of = (int(n) for n in options.shard.split("/"))
+    share, of = options.shard
     return found[share::of]
 
 

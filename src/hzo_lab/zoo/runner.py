@@ -11,6 +11,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -18,7 +19,10 @@ from typing import Any
 
 import torch
 
+from hzo.errors import InputError
+from hzo_lab.records import disk_errors
 from hzo_lab.zoo import engine
+from hzo_lab.zoo.case import NotBuiltError
 from hzo_lab.zoo.registry import Family, preload
 from hzo_lab.zoo.trial import RAW, Record, try_family
 
@@ -35,13 +39,23 @@ class Limits:
 
 
 def read_results(path: Path) -> list[Record]:
-    """The records of a file; the last one of a family counts. A line that was cut off by a crash is skipped."""
+    """The records of a file; the last one of a family counts. A line that was cut off by a crash is skipped.
+
+    Raises:
+        InputError: the file cannot be read, or its lines are no records of a sweep.
+    """
     found: dict[tuple[str, str, str], Record] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}; give a file of hzo zoo with --results") from error
+    for line in lines:
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if not isinstance(record, dict) or not {"library", "family", "asked"} <= record.keys():
+            raise InputError(f"{path} holds no records of hzo zoo; give a file that it wrote with --results")
         found[record["library"], record["family"], record["asked"]] = record
     return list(found.values())
 
@@ -58,14 +72,17 @@ def run(
     """Try the families that the file has no record of (all, with ``again``), and append a line for each."""
     asked = str(dtype).removeprefix("torch.")
     done = set() if again else {(r["library"], r["family"]) for r in read_results(path) if r["asked"] == asked}
-    path.parent.mkdir(parents=True, exist_ok=True)
     made = []
     engine.preload()
-    with path.open("a", encoding="utf-8") as file:
+    with disk_errors(f"opening {path}", "start again, or choose another --results"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        opened = path.open("a", encoding="utf-8")
+    with opened as file, disk_errors(f"writing {path}", "start again: what was tried before is kept"):
         for family in chosen:
             if (family.library, family.name) in done:
                 continue
-            preload(family.library)
+            with suppress(NotBuiltError):  # the family's own trial says so
+                preload(family.library)
             record = {"asked": asked, **tried(family, dtype, limits, calls)}
             file.write(json.dumps(record, allow_nan=True) + "\n")
             file.flush()

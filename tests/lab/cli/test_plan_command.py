@@ -147,8 +147,8 @@ def test_reasons_stand_in_the_rows(command):
     [
         (["--draw", "a.pdf"], ".svg or .png"),
         (["--draw", "no/a.png"], "directory that exists"),
-        (["--save", "no/a.json"], "cannot be written"),
-        (["--load", "none.json"], "does not exist"),
+        (["--save", "no/a.json"], "directory that exists"),
+        (["--load", "none.json"], "not a file"),
         (["--load", "text.json"], "JSON"),
         (["--load", "other.json"], "another chain"),
         (["--load", "other.json", "--tree", "flat", "--calibrate"], "leave out --calibrate, --tree"),

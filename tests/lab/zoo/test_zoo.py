@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hzo.errors import TapeError
-from hzo_lab.zoo import engine, registry, trial
+from hzo.errors import InputError, TapeError
+from hzo_lab.errors import CheckpointError
+from hzo_lab.zoo import command, engine, registry, trial
 from hzo_lab.zoo.case import Case, NotBuiltError, distance_to_waves
 from hzo_lab.zoo.command import main
 from hzo_lab.zoo.comparison import compare, tolerance
@@ -254,3 +255,42 @@ def test_the_loss_of_a_model_without_one_depends_on_normalized_outputs(last):
     model = nn.Sequential(first, last.double())
     distance_to_waves((model(torch.randn(4, 3, dtype=torch.float64)), {"unused": [torch.ones(2)]})).backward()
     assert first.weight.grad.norm() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shard", "a"], "K/N"),
+        (["--shard", "2/2"], "from 0 to N - 1"),
+        (["--shard", "0/0"], "K/N"),
+        (["--seconds", "-1"], "above 0"),
+        (["--gib", "much"], "above 0"),
+        (["--dtype", "int8"], "float64"),
+        (["nosuch"], "--list"),
+    ],
+)
+def test_wrong_options_are_explained(capsys, arguments, message):
+    with pytest.raises(SystemExit) as ended:
+        command.main(arguments)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_files_that_are_no_results_are_explained(tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text("{}\n")
+    with pytest.raises(InputError, match="no records of hzo zoo"):
+        command.main(["--results", str(other), "--table"])
+    with pytest.raises(InputError, match="cannot be read"):
+        command.main(["--results", str(tmp_path), "--table"])
+    with pytest.raises(CheckpointError, match="while opening"):
+        command.main(["recurrent:*", "--results", str(other / "below.jsonl")])
+
+
+def test_a_sweep_that_is_stopped_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "run", stopped)
+    assert command.main(["recurrent:*", "--results", str(tmp_path / "r.jsonl")]) == 130
+    assert "the same command goes on" in capsys.readouterr().out

@@ -1,0 +1,137 @@
+"""Ray as a ``concurrent.futures.Executor``: so many actors, each of which answers one call at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import BrokenExecutor, Executor, Future
+from hashlib import sha256
+from typing import Any
+
+from hzo._options import whole
+from hzo.errors import InputError
+
+
+def ray_executor(workers: int, **options: Any) -> Executor:
+    """An executor whose workers are Ray's actors, on whatever machines Ray has.
+
+    ::
+
+        box = hzo.blackbox(simulate, numpy=True, executor=lambda: hzo.ray_executor(64))
+
+    Args:
+        workers: actors that answer at once.
+        options: of the actors, as ``ray.remote`` takes them (``num_cpus``, ``resources``, ``runtime_env``, …). They are
+            started anew where they die, and reserve no processor unless ``num_cpus`` says so.
+
+    Connect to a cluster before (``ray.init(address=…)``); otherwise Ray starts on this machine. A function is sent once
+    for as long as it stays as it is. Actors need what it imports, and neither hzo nor torch. Needs the extra ``ranks``,
+    or Ray alone. Source: ours.
+
+    Raises:
+        InputError: Ray is not installed; a number of workers that is none.
+    """
+    try:
+        import ray  # noqa: PLC0415  # not needed by anything else
+    except ImportError as error:
+        raise InputError(f"an executor on Ray needs Ray ({error}): pip install ray") from error
+    return _RayExecutor(ray, whole("workers", workers), options)
+
+
+class _RayExecutor(Executor):
+    def __init__(self, ray: Any, workers: int, options: dict[str, Any]) -> None:
+        if not ray.is_initialized():
+            ray.init(include_dashboard=False, log_to_driver=False)
+
+        class Worker:  # sent as it stands here: an actor needs neither hzo nor torch
+            def __init__(self) -> None:
+                self.kept: dict[str, Any] = {}
+
+            def ask(self, key: str, reference: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                if key not in self.kept:
+                    (function,) = reference  # in a list, where Ray does not fetch it by itself
+                    self.kept = {key: ray.get(function)}
+                return self.kept[key](*args, **kwargs)
+
+        made = ray.remote(**{"num_cpus": 0, "max_restarts": -1, **options})(Worker)
+        self._ray = ray
+        self._max_workers = workers
+        self._actors = [made.remote() for _ in range(workers)]
+        self._free = deque(self._actors)
+        self._queue: deque[tuple[Future[Any], Any, tuple[Any, ...], dict[str, Any]]] = deque()
+        self._lock = threading.Lock()
+        self._sent: dict[str, Any] = {}  # by the content of a function, where Ray keeps it
+        self._closed = False
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Run a call in the next actor that is free."""
+        if self._closed:
+            raise RuntimeError("cannot schedule new futures after shutdown")
+        future: Future[Any] = Future()
+        kept = self._kept(fn)
+        with self._lock:
+            self._queue.append((future, kept, args, kwargs))
+        self._next()
+        return future
+
+    def _kept(self, function: Any) -> tuple[str, Any]:
+        """The function as it is now, in Ray's store: large ones are sent to an actor once, and not with every call."""
+        content = self._ray.cloudpickle.dumps(function)
+        key = sha256(content).hexdigest()
+        if key not in self._sent:
+            self._sent = {key: self._ray.put(function)}
+        return key, [self._sent[key]]
+
+    def _next(self) -> None:
+        while True:
+            with self._lock:
+                if not self._queue or not self._free:
+                    return
+                future, kept, args, kwargs = self._queue.popleft()
+                actor = self._free.popleft()
+            if not future.set_running_or_notify_cancel():
+                with self._lock:
+                    self._free.append(actor)
+                continue
+            try:
+                inner = actor.ask.remote(*kept, args, kwargs).future()
+            except Exception as error:  # of whatever kind Ray has
+                with self._lock:
+                    self._free.append(actor)
+                future.set_exception(error)
+                continue
+            inner.add_done_callback(lambda done, actor=actor, future=future: self._done(done, actor, future))
+
+    def _done(self, done: Future[Any], actor: Any, future: Future[Any]) -> None:
+        with self._lock:
+            self._free.append(actor)
+        error = done.exception()
+        if error is None:
+            future.set_result(done.result())
+        else:
+            future.set_exception(_plain(error))
+        self._next()
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: ARG002  # the protocol's
+        """End the actors; calls that run are lost."""
+        self._closed = True
+        with self._lock:
+            waiting, self._queue = list(self._queue), deque()
+        for future, *_ in waiting:
+            future.cancel()
+        for actor in self._actors:
+            self._ray.kill(actor)
+        self._actors, self._free = [], deque()
+        self._sent = {}
+
+
+def _plain(error: BaseException) -> BaseException:
+    """What a worker met: Ray's own trouble is that of the executor, and a broken connection to it, too."""
+    kinds = {cls.__name__ for cls in type(error).__mro__}
+    if kinds & {"RayTaskError"}:
+        cause = getattr(error, "cause", None)
+        return cause if isinstance(cause, BaseException) else error
+    if kinds & {"RayActorError", "WorkerCrashedError", "NodeDiedError", "ObjectLostError"}:
+        return ConnectionError(str(error).splitlines()[0])
+    return BrokenExecutor(str(error)) if "RaySystemError" in kinds else error

@@ -1,0 +1,256 @@
+"""Pools: what is asked again and what is not, stragglers, answers that are kept, and programs in copies."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+import hzo
+from hzo.errors import InputError, QueryError, QueryTimeoutError
+from hzo.external.pool import Pool
+from support.boxes import TOLERANCE
+from support.oracles import normal
+
+CALLS = [((k,), {}) for k in range(20)]
+
+
+def square(k):
+    return k * k
+
+
+def raising(k):
+    raise ConnectionError("the part's own")
+
+
+def writes(x):
+    return x.add_(1)
+
+
+def exiting(k):
+    sys.exit(3)
+
+
+class AwkwardError(Exception):
+    def __init__(self, one, two):
+        super().__init__("awkward")
+
+
+def awkward(k):
+    raise AwkwardError(1, 2)
+
+
+class Losing(Executor):
+    """Runs calls at once, and loses every third one."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def submit(self, fn, /, *args, **kwargs):
+        self.asked += 1
+        future = Future()
+        if self.asked % 3 == 0:
+            future.set_exception(ConnectionError("gone"))
+        else:
+            future.set_result(fn(*args, **kwargs))
+        return future
+
+
+class TestRetries:
+    def test_of_the_executor_and_not_of_the_part(self):
+        pool = Pool(Losing())
+        assert pool.ask(square, CALLS) == [k * k for k in range(20)]
+        assert pool.lost == pool._executor.asked - 20 > 0
+        executor = Losing()
+        with pytest.raises(ConnectionError, match="the part's own"):
+            Pool(executor).ask(raising, CALLS[:1])
+        assert executor.asked == 1
+
+    @pytest.mark.parametrize("make", [ThreadPoolExecutor, ProcessPoolExecutor])
+    def test_the_part_in_a_worker(self, make):
+        """Its error comes with the traceback that it had there; an exception that cannot be sent, and sys.exit, too."""
+        with make(1) as executor:
+            with pytest.raises(ConnectionError) as caught:
+                Pool(executor).ask(raising, CALLS[:1])
+            assert "in raising" in str(caught.value.__cause__)
+            with pytest.raises(SystemExit):
+                Pool(executor).ask(exiting, CALLS[:1])
+            with pytest.raises(RuntimeError, match="AwkwardError: awkward"):
+                Pool(executor).ask(awkward, CALLS[:1])
+            assert Pool(executor).ask(square, CALLS) == [k * k for k in range(20)]
+
+    def test_tensors_are_sent_and_not_shared(self):
+        """PyTorch hands other processes the place of a tensor in memory: what a part writes there is its own affair."""
+        x = torch.zeros(3)
+        with ProcessPoolExecutor(1) as executor:
+            assert Pool(executor).ask(writes, [((x,), {})])[0].tolist() == [1.0, 1.0, 1.0]
+        assert not x.any()
+        assert not x.is_shared()
+
+    def test_what_cannot_be_sent(self):
+        with ProcessPoolExecutor(1) as executor, pytest.raises(QueryError, match="cannot be sent to a worker"):
+            Pool(executor).ask(lambda k: k, CALLS[:1])
+
+    def test_an_executor_that_does_not_start(self):
+        def refuses():
+            raise OSError("no such cluster")
+
+        x = normal(2, 2).requires_grad_()
+        with pytest.raises(QueryError, match=r"its executor could not be started \(OSError: no such cluster\)"):
+            hzo.blackbox(np.sin, numpy=True, executor=refuses)(x)
+
+    def test_answers_are_kept_over_an_error(self):
+        """The second try asks what the first one was not told, and no more."""
+        executor, asked = ThreadPoolExecutor(1), []
+
+        class Part:
+            fails = True
+
+            def __call__(self, k):
+                asked.append(k)
+                if k == 10 and Part.fails:
+                    raise ValueError("once")
+                return k * k
+
+        # A class of this function cannot be written down: it is asked again.
+        with executor:
+            pool = Pool(executor)
+            with pytest.raises(ValueError, match="once"):
+                pool.ask(Part(), CALLS)
+            Part.fails = False
+            assert pool.ask(Part(), CALLS) == [k * k for k in range(20)]
+            assert asked.count(3) == 2
+            asked.clear()
+            Part.fails = True
+            pool = Pool(executor)
+            with pytest.raises(ValueError, match="seven"):
+                pool.ask(fails_at_seven, CALLS)
+            failing.clear()
+            counted.clear()
+            assert pool.ask(fails_at_seven, CALLS) == [k * k for k in range(20)]
+            assert 0 < len(counted) < 20
+            assert 7 in counted
+            failing.append(7)
+            counted.clear()
+            assert pool.ask(square, CALLS) == [k * k for k in range(20)]  # another part has answers of its own
+
+
+failing = [7]
+counted = []
+
+
+def fails_at_seven(k):
+    counted.append(k)
+    if k in failing:
+        time.sleep(0.05)
+        raise ValueError("seven")
+    return k * k
+
+
+def one_is_slow(path, k):
+    if k == 3 and not os.path.exists(path):
+        with open(path, "w") as file:
+            file.write("slow")
+        time.sleep(3)
+    time.sleep(0.01)
+    return k * k
+
+
+def test_stragglers_are_asked_twice(tmp_path):
+    with ProcessPoolExecutor(2) as executor:
+        pool, began = Pool(executor, hedge=20), time.monotonic()
+        assert pool.ask(partial(one_is_slow, str(tmp_path / "slow")), CALLS) == [k * k for k in range(20)]
+        assert pool.hedged >= 1
+        assert time.monotonic() - began < 2.5
+
+
+def test_a_limit_where_the_executor_does_not_tell():
+    """An executor that says of no call that it runs: the limit counts from the last answer."""
+
+    class Silent(ThreadPoolExecutor):
+        def submit(self, fn, /, *args, **kwargs):
+            silent, inner = Future(), super().submit(fn, *args, **kwargs)
+            inner.add_done_callback(lambda done: silent.set_result(done.result()))
+            return silent
+
+    with Silent(1) as executor, pytest.raises(QueryTimeoutError, match="no answer within"):
+        Pool(executor).ask(lambda k: time.sleep(1.0), CALLS[:1], timeout=0.2)
+
+
+def test_both_ways_go_out_together():
+    """Up and down queries are one list of calls: workers are idle once, not twice."""
+    sizes = []
+
+    class Noting(ThreadPoolExecutor):
+        pass
+
+    with Noting(2) as executor:
+        box = hzo.blackbox(np.sin, numpy=True, executor=executor)
+        pool = box._guard.pool
+        ask = pool.ask
+        pool.ask = lambda f, calls, timeout=None: sizes.append(len(calls)) or ask(f, calls, timeout)
+        x = normal(3, 5).requires_grad_()
+        box(x).sum().backward()
+    assert sizes[-1] == 10
+    assert torch.allclose(x.grad, x.detach().cos(), rtol=TOLERANCE)
+
+
+def test_random_numbers_of_this_process_are_not_those_of_a_worker():
+    """What else draws here (an executor's own threads) must not make calls wait for each other."""
+
+    class Drawing(ProcessPoolExecutor):
+        def submit(self, fn, /, *args, **kwargs):
+            np.random.rand()
+            return super().submit(fn, *args, **kwargs)
+
+    with Drawing(2) as executor:
+        box = hzo.blackbox(np.sin, numpy=True, executor=executor)
+        x = normal(3, 5).requires_grad_()
+        box(x).sum().backward()
+    assert box._guard.pool.elsewhere
+    assert torch.allclose(x.grad, x.detach().cos(), rtol=TOLERANCE)
+
+
+PROGRAM = """
+import sys, time
+from types import SimpleNamespace as Pipe
+from numpy.lib.format import read_array, write_array
+import numpy
+source, sink = Pipe(read=sys.stdin.buffer.read), Pipe(write=sys.stdout.buffer.write)
+while True:
+    z = read_array(source)
+    time.sleep(float(sys.argv[1]))
+    write_array(sink, numpy.sin(z) * z.sum(1, keepdims=True))
+    sys.stdout.buffer.flush()
+"""
+
+
+class TestCopiesOfAProgram:
+    def test_the_same_bits(self):
+        x = normal(7, 3)
+        found = []
+        for copies in (1, 3):
+            with hzo.simulator([sys.executable, "-c", PROGRAM, "0"], copies=copies) as program:
+                z = x.clone().requires_grad_()
+                hzo.blackbox(program, numpy=True)(z).sum().backward()
+                found.append(z.grad)
+        assert torch.equal(*found)
+
+    def test_one_that_is_killed_loses_nothing(self):
+        with hzo.simulator([sys.executable, "-c", PROGRAM, "0.5"], copies=2) as program:
+            z = normal(4, 3).numpy()
+            expected = program(z)
+            threading.Timer(0.25, os.kill, (program.others[0]._process.pid, signal.SIGKILL)).start()
+            assert (program(z) == expected).all()
+
+    def test_options(self):
+        with pytest.raises(InputError, match="copies"):
+            hzo.simulator(["true"], copies=0)
+        with pytest.raises(InputError, match="hedge"):
+            hzo.blackbox(np.sin, executor=ThreadPoolExecutor, hedge=-1.0)

@@ -1,0 +1,98 @@
+"""Black boxes on the workers of dask, Ray, loky and MPI: the same bits, killed workers, errors, calls that hang."""
+
+import os
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from loky import ProcessPoolExecutor
+
+import hzo
+import parts
+from distributed import Client
+from hzo.errors import NonFiniteError, QueryError, QueryTimeoutError
+
+X = torch.linspace(-1, 1, 20, dtype=torch.float64).reshape(4, 5)
+
+
+@pytest.fixture(scope="module")
+def dask():
+    with Client(n_workers=2, threads_per_worker=1, dashboard_address=None) as client:
+        client.run(sys.path.append, str(Path(__file__).parent))
+        yield client.get_executor
+
+
+@pytest.fixture(scope="module")
+def on_ray():
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    ray.init(include_dashboard=False, log_to_driver=False, num_cpus=2, runtime_env={"env_vars": {"PYTHONPATH": paths}})
+    yield lambda: hzo.ray_executor(2)
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def loky():
+    return lambda: ProcessPoolExecutor(2)
+
+
+@pytest.fixture(params=["dask", "on_ray", "loky"])
+def make(request):
+    return request.getfixturevalue(request.param)
+
+
+def gradient(f, **options):
+    x = X.clone().requires_grad_()
+    box = hzo.blackbox(f, numpy=True, **options)
+    box(x).sum().backward()
+    if "executor" in options:
+        box.close()
+    return x.grad
+
+
+def test_the_same_bits(make):
+    assert torch.equal(gradient(parts.work, executor=make), gradient(parts.work))
+    assert torch.equal(gradient(parts.work, executor=make, batched=1), gradient(parts.work, batched=1))
+
+
+def test_a_worker_that_is_killed_loses_nothing(make, tmp_path):
+    found = gradient(partial(parts.dies_once, str(tmp_path / "dead")), executor=make)
+    assert torch.equal(found, gradient(parts.work))
+
+
+def test_errors_of_the_part_are_its_own(make):
+    with pytest.raises(
+        QueryError, match=r"the black box wrong failed in a forward pass \(4 samples\): ValueError: mine"
+    ):
+        gradient(parts.wrong, executor=make)
+    with pytest.raises(NonFiniteError, match="NaN"):
+        gradient(parts.nan, executor=make)
+
+
+@pytest.mark.parametrize("name", ["dask", "on_ray", "loky"])
+def test_workers_need_no_torch(name, request):
+    make = request.getfixturevalue(name)
+    x = X.clone().requires_grad_()
+    box = hzo.blackbox(parts.has_torch, numpy=True, executor=make)
+    assert not box(x).any()
+    box.close()
+
+
+def test_calls_that_hang(make):  # after the others, whose calls would wait for what hangs in dask's workers
+    with pytest.raises(QueryTimeoutError, match="no answer within 2 seconds"):
+        gradient(parts.hangs, executor=make, timeout=2.0)
+
+
+def test_mpi():
+    here = Path(__file__).parent
+    command = [shutil.which("mpiexec", path=Path(sys.executable).parent) or "mpiexec", "-n", "3", sys.executable]
+    paths = os.pathsep.join([str(here), str(here.parent / "src"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [*command, "-m", "mpi4py.futures", str(here / "over_mpi.py")],
+        check=False, capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONPATH": paths},
+    )  # fmt: skip
+    assert done.stdout.strip() == "equal to the bit: True", done.stdout + done.stderr
