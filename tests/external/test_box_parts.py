@@ -39,7 +39,7 @@ class TestChains:
         theirs = [reference[f"part.{name}"] for name, _ in layers.named_parameters()]
         ours = [found[f"part.stages.{name}"] for name, _ in layers.named_parameters()]
         assert all(torch.allclose(a, b, rtol=TOLERANCE) for a, b in zip(ours, theirs, strict=True))
-        assert count.adjoints == 2
+        assert count.adjoints == 3
         assert not count.boxes
 
     def test_a_box_in_a_list_keeps_what_was_said_of_it(self):

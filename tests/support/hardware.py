@@ -2,7 +2,8 @@
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function, resolve_name
+from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Hardware(TorchFunctionMode):
@@ -38,13 +39,14 @@ def ramp(tensor, dim=-1):
     return 1 + 0.1 * torch.arange(tensor.shape[dim], dtype=tensor.dtype).view(sizes)
 
 
-def as_torch_function(function):
-    """A function that a trace sees as one operation, as it sees torch's own."""
+class Lying(TorchDispatchMode):
+    """Inside, an ATen operator returns what ``lie(operator, *args)`` does, below whoever records or runs it."""
 
-    def call(*args, **kwargs):
-        tensors = [t for a in args for t in (a if isinstance(a, list) else [a]) if isinstance(t, torch.Tensor)]
-        if has_torch_function(tensors):
-            return handle_torch_function(call, tensors, *args, **kwargs)
-        return function(*args, **kwargs)
+    def __init__(self, operator, lie):
+        super().__init__()
+        self.operator, self.lie = operator, lie
 
-    return call
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is not self.operator:
+            return func(*args, **(kwargs or {}))
+        return self.lie(func, *args, **(kwargs or {}))

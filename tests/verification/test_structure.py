@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 import hzo
 from hzo.errors import StructureError
 from support.cases import CASES
-from support.hardware import Opaque, ramp
+from support.hardware import Lying, Opaque, ramp
 
 
 def normal(*shape, batch=3):
@@ -138,6 +138,71 @@ def test_declared_liars(name):
     assert "hzo.declare(module" in message  # what to do
     hzo.declare(liar)
     hzo.check_structure(model, normal(*shape))  # without the lie all is well
+
+
+# ---- operators that lie -----------------------------------------------------------------------------------------
+
+aten = torch.ops.aten
+
+
+class Calling(nn.Module):
+    """Calls one function on two tensors made of the input."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.use = use
+
+    def forward(self, x):
+        return self.use(x.sin(), x.cos())
+
+
+# The operator, what it does in place of what its name says, and how a model comes to call it.
+LIARS = {
+    "matrix product": (aten.bmm.default, lambda f, a, b: f(a * a, b), lambda a, b: a @ b.transpose(1, 2)),
+    "places": (aten.roll.default, lambda f, a, *n: 2 * f(a, *n), lambda a, b: a.roll(1, 1)),
+    "rectifier": (aten.relu.default, lambda f, a: F.softplus(a), lambda a, b: a.relu()),
+    "softmax": (aten._softmax.default, lambda f, a, *d: f(2 * a, *d), lambda a, b: a.softmax(-1)),
+    "maximum": (
+        aten.max_pool2d_with_indices.default,
+        lambda f, a, *n: (F.avg_pool2d(a, 2), f(a, *n)[1]),
+        lambda a, b: F.max_pool2d(a.unsqueeze(1), 2),
+    ),
+    "norm": (
+        aten.native_layer_norm.default,
+        lambda f, a, n, w, b, eps: f(a, n, w, b, 0.1),
+        lambda a, b: F.layer_norm(a, (5,)),
+    ),
+    "elementwise": (aten.tanh.default, lambda f, a: f(a + 0.01 * a.roll(1, -1)), lambda a, b: a.tanh()),
+}
+
+
+@pytest.mark.parametrize("name", LIARS)
+def test_operators_that_do_something_else_than_their_name_says(name):
+    operator, lie, use = LIARS[name]
+    model, x = nn.Sequential(nn.Identity(), Calling(use)), normal(4, 5)
+    hzo.check_structure(model, x)
+    with Lying(operator, lie):
+        message = caught(model, x)
+    assert len(message.splitlines()) <= 4  # the liar alone is accused
+    called = operator._schema.name.partition("::")[2].strip("_")
+    assert f"operation {called}: promise" in message
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(4, 4), nn.Conv1d(4, 2, 3)])
+def test_parameter_rules(layer):
+    """A layer whose weight does something else than its type says."""
+    model = nn.Sequential(layer, nn.Tanh(), nn.Flatten(), nn.LazyLinear(2)).double()
+    x = normal(4, 4)
+    model(x)
+    hzo.check_structure(model, x)
+    lies = {
+        nn.Linear: (aten.addmm.default, lambda f, b, x, w: f(b, x, 1.001 * w)),
+        nn.Conv1d: (aten.convolution.default, lambda f, x, w, *rest: f(x, 1.001 * w, *rest)),
+    }
+    with Lying(*lies[type(layer)]):
+        message = caught(model, x)
+    assert "promise 'parameter rule' about" in message
+    assert "weight" in message
 
 
 # ---- what the trace saw and no longer holds -------------------------------------------------------------------------
