@@ -53,6 +53,10 @@ class StepError(HzoError, ArithmeticError):
     """A finite-difference step vanishes in the dtype of what it perturbs."""
 
 
+class PrecisionError(HzoError, ArithmeticError):
+    """Differences are lost in the rounding of what they are taken of."""
+
+
 class DerivativeError(HzoError, RuntimeError):
     """A derivative was asked for that a black box does not have, such as a second one."""
 

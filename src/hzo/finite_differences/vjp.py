@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hzo.errors import InputError, NonFiniteError
+from hzo.errors import InputError, NonFiniteError, PrecisionError
 from hzo.execution import RandomState, contained, counting, devices_of, random_state, set_random_state
 from hzo.finite_differences.probes import Probe, States, decode
 from hzo.finite_differences.steps import (
@@ -73,6 +73,7 @@ def vjp_rows(
     base: Sequence[Tensor] | None = None,
     where: str = "the perturbed tensor",
     precision: torch.dtype | None = None,
+    noisy: bool = False,
 ) -> Tensor:
     """Estimate ``Σ Jᵀ g`` over the outputs, sample by sample.
 
@@ -83,15 +84,18 @@ def vjp_rows(
         base: the unperturbed outputs (B, m), for the forward scheme.
         chunk: directions evaluated at once.
         precision: narrowest dtype on the way, where that is not the state's; the default step grows with it.
+        noisy: what queries return differs by more than rounding, and whoever asks reckons with it.
 
     Returns (B, n) in the accumulation dtype. Cost: probe.directions × B queries, twice that for central differences.
     Source: paper, the estimate of a node; the true distance between the rounded states as divisor: ours.
 
     Raises:
         NonFiniteError: the state, or what a query returned, is NaN or infinite.
-        StepError: the step is lost in rounding.
+        StepError: the step is lost in rounding. PrecisionError: so are the differences of what queries returned.
     """
     wide = accumulation_dtype(rows.dtype)
+    unit = torch.finfo(narrowest([rows.dtype, *([precision] if precision else [])])).eps
+    rounding = _Rounding(unit)
     cotangents = [g.to(wide) for g in cotangents]
     distance_to_move = default_step(rows, scheme, where, precision) if step is None else step
     upper, lower, distance = stepped(rows, distance_to_move, scheme, where)
@@ -114,6 +118,8 @@ def vjp_rows(
                 (_difference(a, b, wide, stop - start), g) for a, b, g in zip(above, below, cotangents, strict=True)
             ]
             decode(probe, start, stop, products, result)
+            if not noisy:
+                rounding.note(above, products)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if stop - start == 1 or not _out_of_memory(error):
                 raise
@@ -124,7 +130,44 @@ def vjp_rows(
     result /= distance
     if not bool(result.isfinite().all()):
         raise NonFiniteError(f"a query that perturbed {where} returned NaN or infinity; check the model at this input")
+    rounding.check(where)
     return result
+
+
+# So many elements of what the queries of a chunk returned are looked at.
+_LOOKED_AT = 2**16
+# Differences of two roundings: each is uniform within half a unit of the last place.
+_SPREAD = 6**-0.5 / 2
+
+
+@dataclass
+class _Rounding:
+    """How large differences are beside the rounding of what they are differences of, both times the cotangents."""
+
+    unit: float
+    signal: float | Tensor = 0.0
+    noise: float | Tensor = 0.0
+
+    def note(self, above: Sequence[Tensor], products: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Look at some of the results of a chunk. Elements that did not move at all were not rounded either."""
+        for returned, (difference, g) in zip(above, products, strict=True):
+            few = max(1, _LOOKED_AT // max(1, g.numel()))
+            some = slice(None, None, -(-len(difference) // few))
+            moved = difference[some]
+            size = returned.view(difference.shape)[some].to(moved.dtype)
+            self.signal = self.signal + (moved * g).square().sum()
+            self.noise = self.noise + (size * g * (moved != 0)).square().sum()
+
+    def check(self, where: str) -> None:
+        """Raise where rounding is a quarter of what was seen, or more."""
+        noise = float(self.noise) ** 0.5 * self.unit * _SPREAD
+        seen = float(self.signal) ** 0.5
+        if noise > seen / 4 > 0:
+            raise PrecisionError(
+                f"differences of queries that perturbed {where} drown in rounding (about {noise / seen:.0%} of them): "
+                "what is returned hardly depends on it, as behind a saturated sigmoid. Compute this part in a wider "
+                "dtype, give a larger step, or let structure carry the cotangent: assume='structure'"
+            )
 
 
 def _difference(above: Tensor, below: Tensor, wide: torch.dtype, copies: int) -> Tensor:

@@ -171,6 +171,7 @@ def _estimate(
             base=base,
             where=where,
             precision=precision,
+            noisy=graph.noise is not None or state.plan.noise is not None or state.plan.mu is not None,
         )
 
     if probe.coloring is None or probe.coloring.spacing is None:
