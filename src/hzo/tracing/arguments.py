@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from hzo.errors import TraceError
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,11 @@ class Extent:
 def map_arguments(function: Callable[[Any], Any], argument: Any) -> Any:
     """Apply ``function`` to every leaf of nested tuples, lists, dicts and slices, keeping their structure."""
     if isinstance(argument, (tuple, list)):
+        if isinstance(argument, PackedSequence):
+            raise TraceError(
+                "the model packs sequences (PackedSequence), which mixes samples in one dimension; a plan cannot "
+                "tell them apart: take the gradient without a plan (hzo.backward(model, ...) or hzo.record())"
+            )
         items = [map_arguments(function, item) for item in argument]
         if hasattr(argument, "_fields"):
             return type(argument)(*items)

@@ -29,7 +29,10 @@ def link(module: nn.Module, first: Recording, second: Recording, batch: int, *, 
     ``named``: the model names its stages, so the recording's are taken; else the graph is cut where it is narrow.
     """
     if [c.name for c in first.calls] != [c.name for c in second.calls]:
-        raise TraceError(f"the forward pass does different things for {batch} and {batch + 1} samples; {BY_HAND}")
+        raise TraceError(
+            f"the forward pass does different things for {batch} and {batch + 1} samples. If it makes a table at its "
+            f"first call and keeps it, run the model once before; otherwise {BY_HAND}"
+        )
     dependent = [False] * len(first.tensors)  # on the inputs or on the batch size
     derived = [False] * len(first.tensors)  # from a trainable parameter, and not dependent
     for value in first.inputs:
@@ -118,6 +121,12 @@ def _merge(one: Any, other: Any, batch: int, name: str) -> Any:
     def pair(a: Any) -> Any:
         b = next(others)
         if isinstance(a, Tensor) and isinstance(b, Tensor):
+            if torch._C._functorch.is_functorch_wrapped_tensor(a):
+                raise TraceError(
+                    f"{name} runs inside torch.vmap or torch.func, where a plan cannot follow it; take the gradient "
+                    "without a plan (hzo.backward(model, ...) or hzo.record()), or make the part a black box "
+                    "(hzo.blackbox)"
+                )
             if a.shape == b.shape and torch.equal(a, b):
                 return a
             raise TraceError(f"{name} uses a tensor that changes with the input in a way not seen; {BY_HAND}")

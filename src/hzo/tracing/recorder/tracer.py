@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
+from hzo._options import function
 from hzo.distributed import refuse_all_wrappers
 from hzo.errors import InputError, TraceError
 from hzo.execution import contained, counting
@@ -49,6 +51,8 @@ def trace(model: nn.Module | Chain | Callable[..., Any], x: Any) -> Chain:
         InputError: empty or unequal batches.
         NondeterministicError: see ``hzo.plan``, which decides.
     """
+    if not isinstance(model, Chain):
+        function("the model", model)
     module = model.model if isinstance(model, Chain) else model if isinstance(model, nn.Module) else Stages([model])
     refuse_all_wrappers(
         module,
@@ -57,6 +61,7 @@ def trace(model: nn.Module | Chain | Callable[..., Any], x: Any) -> Chain:
     )
     if any(nn.parameter.is_lazy(p) for p in module.parameters()):
         raise InputError("the model has parameters without a shape yet (LazyLinear, ...); run it once: model(x)")
+    _refuse_hidden(module)
     args, kwargs = call_arguments(x)
     nominal = batch_size(args, kwargs)
     batch = min(nominal, _SAMPLES)
@@ -76,9 +81,20 @@ def trace(model: nn.Module | Chain | Callable[..., Any], x: Any) -> Chain:
     return Chain(module, graph)
 
 
+def _refuse_hidden(module: nn.Module) -> None:
+    """Parts whose inside cannot be seen, and which would need more than one look."""
+    for name, part in module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            raise TraceError(
+                f"{name or 'the model'} is TorchScript, whose inside a plan cannot see; use the Python module that "
+                "it was made of, make it a black box (hzo.blackbox), or take the gradient without a plan "
+                "(hzo.backward(model, ...))"
+            )
+
+
 def call_arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """How a model is called with ``x``: a tuple or list as positional, a dict as keyword arguments."""
-    if isinstance(x, (tuple, list)):
+    if isinstance(x, (tuple, list)) and not isinstance(x, PackedSequence):
         return tuple(x), {}
     if isinstance(x, dict):
         return (), x
@@ -92,6 +108,11 @@ def requires_gradient(tensor: Tensor) -> bool:
 
 def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """The size of dimension 0, which all input tensors share."""
+    if any(isinstance(given, PackedSequence) for given in (*args, *kwargs.values())):
+        raise InputError(
+            "a PackedSequence holds no batch in dimension 0, which a plan needs; pack inside the model, or take the "
+            "gradient without a plan (hzo.backward(model, ...) or hzo.record())"
+        )
     tensors = tensors_in((args, kwargs))
     if not tensors:
         raise InputError("expected a tensor with the batch first among the model's inputs, got none")
@@ -114,7 +135,9 @@ def signature(module: nn.Module, x: Any) -> tuple[Any, ...]:
         for t in flat
     )
     # What a forward pass branches on in Python is recorded as it was; whole numbers are left out, as calls are counted.
-    modules = tuple((id(m), *((k, v) for k, v in vars(m).items() if type(v) in _OPTIONS)) for m in module.modules())
+    modules = tuple(
+        (id(m), untouched(m), *((k, v) for k, v in vars(m).items() if type(v) in _OPTIONS)) for m in module.modules()
+    )
     # Which parameters are one and the same matters, not which tensors hold their values: those may be swapped.
     first: dict[int, int] = {}
     trainable = tuple(
