@@ -187,7 +187,7 @@ def _paired(rows: Tensor, at: Tensor, upper: Tensor, lower: Tensor, h: Tensor, w
     gap = upper.to(at.dtype) - lower.to(at.dtype)
     if not bool(gap.isfinite().all()):
         raise StepError(
-            f"a step of {float(h.max()):.3g} leaves the range of {rows.dtype} in {where}; give a smaller step, or bounds="
+            f"a step of {float(h.max()):.3g} leaves the range of {rows.dtype} in {where}; give a smaller step"
         )
     if not bool(gap.all()):
         raise _vanishing(at, h, where, rows.dtype)
