@@ -1,6 +1,7 @@
 """Every Python snippet of README and docs runs as it is written: sh scripts/docs.sh, or pytest README.md docs.
 
-Snippets of one page run in order and share their names, as a reader would type them. Without the extra ``docs`` there are none.
+Snippets of one page run in order and share their names, as a reader would type them. Without the extra
+``docs`` none is found.
 """
 
 import os
