@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+
+import torch
+
 from hzo.errors import InputError
 
 
@@ -14,8 +18,8 @@ def positive(what: str, value: object, otherwise: str = "") -> float:
     Raises:
         InputError: it is no number, or not positive and finite.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-        raise InputError(f"expected a positive finite {what}, got {value!r}{_behind(otherwise)}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= _LARGEST:
+        raise InputError(f"expected a positive finite {what}, got {_shown(value)}{_behind(otherwise)}")
     return float(value)
 
 
@@ -28,6 +32,43 @@ def whole(what: str, value: object, otherwise: str = "") -> int:
     if type(value) is not int or value < 1:
         raise InputError(f"expected {what} to be a whole number from 1 on, got {value!r}{_behind(otherwise)}")
     return value
+
+
+def factor(scale: object) -> float:
+    """The factor on gradients that a caller gave, as a number.
+
+    Raises:
+        InputError: neither a number nor a tensor of one.
+    """
+    try:
+        return float(scale)  # type: ignore[arg-type]  # what does not fit raises
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(
+            "expected scale to be a number or a tensor of one, such as scaler.scale(torch.ones(())), got "
+            f"{_shown(scale)}"
+        ) from None
+
+
+def function(what: str, value: object) -> None:
+    """Whether something can be called.
+
+    Raises:
+        InputError: it cannot; or it is the class of a module instead of a module.
+    """
+    if not callable(value):
+        raise InputError(f"expected {what} to be a function or module, got {_shown(value)}")
+    if isinstance(value, type) and issubclass(value, torch.nn.Module):
+        raise InputError(
+            f"expected {what} to be a module, got the class {value.__name__}; make one: {value.__name__}()"
+        )
+
+
+_LARGEST = sys.float_info.max
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"
 
 
 def _behind(otherwise: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isfinite
+from sys import float_info
 
 import torch
 from torch import Tensor
@@ -34,8 +34,8 @@ class Noise:
             level = getattr(self, name)
             levels = tuple(level) if isinstance(level, Sequence) else level
             for std in levels if isinstance(levels, tuple) else (levels,):
-                if isinstance(std, bool) or not isinstance(std, (int, float)) or not (isfinite(std) and std >= 0):
-                    raise InputError(f"expected {name} noise to be a standard deviation ≥ 0, got {std!r}")
+                if isinstance(std, bool) or not isinstance(std, (int, float)) or not 0 <= std <= float_info.max:
+                    raise InputError(f"expected {name} noise to be a standard deviation ≥ 0, got {repr(std)[:60]}")
             object.__setattr__(self, name, levels)
 
     def readout_of(self, stage: int) -> float:

@@ -65,6 +65,6 @@ def test_a_prompt_shows_a_line_that_helps():
         hzo.backward(chain, mse_loss, X, Y, plan=plan)
     assert f"queries={count.queries}" in repr(count)
     assert "tanh" in repr(hzo.blackbox(torch.tanh))
-    assert "0 of 2 workers" in repr(hzo.simulator(["cat"], workers=2))
+    assert "0 of 2 running" in repr(hzo.simulator(["cat"], copies=2))
     report = hzo.check_gradient(chain.model, mse_loss, X, Y)
     assert repr(report) == str(report)

@@ -314,10 +314,15 @@ class Guarded(nn.Module):
         try:
             # Python's numbers are double, whatever torch would make of them.
             wide = {float: torch.float64, complex: torch.complex128}.get(type(result))
+            if (
+                getattr(getattr(result, "dtype", None), "isnative", True) is False
+            ):  # an array of another machine's order
+                result = result.astype(result.dtype.newbyteorder("="))
             return torch.as_tensor(result, dtype=wide).detach().to(device=device)
         except (TypeError, ValueError, RuntimeError) as error:
             raise InputError(
-                f"{self}, in {counting.being_done()}, returned a {type(result).__name__}; expected tensors or arrays"
+                f"{self}, in {counting.being_done()}, returned {_kind(result)}; expected tensors or "
+                "arrays of a dtype that torch knows"
             ) from error
 
     def _checked(self, results: Sequence[Any], inputs: Sequence[Tensor], samples: int) -> list[Tensor]:
@@ -349,6 +354,11 @@ class Guarded(nn.Module):
 
     def __str__(self) -> str:
         return f"the black box {self.hzo_box}"
+
+
+def _kind(result: Any) -> str:
+    dtype = getattr(result, "dtype", None)
+    return f"a {type(result).__name__}" + ("" if dtype is None else f" of dtype {dtype}")
 
 
 def _owned(result: Any, watched: bool) -> Any:

@@ -307,8 +307,8 @@ def _written(what: Any) -> bytes:
 def _not_sent(error: BaseException) -> QueryError:
     return QueryError(
         f"it, or what it was given or returned, cannot be sent to a worker ({_said(error)}); define the part at the "
-        "top of a module that the workers can import, or take an executor that sends code as well (loky, dask, Ray), or "
-        "threads"
+        "top of a module that the workers can import, or take an executor that sends code as well (loky, dask, Ray), "
+        "or threads"
     )
 
 

@@ -185,6 +185,10 @@ def stencil(
 def _paired(rows: Tensor, at: Tensor, upper: Tensor, lower: Tensor, h: Tensor, where: str) -> Stencil:
     """Two places and the distance that rounding left between them."""
     gap = upper.to(at.dtype) - lower.to(at.dtype)
+    if not bool(gap.isfinite().all()):
+        raise StepError(
+            f"a step of {float(h.max()):.3g} leaves the range of {rows.dtype} in {where}; give a smaller step"
+        )
     if not bool(gap.all()):
         raise _vanishing(at, h, where, rows.dtype)
     weight = 1 / gap

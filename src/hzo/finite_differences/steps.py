@@ -89,12 +89,17 @@ def stepped(tensor: Tensor, step: float | Tensor, scheme: Scheme, where: str) ->
     the accumulation dtype; dividing by it instead of by the nominal step removes the rounding of the perturbed state.
 
     Raises:
-        StepError: the step is lost in rounding for some element.
+        StepError: the step is lost in rounding for some element, or leaves the range of the dtype.
     """
     upper = tensor + step
     lower = tensor - step if scheme == "central" else tensor
     wide = accumulation_dtype(tensor.dtype)
     distance = upper.to(wide) - lower.to(wide)
+    if not bool(distance.isfinite().all()):
+        raise StepError(
+            f"a step of {float(torch.as_tensor(step).max()):.3g} leaves the range of {tensor.dtype} in {where}; give a "
+            "smaller step"
+        )
     if not bool((distance > 0).all()):
         largest = float(tensor.abs().max())
         smallest = float(torch.as_tensor(step).min())

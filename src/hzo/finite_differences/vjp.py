@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hzo._options import function
 from hzo.errors import InputError, NonFiniteError, PrecisionError
 from hzo.execution import RandomState, contained, counting, devices_of, random_state, set_random_state
 from hzo.finite_differences.probes import Probe, States, decode
@@ -54,9 +55,9 @@ def directions_per_chunk(bytes_per_direction: int, memory: int | None, device: t
 
     Room for one more is left to what a node needs once: the moved rows, their distance, the result.
     """
-    if memory is not None and memory <= 0:
+    if memory is not None and (isinstance(memory, bool) or not isinstance(memory, (int, float)) or memory <= 0):
         raise InputError(
-            f"expected a positive memory budget in bytes, got {memory}; None takes a share of what is free"
+            f"expected a positive memory budget in bytes, got {memory!r}; None takes a share of what is free"
         )
     return max(1, (memory or default_memory(device)) // max(bytes_per_direction, 1) - 1)
 
@@ -220,6 +221,7 @@ def estimate_vjp(
     """
     check_scheme(scheme)
     step = check_step(step)
+    function("f", f)
     inputs = a if isinstance(a, tuple) else (a,)
     cotangents = cotangent if isinstance(cotangent, tuple) else (cotangent,)
     batch = _check_vjp_arguments(inputs, cotangents, elementwise)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from hzo._options import factor as factor_of
+from hzo._options import function
 from hzo.distributed import averaged, kind_of_wrapper, refuse_wrappers, unwrapped
 from hzo.execution import contained, undone_on_error
 from hzo.gradients.backward_sweep import Cotangents, sweep
@@ -63,7 +65,7 @@ def backward(
         TapeError: the gradient leads through something that was not recorded.
         See ``hzo.trace`` and ``hzo.plan`` for what they raise.
     """
-    factor = float(scale)
+    factor = factor_of(scale)
     if _on_tape(model, plan, options):
         found_leaves, loss = gradients_of(model, loss_fn, x, y)
         accumulate([(leaf, g * factor if factor != 1 else g) for leaf, g in found_leaves])
@@ -160,6 +162,7 @@ def _estimate(
     options: dict[str, Any],
     keep: bool = False,
 ) -> tuple[Gradients, BasePass, tuple[Graph, Cotangents]]:
+    function("loss_fn", loss_fn)
     refuse_wrappers(model.model if isinstance(model, Chain) else model)
     model = unwrapped(model)
     chain, found = prepare(model, x, plan, options)

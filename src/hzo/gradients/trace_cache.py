@@ -96,8 +96,8 @@ def traced_for(model: Chain | nn.Module, x: Any, *, strict: bool, anew: bool = F
             return model
         if strict:
             raise PlanError(
-                "the chain was traced for another input shape, dtype, device or mode (train, eval, autocast, trainable "
-                "parameters) than it is used with; trace and plan again: chain = hzo.trace(model, x)"
+                "the chain was traced for another input shape, dtype, device or mode (train, eval, autocast, hooks, "
+                "trainable parameters) than it is used with; trace and plan again: chain = hzo.trace(model, x)"
             )
     kept = module.__dict__.setdefault(_Kept.name, _Kept())
     if wanted not in kept or anew:

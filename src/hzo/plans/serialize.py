@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from math import isfinite
 from os import PathLike
 from pathlib import Path
+from sys import float_info
 from typing import Any, get_args
 
 from hzo._files import replace_file
@@ -30,6 +31,7 @@ from hzo.tracing import Chain, Graph
 
 FORMAT = "hzo plan"
 VERSION = 2
+_MOST = 10**15  # of anything that is counted; what is beyond it is no plan
 _AGAIN = "restore the file, or make the plan again with hzo.plan and save it with hzo.save_plan"
 
 
@@ -41,6 +43,8 @@ def save_plan(plan: Plan, path: str | PathLike[str]) -> None:
     """
     if not isinstance(plan, Plan):
         raise InputError(f"expected a plan made by hzo.plan, got a {type(plan).__name__}")
+    if not isinstance(path, (str, PathLike)):
+        raise InputError(f"expected the path of a file to write the plan to, got {path!r}")
     try:
         replace_file(Path(path), _text(plan).encode())
     except OSError as error:
@@ -66,6 +70,8 @@ def load_plan(chain: Chain, path: str | PathLike[str]) -> Plan:
             "hzo.load_plan(chain, path)"
         )
     graph = chain.traced
+    if not isinstance(path, (str, PathLike)):
+        raise InputError(f"expected the path of a plan's file, got {path!r}")
     values = _Fields(_read(Path(path)), str(path))
     _check_format(values)
     if (found := values.take("fingerprint")) != graph.fingerprint:
@@ -206,13 +212,15 @@ def _whole(low: int) -> Callable[[Any], int]:
     def check(value: Any) -> int:
         if type(value) is not int or value < low:
             raise PlanError(f"expected a whole number from {low} on, got {_short(value)}")
+        if value > _MOST:
+            raise PlanError(f"expected a whole number up to {_MOST:,}, got {_short(value)}")
         return value
 
     return check
 
 
 def _at_least_zero(value: Any) -> float:
-    if type(value) not in (int, float) or not value >= 0:
+    if type(value) not in (int, float) or not value >= 0 or (type(value) is int and value > float_info.max):
         raise PlanError(f"expected a number from 0 on, got {_short(value)}")
     return float(value)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from hzo._options import function
 from hzo.distributed import averaged, refuse_wrappers, unwrapped
 from hzo.errors import InputError, NonFiniteError
 from hzo.reverse.step import Gradients, RecordedStep, record
@@ -23,16 +24,14 @@ def recorded_loss(
     Raises:
         InputError: the loss is no tensor of floating-point numbers. NonFiniteError: NaN or infinity in the input.
     """
-    for tensor in pytree.tree_leaves(x):
-        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise NonFiniteError("the input x holds NaN or infinity; clean the data before training on it")
+    check_step(model, loss_fn, x)
     x, y = pytree.tree_map_only(Tensor, as_data, (x, y))
     refuse_wrappers(model)
     model = unwrapped(model)
     args, kwargs = call_arguments(x)
     modules = [m for m in (model, loss_fn) if isinstance(m, nn.Module)]
     with record(*modules, keep=keep) as step:
-        output = model(*args, **kwargs)
+        output = _output(model, x, args, kwargs)
         loss = loss_fn(output) if y is None else loss_fn(output, y)
         if not isinstance(loss, Tensor):
             raise InputError(
@@ -40,6 +39,55 @@ def recorded_loss(
                 "score without a derivative goes through hzo.smoothed"
             )
     return step, loss
+
+
+def check_step(model: Any, loss_fn: Any, x: Any) -> None:
+    """What would fail somewhere inside, and can be said before.
+
+    Raises:
+        InputError: model or loss cannot be called, or hold no numbers. NonFiniteError: NaN or infinity in the input.
+    """
+    function("the model", model)
+    function("loss_fn", loss_fn)
+    for name, parameter in model.named_parameters() if isinstance(model, nn.Module) else ():
+        if nn.parameter.is_lazy(parameter):
+            continue  # gets its shape in the first call
+        if parameter.is_meta:
+            raise InputError(
+                f"the parameter {name} is on the meta device and holds no numbers; load or make them first"
+            )
+        if parameter.is_inference():
+            raise InputError(
+                f"the parameter {name} was made under torch.inference_mode(), where PyTorch keeps no track of it; "
+                "make the model outside of it"
+            )
+    for tensor in pytree.tree_leaves(x):
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            continue
+        if tensor.is_nested:
+            raise InputError(
+                "the input x is a nested tensor, which hzo does not follow; pad it: x.to_padded_tensor(0.0)"
+            )
+        if tensor.is_meta:
+            raise InputError("the input x is on the meta device and holds no numbers; give real data")
+        if tensor.layout != torch.strided:
+            continue  # sparse: what comes of it is looked at in the loss
+        if not bool(tensor.isfinite().all()):
+            raise NonFiniteError("the input x holds NaN or infinity; clean the data before training on it")
+
+
+def _output(model: Callable[..., Any], x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The model's result; where it was given no tensor and fails, this is said."""
+    try:
+        return model(*args, **kwargs)
+    except TypeError as error:
+        if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(x)):
+            raise
+        raise InputError(
+            f"the model could not be called with x, a {type(x).__name__} without a tensor in it: {error}. Give "
+            "tensors, such as torch.as_tensor(x); a list or tuple is passed as positional, a dict as keyword "
+            "arguments"
+        ) from error
 
 
 def as_data(tensor: Tensor) -> Tensor:

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import maybe_current_level
 
+from hzo._options import factor as factor_of
 from hzo.errors import DistributedError, InputError, NonFiniteError, TapeError
 from hzo.reverse.walk import sweep
 from hzo.rules.registry import LEAN
@@ -55,7 +57,7 @@ class RecordedStep:
             InputError: the loss is no such tensor. NonFiniteError: it is NaN or infinite; says where that began.
             TapeError: the gradient leads through something that was not recorded.
         """
-        factor = float(scale)
+        factor = factor_of(scale)
         gradients = self.gradients(loss, retain_graph=retain_graph)
         accumulate(_one_by_one(gradients) if factor == 1 else [(leaf, g * factor) for leaf, g in gradients])
 
@@ -242,6 +244,11 @@ def record(*modules: nn.Module, keep: bool = False) -> Iterator[RecordedStep]:
 
     Cost: one forward pass, and some microseconds a call. Source: ours.
     """
+    if maybe_current_level() is not None:
+        raise TapeError(
+            "hzo.record and hzo.backward do not run inside torch.func or torch.vmap; put the transform inside of "
+            "the block: with hzo.record() as tape: loss = torch.vmap(f)(x).mean()"
+        )
     recorder = Recorder(keep, lean=LEAN)
     recorder.undo.remember_modules(inner for module in modules for inner in module.modules())
     try:

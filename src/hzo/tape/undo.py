@@ -41,7 +41,9 @@ class Undo:
 
     def remember_modules(self, modules: Iterable[nn.Module]) -> None:
         """Note mode flags, and which tensors modules hold under which name."""
-        self._modules += [(m, m.training, dict(m._parameters), dict(m._buffers)) for m in modules]
+        # TorchScript's own hold their tensors elsewhere, under names that cannot change.
+        own = (m for m in modules if not isinstance(m, torch.jit.ScriptModule))
+        self._modules += [(m, m.training, dict(m._parameters), dict(m._buffers)) for m in own]
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -6,17 +6,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from hzo.errors import InputError
 from hzo.tracing.arguments import tensors_in
+from hzo.tracing.promises import untouched
 
 _OPTIONS = (bool, float, str)
 
 
 def call_arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """How a model is called with ``x``: a tuple or list as positional, a dict as keyword arguments."""
-    if isinstance(x, (tuple, list)):
+    if isinstance(x, (tuple, list)) and not isinstance(x, PackedSequence):
         return tuple(x), {}
     if isinstance(x, dict):
         return (), x
@@ -30,6 +32,11 @@ def requires_gradient(tensor: Tensor) -> bool:
 
 def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """The size of dimension 0, which all input tensors share."""
+    if any(isinstance(given, PackedSequence) for given in (*args, *kwargs.values())):
+        raise InputError(
+            "a PackedSequence holds no batch in dimension 0, which a plan needs; pack inside the model, or take the "
+            "gradient without a plan (hzo.backward(model, ...) or hzo.record())"
+        )
     tensors = tensors_in((args, kwargs))
     if not tensors:
         raise InputError("expected a tensor with the batch first among the model's inputs, got none")
@@ -52,7 +59,9 @@ def signature(module: nn.Module, x: Any) -> tuple[Any, ...]:
         for t in flat
     )
     # What a forward pass branches on in Python is recorded as it was; whole numbers are left out, as calls are counted.
-    modules = tuple((id(m), *((k, v) for k, v in vars(m).items() if type(v) in _OPTIONS)) for m in module.modules())
+    modules = tuple(
+        (id(m), untouched(m), *((k, v) for k, v in vars(m).items() if type(v) in _OPTIONS)) for m in module.modules()
+    )
     # Which parameters are one and the same matters, not which tensors hold their values: those may be swapped.
     first: dict[int, int] = {}
     trainable = tuple(

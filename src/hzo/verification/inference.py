@@ -69,6 +69,10 @@ def infer_structure(module: nn.Module, x: Tensor, *, seed: int = 0) -> InferredS
     Raises:
         InputError: ``x`` or the output is not one floating tensor with the batch first.
     """
+    if not isinstance(module, nn.Module):
+        raise InputError(
+            f"hzo.infer_structure expects a module, got {type(module).__name__}; wrap a function: hzo.Chain([f]).model"
+        )
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2 or not x.numel():
         raise InputError(
             "hzo.infer_structure expects a floating tensor x of shape (B, …), at least one axis to a sample"

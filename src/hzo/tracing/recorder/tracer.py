@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from hzo._options import function
 from hzo.distributed import refuse_all_wrappers
 from hzo.errors import HzoError, TraceError
 from hzo.execution import contained, counting
@@ -53,6 +54,8 @@ def trace(model: nn.Module | Chain | Callable[..., Any], x: Any, *, samples: int
         TraceError: what the model does cannot be recorded. InputError: empty or unequal batches.
         NondeterministicError: see ``hzo.plan``, which decides.
     """
+    if not isinstance(model, Chain):
+        function("the model", model)
     module = model.model if isinstance(model, Chain) else model if isinstance(model, nn.Module) else Stages([model])
     refuse_all_wrappers(
         module,

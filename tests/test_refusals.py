@@ -1,0 +1,269 @@
+"""What users bring that hzo cannot take: each ends in an error of hzo's own that says what to do, and changes nothing.
+
+Errors of the user's own code pass through as they are.
+"""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import hzo
+from hzo.errors import HzoError, InputError, NonFiniteError, PlanError, StepError, TapeError, TraceError
+
+X, Y = torch.randn(10, 6), torch.randint(0, 3, (10,))
+PLAN = {"tree": "bisect", "assume": "nothing"}
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+class Packed(nn.Module):
+    def __init__(self, packs):
+        super().__init__()
+        self.lstm, self.packs = nn.LSTM(6, 3, batch_first=True), packs
+
+    def forward(self, x):
+        x = pack_padded_sequence(x, [5] * x.shape[0], batch_first=True) if self.packs else x
+        return self.lstm(x)[1][0][-1]
+
+
+class Cached(nn.Module):
+    """Makes a table at its first call."""
+
+    def __init__(self, of_weights):
+        super().__init__()
+        self.weight, self.of_weights, self.table = nn.Parameter(torch.randn(6, 3)), of_weights, None
+
+    def forward(self, x):
+        if self.table is None:
+            self.table = 2 * self.weight if self.of_weights else torch.arange(18.0).reshape(6, 3).cos()
+        return x @ self.table if self.of_weights else x @ (self.weight * self.table)
+
+
+class Mapped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = mlp()
+
+    def forward(self, x):
+        return torch.vmap(self.inner)(x)
+
+
+def scripted_after_training():
+    model = torch.jit.script(mlp())
+    for _ in range(4):
+        cross_entropy(model(X), Y).backward()
+    model.zero_grad()
+    return model
+
+
+def packed_batch():
+    return pack_padded_sequence(torch.randn(4, 5, 6), [5, 4, 3, 2], batch_first=True)
+
+
+def under_inference():
+    with torch.inference_mode():
+        return mlp()
+
+
+CASES = {
+    "TorchScript, plan": (lambda: (torch.jit.script(mlp()), X), PLAN, TraceError, "Python module"),
+    "TorchScript inside, plan": (
+        lambda: (nn.Sequential(nn.Linear(6, 6), torch.jit.trace(mlp(), X)), X),
+        PLAN,
+        TraceError,
+        "1 is TorchScript",
+    ),
+    "PackedSequence, plan": (lambda: (Packed(False), packed_batch()), PLAN, InputError, "without a plan"),
+    "packs inside, plan": (lambda: (Packed(True), torch.randn(4, 5, 6)), PLAN, TraceError, "without a plan"),
+    "vmap, plan": (lambda: (Mapped(), X), PLAN, TraceError, "without a plan"),
+    "table, plan": (lambda: (Cached(False), X), PLAN, TraceError, "run the model once before"),
+    "NumPy": (lambda: (mlp(), X.numpy()), {}, InputError, "torch.as_tensor"),
+    "big-endian NumPy": (lambda: (mlp(), X.numpy().astype(">f4")), {}, InputError, "torch.as_tensor"),
+    "a list": (lambda: (mlp(), X.tolist()), {}, InputError, "positional"),
+    "None": (lambda: (mlp(), None), {}, InputError, "Give tensors"),
+    "meta input": (lambda: (mlp(), X.to("meta")), {}, InputError, "real data"),
+    "meta model": (lambda: (mlp().to("meta"), X), {}, InputError, "0.weight"),
+    "inference-mode model": (lambda: (under_inference(), X), {}, InputError, "outside of it"),
+    "nested tensor": (
+        lambda: (mlp(), torch.nested.nested_tensor([torch.randn(3, 6), torch.randn(2, 6)])),
+        {},
+        InputError,
+        "pad",
+    ),
+    "no model": (lambda: (None, X), {}, InputError, "hzo.Chain"),
+    "scale": (lambda: (mlp(), X), {"scale": "x"}, InputError, "scaler.scale"),
+    "scales": (lambda: (mlp(), X), {"scale": torch.ones(3)}, InputError, "tensor of one"),
+    "memory": (lambda: (mlp(), X), {"memory": "1GB", **PLAN}, InputError, "bytes"),
+    "1e300": (lambda: (mlp(), X), {"step": 1e300, **PLAN}, StepError, "leaves the range"),
+    "1e30": (lambda: (mlp(), 1e30 * X), PLAN, NonFiniteError, "NaN or infinity"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_refused_with_a_way_on(name):
+    make, options, error, message = CASES[name]
+    model, x = make()
+    y = Y[:4] if isinstance(model, Packed) else Y
+    with pytest.raises(error, match=message):
+        hzo.backward(model, cross_entropy, x, y, **options)
+    if isinstance(model, nn.Module):
+        assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_script_that_compiled_its_own_backward():
+    """Its undo met TorchScript's dictionaries, and hid what it had to say."""
+    with pytest.raises(TapeError, match="TorchScript"):
+        hzo.backward(scripted_after_training(), cross_entropy, X, Y)
+
+
+@pytest.mark.parametrize("loss", [None, "mse", nn.CrossEntropyLoss])
+@pytest.mark.parametrize("options", [{}, PLAN])
+def test_losses_that_cannot_be_called(loss, options):
+    with pytest.raises(InputError, match="loss_fn"):
+        hzo.backward(mlp(), loss, X, Y, **options)
+
+
+def test_a_table_of_weights_that_was_kept():
+    model = Cached(True)
+    hzo.backward(model, cross_entropy, X, Y)
+    with pytest.raises(TapeError, match="before the recording"):
+        hzo.backward(model, cross_entropy, X, Y)
+
+
+@pytest.mark.parametrize("change", ["hook", "pre-hook", "global hook", "layer", "forward"])
+def test_a_chain_that_changed_after_it_was_traced(change):
+    model = mlp()
+    chain = hzo.trace(model, X)
+    plan = hzo.plan(chain, **PLAN)
+    handle = None
+    if change == "hook":
+        model[1].register_forward_hook(lambda module, args, out: 2 * out)
+    elif change == "pre-hook":
+        model[2].register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    elif change == "global hook":
+        handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: None)
+    elif change == "layer":
+        model[1] = nn.ReLU()
+    else:
+        model[1].forward = torch.sin
+    try:
+        with pytest.raises(PlanError, match="trace and plan again"):
+            hzo.backward(chain, cross_entropy, X, Y, plan=plan)
+    finally:
+        if handle is not None:
+            handle.remove()
+    hzo.backward(model, cross_entropy, X, Y, **PLAN)  # without a chain it is traced anew
+
+
+@pytest.mark.parametrize("transform", [torch.vmap, torch.func.grad])
+def test_inside_transforms(transform):
+    model = mlp()
+
+    def step(x):
+        with hzo.record() as tape:
+            loss = model(x).sum()
+        tape.backward(loss)
+        return loss
+
+    with pytest.raises(TapeError, match="inside of the block"):
+        transform(step)(X)
+
+
+def test_packed_sequences_go_without_a_plan():
+    model, x = Packed(False), packed_batch()
+    hzo.backward(model, cross_entropy, x, Y[:4])
+    found = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    cross_entropy(model(x), Y[:4]).backward()
+    for mine, exact in zip(found, model.parameters(), strict=True):
+        torch.testing.assert_close(mine, exact.grad)
+
+
+@pytest.mark.parametrize("dtype", [">f4", ">f8", ">i4"])
+def test_big_endian_arrays_of_a_part(dtype):
+    x = X.clone().requires_grad_()
+    box = hzo.blackbox(lambda a: (3 * a).astype(dtype), numpy=True, step=0.5)
+    y = box(x)
+    assert torch.equal(y, torch.from_numpy((3 * X.numpy()).astype(dtype.replace(">", "<"))).to(y.dtype))
+    y.sum().backward()
+    if dtype != ">i4":
+        torch.testing.assert_close(x.grad, torch.full_like(x, 3.0))
+
+
+def test_steps_of_a_part_beyond_the_range():
+    with pytest.raises(StepError, match="leaves the range"):
+        hzo.blackbox(torch.tanh, step=1e300)(X.clone().requires_grad_()).sum().backward()
+
+
+def test_arrays_that_torch_does_not_know():
+    with pytest.raises(InputError, match=r"of dtype (float|longdouble)"):
+        hzo.blackbox(lambda a: a.astype(np.longdouble), numpy=True)(X.clone().requires_grad_())
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    chain = hzo.trace(mlp(), X)
+    path = tmp_path_factory.mktemp("plan") / "plan.json"
+    hzo.save_plan(hzo.plan(chain, noise=hzo.Noise(1e-3), target_cosine=0.9, **PLAN), path)
+    return chain, json.loads(path.read_text()), path.with_name("changed.json")
+
+
+def places(value, path=()):
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value[:2]) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield from places(inner, (*path, key))
+
+
+WRONG = [10**400, 1e30, -1, float("nan"), float("inf"), "x", None, [], True, [[[1]]], {}]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=[str(w)[:8] for w in WRONG])
+def test_a_plan_file_with_a_wrong_value_anywhere(saved, wrong):
+    """Either it is refused by an error of hzo's, or what was loaded can be printed."""
+    chain, content, path = saved
+    refused = 0
+    for place in places(content):
+        changed = json.loads(json.dumps(content))
+        inner = changed
+        for key in place[:-1]:
+            inner = inner[key]
+        if place:
+            inner[place[-1]] = wrong
+        path.write_text(json.dumps(changed if place else wrong))
+        try:
+            print(hzo.load_plan(chain, path))
+        except HzoError:
+            refused += 1
+    assert refused > 15
+
+
+@pytest.mark.parametrize(
+    "content", [b"", bytes(range(256)), b"[" * 100_000, b"1" * 5000, b'{"format": 1e999}', "{}".encode("utf-16")]
+)
+def test_files_that_are_no_plans(saved, content):
+    chain, _, path = saved
+    path.write_bytes(content)
+    with pytest.raises(PlanError):
+        hzo.load_plan(chain, path)
+    for no_path in (None, 3):
+        with pytest.raises(InputError, match="path"):
+            hzo.load_plan(chain, no_path)
+
+
+def test_errors_of_the_users_own_pass_through():
+    class Fails(nn.Module):
+        def forward(self, x):
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        hzo.backward(Fails(), cross_entropy, X, Y)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        hzo.backward(mlp(), cross_entropy, torch.randn(10, 7), Y)
