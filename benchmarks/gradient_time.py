@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import hzo
-from hzo.execution import base_pass
 from hzo.finite_differences import directions_per_chunk
+from hzo.gradients import base_pass
 from hzo.plans import bytes_per_direction, schedule
 from hzo_lab.records import environment
 
@@ -91,8 +91,9 @@ def peak_bytes(run: object) -> int:
 def held_bytes(chain: hzo.Chain, plan: hzo.Plan, x: Tensor) -> int:
     """What the base pass leaves for the queries, which is not the budget's affair."""
     with torch.no_grad():
-        activities = base_pass(chain.traced, [x], schedule(chain.traced, plan).base_pass)
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in activities.values.values()}
+        activities, _ = base_pass(chain, x, schedule(chain.traced, plan).base_pass)
+    tensors = [t for t in activities.values if t is not None]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values()) - x.untyped_storage().nbytes()
 
 

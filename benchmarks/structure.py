@@ -165,7 +165,7 @@ def parts(run: Callable[[], None]) -> dict[str, float]:
     for (_, _, function), (_, _, _, cumulative, callers) in entries.items():
         if function == "_estimate" and any(name == "backward" for _, _, name in callers):
             whole = max(whole, cumulative)
-        if function in ("base_pass", "loss_and_cotangent", "parameter_gradients", "vjp_rows"):
+        if function in ("base_pass", "loss_pass", "parameter_gradients", "vjp_rows"):
             add({"vjp_rows": "differences"}.get(function, function.replace("_", " ")), cumulative)
         if function == "run_alone":
             add("(probes)", cumulative)

@@ -156,7 +156,7 @@ FUNCTION = {
     "hzo/external/guard.py": {"torch.enable_grad"},  # does a part use trainable tensors that it has not registered?
 }
 FORWARD_MODE = {"hzo/baselines/_forward_gradient.py"}
-RECORDER = {"hzo/tape/surroundings.py"}
+RECORDER = {"hzo/tape/surroundings.py", "hzo/tape/opaque.py", "hzo/tracing/recorder/run.py"}
 
 
 def autograd_used(tree: ast.AST) -> set[str]:

@@ -27,6 +27,6 @@ def by_hand(target, args, out, grads, *, kwargs=None, weights=(), measure=None):
     op.writes = tuple(
         recorder.new_value(r.detach(), True, op.index, False) if isinstance(r, torch.Tensor) else None for r in out
     )
-    run = measure or (lambda op, args, kwargs, size: op.target(*args, **kwargs))
+    run = measure or (lambda call, args, kwargs, size: call.op.target(*args, **kwargs))
     with torch.no_grad():
         return find_rule(target).vjp(Call(recorder.tape, op, list(grads), Engine(run, ENGINE.again)))

@@ -157,9 +157,8 @@ class Calling(nn.Module):
 
 
 # The operator, what it does in place of what its name says, and how a model comes to call it.
-LIARS = {
+OPERATORS = {
     "matrix product": (aten.bmm.default, lambda f, a, b: f(a * a, b), lambda a, b: a @ b.transpose(1, 2)),
-    "places": (aten.roll.default, lambda f, a, *n: 2 * f(a, *n), lambda a, b: a.roll(1, 1)),
     "rectifier": (aten.relu.default, lambda f, a: F.softplus(a), lambda a, b: a.relu()),
     "softmax": (aten._softmax.default, lambda f, a, *d: f(2 * a, *d), lambda a, b: a.softmax(-1)),
     "maximum": (
@@ -167,18 +166,13 @@ LIARS = {
         lambda f, a, *n: (F.avg_pool2d(a, 2), f(a, *n)[1]),
         lambda a, b: F.max_pool2d(a.unsqueeze(1), 2),
     ),
-    "norm": (
-        aten.native_layer_norm.default,
-        lambda f, a, n, w, b, eps: f(a, n, w, b, 0.1),
-        lambda a, b: F.layer_norm(a, (5,)),
-    ),
     "elementwise": (aten.tanh.default, lambda f, a: f(a + 0.01 * a.roll(1, -1)), lambda a, b: a.tanh()),
 }
 
 
-@pytest.mark.parametrize("name", LIARS)
+@pytest.mark.parametrize("name", OPERATORS)
 def test_operators_that_do_something_else_than_their_name_says(name):
-    operator, lie, use = LIARS[name]
+    operator, lie, use = OPERATORS[name]
     model, x = nn.Sequential(nn.Identity(), Calling(use)), normal(4, 5)
     hzo.check_structure(model, x)
     with Lying(operator, lie):

@@ -103,15 +103,18 @@ def _noise(graph: Graph) -> Callable[[Recorder, int, Tensor], Tensor]:
 
 
 @torch.no_grad()
-def base_pass(chain: Chain, x: Any) -> tuple[Activities, Any]:
+def base_pass(chain: Chain, x: Any, steps: Sequence[Iterable[int]] = ()) -> tuple[Activities, Any]:
     """Run a chain once, as an ordinary forward pass does, and keep what queries will need; also what it returned.
+
+    Args:
+        steps: for every operation the values to let go after it (``Schedule.base_pass``).
 
     Cost: one forward pass (``base_evaluations``). Buffers and random state move as in one ordinary forward pass.
 
     Raises:
         PlanError: the model does something else than when it was traced.
     """
-    with _running(chain, x) as (run, batch):
+    with _running(chain, x, steps) as (run, batch):
         output = run.output
     counting.add(base_evaluations=batch * len(chain.traced.stages))
     return _activities(chain.traced, run.tape, batch), output
@@ -138,7 +141,7 @@ def loss_pass(
     graph = chain.traced
     y = pytree.tree_map_only(Tensor, as_data, y)
     with _running(chain, x, steps) as (run, batch):
-        loss = loss_of(loss_fn, run.output, y, batch)
+        loss = loss_of(loss_fn, run.output, y)
     try:
         seeds, hooks = RecordedStep(run.recorder).seed(loss)
         found = sweep_end(run.tape, run.end, seeds, hooks)

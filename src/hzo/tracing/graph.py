@@ -83,9 +83,10 @@ class Value:
         d = self.batch_dim + 1
         if self.outer > 1:
             tensor = apart(tensor, d, self.outer, batch).movedim(d + 1, 1)
-            return tensor.movedim((d + 1, d + 2), (2, 3)).reshape(tensor.shape[0] * batch, -1)
+            tensor = tensor.movedim((d + 1, d + 2), (2, 3))
+            return tensor.reshape(len(tensor) * batch, tensor[0].numel() // batch)
         moved = tensor.movedim(d, 1) if self.batch_dim else tensor
-        return moved.reshape(tensor.shape[0] * batch, -1)
+        return moved.reshape(len(moved) * batch, moved[0].numel() // batch)
 
     def rows_to_copies(self, rows: Tensor, batch: int) -> Tensor:
         """The inverse of ``copies_to_rows``: (copies, *shape) from (copies × batch, n)."""
@@ -107,7 +108,7 @@ class Value:
         """The value that holds these samples, (batch, *sample_shape)."""
         d = self.batch_dim or 0
         shape = samples.shape
-        split = samples.reshape(*shape[: d + 1], self.outer, -1, *shape[d + 2 :])
+        split = samples.reshape(*shape[: d + 1], self.outer, shape[d + 1] // self.outer, *shape[d + 2 :])
         return split.movedim(0, d + 1).flatten(d, d + 2)
 
 

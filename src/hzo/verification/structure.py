@@ -239,7 +239,19 @@ def _carried(task: _Task, op: Operation, value: int, cotangents: dict[int, Tenso
 def _parameter_checks(task: _Task, op: Operation) -> Found:
     if has_rule(op) and _handed_on(task.graph, op):
         for use in op.parameters:
-            yield "parameter rule", use.name or "a derived operand", _parameter_check(task, op, use)
+            yield "parameter rule", use.name or _derived(task.graph, use), _parameter_check(task, op, use)
+
+
+def _derived(graph: Graph, use: ParameterUse) -> str:
+    """A value derived from parameters, in words that name these."""
+    behind, names = [use.value], []
+    while behind:
+        value = behind.pop()
+        if value in graph.names:
+            names.append(graph.names[value])
+        elif graph.values[value].producer >= 0:
+            behind += graph.operations[graph.values[value].producer].reads
+    return f"what is derived of {', '.join(dict.fromkeys(names))}" if names else "a derived operand"
 
 
 def _parameter_check(task: _Task, op: Operation, use: ParameterUse) -> Finding:

@@ -15,8 +15,7 @@ from hzo.errors import InputError, TapeError, TraceError
 from hzo.tape import Recorder, Tape, ref
 from hzo.tape.opaque import call_opaque
 from hzo.tape.surroundings import recording
-from hzo.tracing import Stages, tensors_in, untouched
-from hzo.tracing.inputs import requires_gradient
+from hzo.tracing import Stages, requires_gradient, tensors_in, untouched
 
 
 @dataclass

@@ -82,7 +82,7 @@ def find_axes(
             reference: Tensor | None = tape.tensors[seen[k]] if kind == "shuffled" else whole[k] if whole else None
             if reference is None or first is None or rest is None:
                 continue
-            if reference.shape != first[k].shape or reference.shape != rest[k].shape:
+            if any(t is None or t.shape != reference.shape for t in (first[k], rest[k])):
                 found[v], coupled = None, True  # a shape that depends on values
                 unseen.pop(k)
                 continue
@@ -168,7 +168,7 @@ def _other(tensor: Tensor | None, axis: Axis | None, batch: int, samples: slice,
     assert axis is not None
     tensor = tensor.detach()
     moved = apart(tensor, axis.dim, axis.outer, batch).movedim(axis.dim + 1, 0)
-    rows = moved.reshape(batch, -1)
+    rows = moved.reshape(batch, moved.numel() // batch)
     if not tensor.is_floating_point() or tensor.numel() == 0:
         new = rows.roll(1, 0)
     elif kind == "shuffled":

@@ -22,8 +22,18 @@ from hzo.distributed import refuse_all_wrappers
 from hzo.errors import HzoError, TraceError
 from hzo.execution import contained, counting
 from hzo.tape import Ref, Tape
-from hzo.tracing import Chain, Graph, Stage, Stages, Value, leaves
-from hzo.tracing.inputs import batch_size, call_arguments, requires_gradient, signature
+from hzo.tracing import (
+    Chain,
+    Graph,
+    Stage,
+    Stages,
+    Value,
+    batch_size,
+    call_arguments,
+    leaves,
+    requires_gradient,
+    signature,
+)
 from hzo.tracing.recorder.properties import finite_values, inspect
 from hzo.tracing.recorder.run import OutOfSight, Run, check_tensors, recorded, stages_of
 from hzo.tracing.recorder.sample_axes import batched_values
