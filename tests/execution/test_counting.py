@@ -31,8 +31,9 @@ def assert_as_predicted(solved, plan):
 @pytest.mark.parametrize("scheme", ["forward", "central"])
 @pytest.mark.parametrize("L", [2, 3, 7, 16, 64])
 def test_linear_chains_cost_what_the_table_says(L, scheme):
-    chain = hzo.trace(nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(L))), torch.randn(BATCH, WIDTH))
-    x, y = torch.randn(BATCH, WIDTH), torch.randn(BATCH, WIDTH)
+    layers = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(L))).double()
+    x, y = torch.randn(2, BATCH, WIDTH, dtype=torch.float64)
+    chain = hzo.trace(layers, x)
     powers = {4: 2, 16: 4, 64: 8}
     table = {"flat": L * (L - 1) // 2, "bisect": bisection(L), "stagewise": L - 1}
     if L in powers:  # (L (b − 1) / 2) log_b L; L = b² has two levels

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hzo.tape.opaque import RandomState, random_state, set_random_state
+from hzo.tape.state import RandomState, random_state, set_random_state
 
 
 def devices_of(tensors: Iterable[object]) -> tuple[torch.device, ...]:

@@ -22,8 +22,8 @@ from hzo.tape.aliases import geometry_of, overlaps_itself, pass_through, restrid
 from hzo.tape.foreach import on_lists, singles
 from hzo.tape.functions import OutOfPlace, out_of_place
 from hzo.tape.memory import WRITTEN_TWICE, Memory, alone, storage_of
-from hzo.tape.opaque import State, random_state
 from hzo.tape.operations import Operation, Ref, Value, ref
+from hzo.tape.state import State, random_state
 from hzo.tape.tape import Tape
 from hzo.tape.undo import Undo
 

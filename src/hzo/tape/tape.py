@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +11,7 @@ from torch import Tensor
 from hzo.errors import TapeError
 from hzo.tape.absent import Absent
 from hzo.tape.operations import Operation, Ref, Value
-
-if TYPE_CHECKING:
-    from hzo.tape.opaque import State
+from hzo.tape.state import State
 
 
 @lru_cache(maxsize=1024)
