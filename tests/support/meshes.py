@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.functional import cross_entropy
 
 import hzo
-from hzo.errors import DistributedError
+from hzo.errors import HzoError
 
 
 def network(norm=False, dropout=0.0, box=False):
@@ -76,7 +76,7 @@ def on_mesh(rank, shape):
 def told(call):
     try:
         call()
-    except (DistributedError, ValueError, ArithmeticError) as error:
+    except (HzoError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
 
