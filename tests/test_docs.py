@@ -37,6 +37,14 @@ def test_no_class_is_made_up():
     assert shown == set(CLASSES)
 
 
+def test_symptoms_are_words_of_messages():
+    table = ERRORS.partition("| you see | what it is |")[2].partition("\n\n")[0]
+    everything = "\n".join(message.text for message in MESSAGES)
+    symptoms = re.findall(r'"([^"]+)"', table)
+    assert len(symptoms) > 15
+    assert [symptom for symptom in symptoms if symptom not in everything] == []
+
+
 def test_the_list_of_messages_misses_none():
     """Counted in another way: by the text of the source."""
     places = 0
