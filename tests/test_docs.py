@@ -3,9 +3,9 @@
 import ast
 import re
 import shlex
-import sys
 from pathlib import Path
 
+import error_messages  # what the page of errors is made with
 import pytest
 
 import hzo
@@ -13,8 +13,6 @@ import hzo.errors
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")])
-sys.path.insert(0, str(ROOT / "scripts"))
-import error_messages  # noqa: E402  # what the site is made with
 
 MESSAGES = error_messages.all_messages(ROOT / "src")
 CLASSES = error_messages.classes(ROOT / "src")
