@@ -26,7 +26,7 @@ from hzo.gradients.parameters import Gradients
 from hzo.gradients.trace_cache import prepare
 from hzo.losses import loss_and_cotangent
 from hzo.plans import Plan, schedule
-from hzo.reverse import accumulate, gradients_of, named
+from hzo.reverse import accumulate, gradients_of, named, one_by_one
 from hzo.tracing import Attribute, Chain, Graph, Operation, Ref, tensors_in
 from hzo.tracing.recorder import call_arguments
 
@@ -46,6 +46,7 @@ def backward(
     memory: int | None = None,
     mesh: DeviceMesh | None = None,
     timeout: float = 600.0,
+    keep: bool | None = None,
     **options: Any,
 ) -> Tensor:
     """Estimate the gradient of the mean loss by forward passes only and add it to ``.grad``.
@@ -66,6 +67,8 @@ def backward(
             queries: directions of a plan's nodes, and calls of black boxes. Gradients are equal to the bit on all.
             Statistics of BatchNorm are each process's own.
         timeout: seconds that a process of a mesh waits for another.
+        keep: without a plan, whether what was measured of weights is kept for the next gradient: see
+            ``hzo.RecordedStep.backward``.
 
     An input that requires a gradient gets one, too. Returns the loss, a scalar without gradient history. Afterwards
     buffers and random state are as after one ordinary forward pass; on an error nothing has changed.
@@ -80,8 +83,8 @@ def backward(
         See ``hzo.trace`` and ``hzo.plan`` for what they raise.
     """
     factor = factor_of(scale)
-    found_leaves, loss, _ = _leaves(model, loss_fn, x, y, plan, memory, (mesh, timeout), options)
-    accumulate([(leaf, g * factor if factor != 1 else g) for leaf, g in found_leaves])
+    found_leaves, loss, _ = _leaves(model, loss_fn, x, y, plan, memory, (mesh, timeout), options, keep)
+    accumulate(one_by_one(found_leaves) if factor == 1 else [(leaf, g * factor) for leaf, g in found_leaves])
     return loss
 
 
@@ -147,12 +150,15 @@ def _leaves(
     memory: int | None,
     mesh: tuple[Any, float],
     options: dict[str, Any],
+    keep: bool | None = False,
 ) -> tuple[Leaves, Tensor, dict[str, Tensor] | None]:
     """Leaves with their gradients, the loss, and with a plan parameters by their names in the chain."""
     by_rules = _on_tape(model, plan, options)
+    if keep and not by_rules:
+        raise InputError("keep= is for gradients without a plan, whose queries measure no weights that could be kept")
     with _processes(model, x, y, plan, mesh, options) as together:
         if by_rules:
-            leaves, loss = gradients_of(model, loss_fn, x, y, together)
+            leaves, loss = gradients_of(model, loss_fn, x, y, together, keep)
             return list(leaves), loss, None
         gradients, loss, _, of_inputs = _estimate(model, loss_fn, x, y, plan, memory, options, together=together)
         names = {name: parameter for name, (parameter, _) in gradients.items()}

@@ -2,7 +2,7 @@
 
 from hzo.reverse.backward import gradients_of, named
 from hzo.reverse.pullback import Pullback, recorded_call
-from hzo.reverse.step import Gradients, RecordedStep, accumulate, record
+from hzo.reverse.step import Gradients, RecordedStep, accumulate, one_by_one, record
 from hzo.reverse.walk import sweep
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "accumulate",
     "gradients_of",
     "named",
+    "one_by_one",
     "record",
     "recorded_call",
     "sweep",
