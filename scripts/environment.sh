@@ -70,7 +70,7 @@ use_environment() {
     fi
     # Of its dependencies it imports none but torch, numpy and scipy; torchvision would be one more thing to match torch.
     if [ "$extra" = parts ] && ! install --no-deps --only-binary aihwkit aihwkit; then
-        say "could not install aihwkit, see above; pip's index must have a wheel for this Python (1.1.0: 3.10 to 3.12)"
+        say "could not install aihwkit, see above; pip's index must have a wheel for this Python (1.1.0: 3.10 to 3.12; 1.2.0: 3.12 and 3.13)"
         return 1
     fi
     fingerprint >"$venv/installed-$extra"

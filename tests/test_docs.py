@@ -3,9 +3,9 @@
 import ast
 import re
 import shlex
-import sys
 from pathlib import Path
 
+import error_messages  # what the page of errors is made with
 import pytest
 
 import hzo
@@ -13,8 +13,6 @@ import hzo.errors
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")])
-sys.path.insert(0, str(ROOT / "scripts"))
-import error_messages  # noqa: E402  # what the site is made with
 
 MESSAGES = error_messages.all_messages(ROOT / "src")
 CLASSES = error_messages.classes(ROOT / "src")
@@ -35,6 +33,14 @@ def test_every_class_has_an_anchor_with_a_way_on(name):
 def test_no_class_is_made_up():
     shown = set(re.findall(r"^### (\w+(?:Error|Warning)) ", ERRORS, re.M))
     assert shown == set(CLASSES)
+
+
+def test_symptoms_are_words_of_messages():
+    table = ERRORS.partition("| you see | what it is |")[2].partition("\n\n")[0]
+    everything = "\n".join(message.text for message in MESSAGES)
+    symptoms = re.findall(r'"([^"]+)"', table)
+    assert len(symptoms) > 15
+    assert [symptom for symptom in symptoms if symptom not in everything] == []
 
 
 def test_the_list_of_messages_misses_none():

@@ -13,8 +13,8 @@ FILES = sorted(path for name in ("hzo", "hzo_lab") for path in (SOURCE / name).r
 # Each may import from what stands above it. A file beside the packages of hzo is a package of one file.
 PACKAGES = (
     "hzo.errors",
-    "hzo.distributed",
     "hzo._options",
+    "hzo.distributed",
     "hzo._files",
     "hzo._version",
     "hzo.noise",

@@ -178,7 +178,7 @@ def test_chains(name):
     assert count.queries == plan.queries == queries
     assert plan.forward_equivalents == pytest.approx(count.forward_equivalents)
     assert plan.forward_equivalents <= plan.coordinate_equivalents == (1 if "scheme" in options else 2) * n
-    assert 0 < plan.seconds < 1
+    assert plan.seconds > 0
     assert f"element by element {plan.coordinate_equivalents:.0f} passes" in str(plan)
 
 

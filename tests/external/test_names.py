@@ -204,3 +204,54 @@ class TestScratch:
         (found,) = torch.autograd.grad(sum(box(x).sum() for _ in range(8)), x)
         (reference,) = torch.autograd.grad(total, x)
         assert torch.allclose(found, reference, rtol=TOLERANCE)
+
+
+class TestClocks:
+    """Whole numbers that a part counts in."""
+
+    class Environment:
+        def __init__(self):
+            self.t, self.x, self.calls = 0, np.zeros((4, 2)), []
+
+        def step(self, a):
+            self.t += 1
+            self.x = 0.9 * self.x + np.tanh(a)
+            self.calls.append(len(a))
+            return self.x.copy(), self.t >= 3, {"t": self.t}
+
+    def test_go_back_where_they_come_out(self):
+        env = self.Environment()
+        box, x = hzo.blackbox(env.step, numpy=True), normal(4, 2).requires_grad_()
+        for t in (1, 2, 3):
+            y, done, info = box(x)
+            assert info["t"] == t
+            assert done == (t >= 3)
+        y.sum().backward()
+        assert env.t == 3
+
+    def test_count_queries_where_they_do_not(self):
+        calls, x = 0, normal(4, 2).requires_grad_()
+
+        def f(z):
+            nonlocal calls
+            calls += 1
+            return z.sin()
+
+        box = hzo.blackbox(f)
+        box(x)
+        before = calls
+        box(x).sum().backward()
+        assert calls - before == 1 + box.plan_for(x).calls
+
+
+def test_arrays_of_other_libraries():
+    class Foreign:
+        def __init__(self, values):
+            self.values, self.dtype = values, values.dtype
+
+        def __array__(self, dtype=None, copy=None):
+            return self.values
+
+    x = normal(4, 2).requires_grad_()
+    hzo.blackbox(lambda z: {"y": Foreign(np.sin(z))}, numpy=True)(x)["y"].sum().backward()
+    assert torch.allclose(x.grad, x.detach().cos(), rtol=TOLERANCE)

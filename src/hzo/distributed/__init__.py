@@ -1,5 +1,6 @@
 """Models that are spread over processes: gradients averaged as their wrapper would, or an error that says how."""
 
+from hzo.distributed.mesh import Shares, shared, shares
 from hzo.distributed.wrappers import (
     averaged,
     kind_of_wrapper,
@@ -12,6 +13,7 @@ from hzo.distributed.wrappers import (
 )
 
 __all__ = [
+    "Shares",
     "averaged",
     "kind_of_wrapper",
     "mean_over",
@@ -19,5 +21,7 @@ __all__ = [
     "refuse_share",
     "refuse_wrappers",
     "sharded",
+    "shared",
+    "shares",
     "unwrapped",
 ]

@@ -176,7 +176,7 @@ class Call:
             with self.guard.remembered():
                 outputs, out = self._ask(leaves, batch, sample, watched=layout is None and self.watched)
             self.seconds = perf_counter() - began
-            self._settle(leaves, batch, sample, outputs)
+            self._settle(leaves, batch, sample, outputs, out)
         self.start, self.end = self.guard.remembers.start, self.guard.remembers.end
         self.draws = self.guard.runs_here and randomness([device]) != self.random
         counting.add(base_evaluations=batch)
@@ -244,7 +244,7 @@ class Call:
         with self._parameters(leaves):
             with self.guard.remembered():
                 outputs, out = self._ask(leaves, batch, sample)
-            self._settle(leaves, batch, sample, outputs)
+            self._settle(leaves, batch, sample, outputs, out)
         flags = tuple(any(sample) and t.dim() > 0 and t.shape[0] == batch for t in outputs)
         self.layout = layout or (Layout(batch, tuple(sample), flags) if any(flags) else
                                  Layout(1, tuple(False for _ in leaves), flags))  # fmt: skip
@@ -624,7 +624,9 @@ class Call:
 
     # -- asking ---
 
-    def _settle(self, leaves: Sequence[Tensor], batch: int, sample: Sequence[bool], outputs: Sequence[Tensor]) -> None:
+    def _settle(
+        self, leaves: Sequence[Tensor], batch: int, sample: Sequence[bool], outputs: Sequence[Tensor], out: _Around
+    ) -> None:
         """What the forward pass changed is state or scratch."""
         if not self.guard.moves_on:
             return
@@ -636,15 +638,16 @@ class Call:
             assert self.random is not None
             self.random.put_back()
             try:
-                return self._ask(leaves, batch, sample)[0]
+                return _with_constants(*self._ask(leaves, batch, sample))
             finally:
                 now.put_back()
 
-        self.guard.check_split(-(-batch // size) if type(size) is int else 1, again, outputs)
+        calls = -(-batch // size) if type(size) is int else 1
+        self.guard.check_split(calls, again, _with_constants(outputs, out))
 
     def _ask(
         self, leaves: Sequence[Tensor], rows: int, sample: Sequence[bool], watched: bool = False
-    ) -> tuple[list[Tensor], tuple[Structure, list[Any], list[int]]]:
+    ) -> tuple[list[Tensor], _Around]:
         """Tensors that the part returns, and what stands around them."""
         results = self._results([leaves], rows, sample, watched)[0]
         return self._joined(results, rows, leaves[0].device, watched)
@@ -718,7 +721,7 @@ class Call:
 
     def _joined(
         self, results: Sequence[tuple[Any, int]], rows: int, device: torch.device, watched: bool
-    ) -> tuple[list[Tensor], tuple[Structure, list[Any], list[int]]]:
+    ) -> tuple[list[Tensor], _Around]:
         parts: list[tuple[list[Tensor] | None, int]] = []
         first = None
         for result, size in results:
@@ -726,6 +729,7 @@ class Call:
                 parts.append((None, size))
                 continue
             leaves, structure = flatten(result)
+            leaves = [_as_numpy(leaf) for leaf in leaves]
             if watched:
                 self._check_trainable(leaves)
             places = self._numbers(leaves)
@@ -804,6 +808,19 @@ class Call:
 
 
 _FAILED = object()
+_Around = tuple[Structure, list[Any], list[int]]
+"""What stands around the tensors of a result: its structure, its other leaves, the places of the tensors."""
+
+
+def _with_constants(outputs: Sequence[Tensor], out: _Around) -> list[Tensor]:
+    """The tensors of a result, then its other numbers: flags, counts."""
+    return [*outputs, *(torch.as_tensor(leaf) for leaf in out[1] if isinstance(leaf, (bool, int)))]
+
+
+def _as_numpy(leaf: Any) -> Any:
+    """Arrays of other libraries (JAX's) as NumPy's."""
+    foreign = not isinstance(leaf, Tensor) and hasattr(leaf, "__array__") and hasattr(leaf, "dtype")
+    return leaf.__array__() if foreign and type(leaf).__module__ != "numpy" else leaf
 
 
 def _of_numpy(leaf: Any) -> bool:

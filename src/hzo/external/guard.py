@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from hzo.errors import HzoError, InputError, NonFiniteError, QueryError, QueryTimeoutError
 from hzo.execution import RandomState, counting, devices_of, random_state, set_random_state
 from hzo.external.pool import Pool
-from hzo.external.scratch import scratch
+from hzo.external.scratch import counters_matter, scratch
 from hzo.external.signature import flatten
 from hzo.external.state import Found, Key, Saved, State, state_of
 
@@ -277,13 +277,19 @@ class Guarded(nn.Module):
         memory = self.remembers
         assert memory.start is not None
         assert memory.end is not None
-        new = [key for key in self.changed(memory.start, memory.end)[0] if key not in memory.scratch]
-        if new and isinstance(self.state, Found) and not self.noisy and self.pool is None:
+        certain, counters = self.changed(memory.start, memory.end)
+        new = [key for key in certain if key not in memory.scratch]
+        unknown = [] if memory.counters else [key for key in counters if key not in memory.scratch]
+        if (new or unknown) and isinstance(self.state, Found) and not self.noisy and self.pool is None:
             kept = memory.start, memory.end
             memory.inside = True  # these calls move nothing on
             try:
                 with counting.doing("the test whether it reads what it keeps"):
-                    memory.scratch |= scratch(self.state, new, memory.end, outputs, again)
+                    if new:
+                        memory.scratch |= scratch(self.state, new, memory.end, outputs, again)
+                    if unknown:
+                        memory.scratch |= dict.fromkeys(unknown, True)
+                        memory.counters = counters_matter(self.state, unknown, memory.start, outputs, again)
             finally:
                 memory.inside = False
                 memory.start, memory.end = kept

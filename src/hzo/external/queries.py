@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hzo.distributed import shares
 from hzo.errors import NonFiniteError
 from hzo.execution import counting
 from hzo.external.call import Call, named_samples
@@ -70,6 +71,17 @@ class Sweep:
         Args:
             sample: one of the batch, of which alone the copies are.
         """
+        among = shares()
+        if among is None or len(moved) < among.size("query"):
+            results = self._answers(site, moved, sample)
+        else:  # processes that share the queries ask some each, and tell each other
+            first, stop = among.part(len(moved))
+            own = self._answers(site, moved[first:stop], sample)
+            results = among.joined(own, len(moved), f"{self.call.guard}, {site.name}")
+        self.check(results)
+        return results
+
+    def _answers(self, site: Site, moved: Tensor, sample: int | None) -> list[Tensor]:
         call, copies = self.call, len(moved)
         counting_rows = copies * (1 if sample is not None else call.layout.batch)
         counting.add(
@@ -95,7 +107,6 @@ class Sweep:
             ]
             several = call.evaluate_all(many)
             results = [torch.cat([r[o].reshape(1, site.rows, -1) for r in several]) for o in self.outputs]
-        self.check(results)
         return results
 
     def _run_rows(self, site: Site, moved: Tensor, sample: int) -> list[Tensor]:
@@ -236,6 +247,8 @@ class Sweep:
         chunk = directions_per_chunk(size, settings.memory, rows.device)
         if call.most_copies is not None and not method.alike:
             chunk = min(chunk, call.most_copies)
+        among = shares()
+        chunk = chunk if among is None else among.least(chunk, f"{call.guard}, {site.name}")
         one_place = settings.scheme == "forward" or method.alike
         left = list(ranges or [(0, method.directions)])[::-1]
         while left:

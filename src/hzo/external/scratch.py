@@ -12,6 +12,7 @@ from hzo.errors import HzoError
 from hzo.external.state import Found, Key, Saved, Slot, floating
 
 Run = Callable[[], Sequence[Tensor]]
+_LATER = 10**6  # calls
 
 
 def scratch(state: Found, keys: Sequence[Key], left: Saved, outputs: Sequence[Tensor], again: Run) -> dict[Key, bool]:
@@ -51,6 +52,24 @@ def scratch(state: Found, keys: Sequence[Key], left: Saved, outputs: Sequence[Te
         and _independent(first.slots[key], second.slots[key], left.slots[key], moved.slots.get(key))
         for key in known
     }
+
+
+def counters_matter(state: Found, keys: Sequence[Key], start: Saved, outputs: Sequence[Tensor], again: Run) -> bool:
+    """Whether what comes out changes with whole numbers and truth values that a call changed: a clock, a flag.
+
+    Else they only count calls, and go on counting queries. Costs one call.
+    """
+    clocks = [key for key in keys if key in start.slots and isinstance(start.slots[key].value, (bool, int))]
+    if not clocks:
+        return False
+    try:
+        state.load(start)
+        for key in clocks:
+            slot = start.slots[key]
+            slot.space[slot.name] = not slot.value if isinstance(slot.value, bool) else slot.value + _LATER
+        return not _same(again(), outputs)
+    except HzoError:
+        return True
 
 
 def _same(found: Sequence[Tensor], outputs: Sequence[Tensor]) -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hzo._options import function
+from hzo.distributed import shares
 from hzo.errors import InputError, NonFiniteError, PrecisionError
 from hzo.execution import RandomState, contained, counting, devices_of, random_state, set_random_state
 from hzo.finite_differences.probes import Probe, States, decode
@@ -105,9 +106,12 @@ def vjp_rows(
     upper, lower, distance = stepped(rows, distance_to_move, scheme, where)
     result = torch.zeros(rows.shape, dtype=wide, device=rows.device)
     states = [States(probe, rows) for _ in range(evaluations(scheme))]  # what is above may be a view of its states
-    start = 0
-    while start < probe.directions:
-        stop = min(start + chunk, probe.directions)
+    # Processes that share the queries of a node each sum up some of its directions; few are not worth an exchange.
+    among = shares()
+    among = None if among is None or probe.directions < among.size("query") else among
+    start, end = (0, probe.directions) if among is None else among.part(probe.directions)
+    while start < end:
+        stop = min(start + chunk, end)
         asked = f"queries {start + 1} to {stop} of {probe.directions} that move {where}"
         try:
             with counting.doing(f"{asked} up"):
@@ -131,6 +135,8 @@ def vjp_rows(
             states = [States(probe, rows) for _ in states]
             continue
         start = stop
+    if among is not None:
+        among.sum_(result, where)
     result /= distance
     if not bool(result.isfinite().all()):
         raise NonFiniteError(f"a query that perturbed {where} returned NaN or infinity; check the model at this input")

@@ -8,8 +8,9 @@ declared, ``backward`` and ``grad_and_value`` take the gradient of a recording i
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +18,20 @@ from torch.utils import _pytree as pytree
 
 from hzo._options import factor as factor_of
 from hzo._options import function
-from hzo.distributed import averaged, kind_of_wrapper, refuse_wrappers, unwrapped
+from hzo.distributed import averaged, kind_of_wrapper, refuse_wrappers, shared, unwrapped
+from hzo.errors import InputError
 from hzo.execution import contained, undone_on_error
 from hzo.gradients.backward_sweep import Cotangents, sweep
-from hzo.gradients.forward_pass import BasePass, OtherGraphError, loss_pass
+from hzo.gradients.forward_pass import OtherGraphError, loss_pass
 from hzo.gradients.parameters import Gradients
 from hzo.gradients.trace_cache import made_with, prepare
 from hzo.plans import Plan, schedule
-from hzo.reverse import accumulate, gradients_of, named
+from hzo.reverse import accumulate, gradients_of, named, one_by_one
 from hzo.tape import Ref
 from hzo.tracing import Chain, Graph, batch_size, call_arguments
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 @torch.inference_mode(False)  # whose tensors could be neither clipped nor added to
@@ -39,6 +44,9 @@ def backward(
     plan: Plan | None = None,
     scale: float | Tensor = 1.0,
     memory: int | None = None,
+    mesh: DeviceMesh | None = None,
+    timeout: float = 600.0,
+    keep: bool | None = None,
     **options: Any,
 ) -> Tensor:
     """Estimate the gradient of the mean loss by forward passes only and add it to ``.grad``.
@@ -53,6 +61,14 @@ def backward(
         scale: factor on the gradients, for a ``GradScaler``: ``scale=scaler.scale(torch.ones(()))``.
         memory: with a plan, bytes that the perturbed copies of one chunk may take; None takes a share of what is
             free. What is stored of the base pass is the plan's affair: ``hzo.plan(..., memory=)``.
+        mesh: a ``torch.distributed.DeviceMesh`` whose dimensions are ``"sample"``, ``"query"`` or both; every process
+            of it calls alike. Along ``sample`` each has samples of its own, and all get the gradient and the loss of
+            the mean over them, however many each has. Along ``query`` all have the same samples and ask a share of the
+            queries: directions of a plan's nodes, and calls of black boxes. Gradients are equal to the bit on all.
+            Statistics of BatchNorm are each process's own.
+        timeout: seconds that a process of a mesh waits for another.
+        keep: without a plan, whether what was measured of weights is kept for the next gradient: see
+            ``hzo.RecordedStep.backward``.
 
     An input that requires a gradient gets one, too. Returns the loss, a scalar without gradient history. Afterwards
     buffers and random state are as after one ordinary forward pass; on an error nothing has changed.
@@ -63,18 +79,13 @@ def backward(
     Raises:
         InputError, PlanError: batch, target or plan do not fit. NonFiniteError: says where it began, if known.
         TapeError: the gradient leads through something that was not recorded.
+        DistributedError: on all processes, where one fails, is lost, or is about to compute something else.
         See ``hzo.trace`` and ``hzo.plan`` for what they raise.
     """
     factor = factor_of(scale)
-    if _on_tape(model, plan, options):
-        found_leaves, loss = gradients_of(model, loss_fn, x, y)
-        accumulate([(leaf, g * factor if factor != 1 else g) for leaf, g in found_leaves])
-        return loss
-    gradients, base, (graph, found) = _estimate(model, loss_fn, x, y, plan, memory, options)
-    of_inputs = [(base.given[v], found[0][v]) for v in graph.differentiated if v in found.get(0, {})]
-    found_leaves = averaged(model, [*gradients.values(), *base.beside, *of_inputs])
-    accumulate([(leaf, g * factor if factor != 1 else g) for leaf, g in found_leaves])
-    return base.loss
+    found_leaves, loss, _ = _leaves(model, loss_fn, x, y, plan, memory, (mesh, timeout), options, keep)
+    accumulate(one_by_one(found_leaves) if factor == 1 else [(leaf, g * factor) for leaf, g in found_leaves])
+    return loss
 
 
 @torch.inference_mode(False)  # whose tensors could be neither clipped nor added to
@@ -86,28 +97,18 @@ def grad_and_value(
     *,
     plan: Plan | None = None,
     memory: int | None = None,
+    mesh: DeviceMesh | None = None,
+    timeout: float = 600.0,
     **options: Any,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Like ``backward``, but returns ``({parameter name: gradient}, loss)`` and leaves ``.grad`` alone."""
-    if _on_tape(model, plan, options):
-        assert isinstance(model, nn.Module)
-        leaves, loss = gradients_of(model, loss_fn, x, y)
-        return named(leaves, model, loss_fn), loss
-    gradients, base, _ = _estimate(model, loss_fn, x, y, plan, memory, options)
-    if isinstance(model, nn.Module) and kind_of_wrapper(model):
-        return named(averaged(model, [*gradients.values(), *base.beside]), model, loss_fn), base.loss
-    found = {name: _own(gradient, parameter) for name, (parameter, gradient) in gradients.items()}
-    if isinstance(loss_fn, nn.Module):
-        beside = {id(leaf): g for leaf, g in base.beside}
-        found |= {
-            f"loss_fn.{name}": _own(beside[id(p)], p) for name, p in loss_fn.named_parameters() if id(p) in beside
-        }
-    return found, base.loss
-
-
-def _own(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """A gradient that shares its memory with nothing."""
-    return torch.empty_like(parameter, requires_grad=False).copy_(gradient)
+    leaves, loss, names = _leaves(model, loss_fn, x, y, plan, memory, (mesh, timeout), options)
+    if names is None or kind_of_wrapper(model):  # type: ignore[arg-type]
+        return named(leaves, model, loss_fn), loss  # type: ignore[arg-type]
+    found = {id(leaf): gradient for leaf, gradient in leaves}
+    # Each in memory of its own: a gradient that is clipped must move no other.
+    made = {n: torch.empty_like(p, requires_grad=False).copy_(found[id(p)]) for n, p in names.items() if id(p) in found}
+    return made, loss
 
 
 @torch.inference_mode(False)  # whose tensors could be neither clipped nor added to
@@ -129,7 +130,7 @@ def cotangents(
     """
     if plan is None:
         options = {"boundaries": "all", **options}
-    _, _, (graph, found) = _estimate(model, loss_fn, x, y, plan, memory, options, keep=True)
+    _, _, (graph, found), _ = _estimate(model, loss_fn, x, y, plan, memory, options, keep=True)
     result: list[Tensor | tuple[Tensor | None, ...] | None] = []
     for position in graph.boundaries:
         floating = [v for v in graph.live[position] if graph.values[v].floating]
@@ -137,6 +138,50 @@ def cotangents(
         estimated = any(t is not None for t in tensors)
         result.append((tensors[0] if len(tensors) == 1 else tensors) if estimated else None)
     return result
+
+
+Leaves = list[tuple[Tensor, Tensor]]
+
+
+def _leaves(
+    model: Chain | nn.Module,
+    loss_fn: Callable[..., Any],
+    x: Any,
+    y: Any,
+    plan: Plan | None,
+    memory: int | None,
+    mesh: tuple[Any, float],
+    options: dict[str, Any],
+    keep: bool | None = False,
+) -> tuple[Leaves, Tensor, dict[str, Tensor] | None]:
+    """Leaves with their gradients, the loss, and with a plan parameters by their names in the chain."""
+    by_rules = _on_tape(model, plan, options)
+    if keep and not by_rules:
+        raise InputError("keep= is for gradients without a plan, whose queries measure no weights that could be kept")
+    with _processes(model, x, y, plan, mesh, options) as together:
+        if by_rules:
+            leaves, loss = gradients_of(model, loss_fn, x, y, together, keep)
+            return list(leaves), loss, None
+        gradients, loss, _, others = _estimate(model, loss_fn, x, y, plan, memory, options, together=together)
+        names = {name: parameter for name, (parameter, _) in gradients.items()}
+        if isinstance(loss_fn, nn.Module):
+            held = {id(leaf) for leaf, _ in others}
+            names |= {f"loss_fn.{name}": p for name, p in loss_fn.named_parameters() if id(p) in held}
+        return [*gradients.values(), *others], loss, names
+
+
+@contextmanager
+def _processes(
+    model: Any, x: Any, y: Any, plan: Plan | None, mesh: tuple[Any, float], options: dict[str, Any]
+) -> Iterator[Callable[[Any, Tensor], tuple[Any, Tensor]]]:
+    """What processes make of their gradients and losses: as a wrapper of the model would, or as a mesh says."""
+    if mesh[0] is None:
+        yield lambda gradients, loss: (averaged(model, gradients), loss)
+        return
+    module = model.model if isinstance(model, Chain) else model
+    decided = "" if plan is None else repr((plan.fingerprint, plan.hops, plan.scheme, plan.step, plan.mu, plan.spacing))
+    with shared(mesh[0], module, x, y, f"{decided} {sorted(options.items())}", mesh[1]) as (here, weight):
+        yield lambda gradients, loss: here.finish(module, gradients, loss, weight)
 
 
 def _on_tape(model: Chain | nn.Module, plan: Plan | None, options: dict[str, Any]) -> bool:
@@ -161,14 +206,16 @@ def _estimate(
     memory: int | None,
     options: dict[str, Any],
     keep: bool = False,
-) -> tuple[Gradients, BasePass, tuple[Graph, Cotangents]]:
+    together: Callable[[Any, Tensor], tuple[Any, Tensor]] | None = None,
+) -> tuple[Gradients, Tensor, tuple[Graph, Cotangents], Leaves]:
+    """Gradients of the model's parameters by name, the loss, all cotangents, and gradients of other leaves: inputs, and
+    parameters that the loss holds."""
     function("loss_fn", loss_fn)
     refuse_wrappers(model.model if isinstance(model, Chain) else model)
     model = unwrapped(model)
     chain, found = prepare(model, x, plan, options)
     graph = chain.traced
-    modules = [chain.model, *graph.opaque_modules]
-    with undone_on_error(modules):
+    with undone_on_error([chain.model, *graph.opaque_modules]):
         steps = schedule(graph, found)
         try:
             base = loss_pass(chain, x, loss_fn, y, steps.base_pass)
@@ -188,7 +235,22 @@ def _estimate(
                 graph, found, steps, base.activities, base.at_end, memory=memory, seed=seed, keep=keep,
                 direct=base.direct,
             )  # fmt: skip
-    return swept.gradients, base, (graph, swept.cotangents)
+        of_input = swept.cotangents.get(0, {})
+        others = [*base.beside, *((base.given[v], of_input[v]) for v in graph.differentiated if v in of_input)]
+        gradients, loss = swept.gradients, base.loss
+        if together is not None:
+            leaves, loss = together([*gradients.values(), *others], loss)
+            by_id = {id(leaf): g for leaf, g in leaves}
+            gradients = {name: (p, by_id[id(p)]) for name, (p, _) in gradients.items()}
+            gradients |= _elsewhere(chain.model, gradients, by_id)
+            others = [(t, by_id[id(t)]) for t, _ in others]
+    return gradients, loss, (graph, swept.cotangents), others
+
+
+def _elsewhere(module: nn.Module, found: Gradients, by_id: dict[int, Tensor]) -> Gradients:
+    """Parameters that have a gradient from other processes alone."""
+    known = {id(p) for p, _ in found.values()}
+    return {n: (p, by_id[id(p)]) for n, p in module.named_parameters() if id(p) in by_id and id(p) not in known}
 
 
 def at_the_end(graph: Graph, cotangent: Any) -> dict[int, Tensor]:

@@ -2,7 +2,7 @@
 
 from hzo.reverse.backward import as_data, gradients_of, named
 from hzo.reverse.pullback import Pullback, recorded_call
-from hzo.reverse.step import Gradients, RecordedStep, accumulate, record
+from hzo.reverse.step import Gradients, RecordedStep, accumulate, one_by_one, record
 from hzo.reverse.walk import again, carry_back, measurements_of, sweep, sweep_end
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "gradients_of",
     "measurements_of",
     "named",
+    "one_by_one",
     "record",
     "recorded_call",
     "sweep",

@@ -97,15 +97,25 @@ def as_data(tensor: Tensor) -> Tensor:
 
 
 def gradients_of(
-    model: Callable[..., Any], loss_fn: Callable[..., Any], x: Any, y: Any = None
+    model: Callable[..., Any],
+    loss_fn: Callable[..., Any],
+    x: Any,
+    y: Any = None,
+    together: Callable[[Gradients, Tensor], tuple[Gradients, Tensor]] | None = None,
+    keep: bool | None = False,
 ) -> tuple[Gradients, Tensor]:
     """Every leaf that the loss depends on, with its gradient, and the mean loss without a history.
+
+    Args:
+        together: what processes make of their gradients and losses; None averages where a wrapper of the model would.
+        keep: whether what was measured is kept for the next gradient, see ``RecordedStep.backward``.
 
     On an error everything that the model changed is put back.
     """
     step, loss = recorded_loss(model, loss_fn, x, y)
     try:
-        return averaged(model, step.gradients(loss)), loss.detach().mean()
+        gradients, mean = step.gradients(loss, keep=keep), loss.detach().mean()
+        return (averaged(model, gradients), mean) if together is None else together(gradients, mean)
     except BaseException:
         step.undo()
         raise

@@ -13,6 +13,7 @@ from torch._C._functorch import maybe_current_level
 from hzo._options import factor as factor_of
 from hzo.errors import DistributedError, InputError, NonFiniteError, TapeError
 from hzo.reverse.walk import sweep
+from hzo.rules.measured import keep_measured
 from hzo.rules.registry import LEAN
 from hzo.tape import Recorder, Tape, current_recorder
 from hzo.tape.memory import alone
@@ -42,7 +43,9 @@ class RecordedStep:
         """The calls that were recorded."""
         return self._recorder.tape
 
-    def backward(self, loss: Tensor, *, scale: float | Tensor = 1.0, retain_graph: bool = False) -> None:
+    def backward(
+        self, loss: Tensor, *, scale: float | Tensor = 1.0, retain_graph: bool = False, keep: bool | None = None
+    ) -> None:
         """Add the gradient of the loss to ``.grad``, as ``loss.backward()`` would, without autograd's engine.
 
         Args:
@@ -50,6 +53,10 @@ class RecordedStep:
             scale: factor on the gradients, for a ``GradScaler``.
             retain_graph: keep what the tape holds, for another loss of the same recording; otherwise it is released
                 as the sweep passes.
+            keep: keep what was measured of weights for the next gradient, where each is tried on random numbers before
+                it is used, and measured anew if it fails (docs/tape.md says what a trial can miss). True pays where
+                weights stay as they are, frozen ones for instance; it takes as much memory as they do. None keeps
+                while gradients accumulate at the same weights; False never does.
 
         All or nothing: on an error no ``.grad`` has changed.
 
@@ -58,10 +65,10 @@ class RecordedStep:
             TapeError: the gradient leads through something that was not recorded.
         """
         factor = factor_of(scale)
-        gradients = self.gradients(loss, retain_graph=retain_graph)
-        accumulate(_one_by_one(gradients) if factor == 1 else [(leaf, g * factor) for leaf, g in gradients])
+        gradients = self.gradients(loss, retain_graph=retain_graph, keep=keep)
+        accumulate(one_by_one(gradients) if factor == 1 else [(leaf, g * factor) for leaf, g in gradients])
 
-    def gradients(self, loss: Tensor, *, retain_graph: bool = False) -> Gradients:
+    def gradients(self, loss: Tensor, *, retain_graph: bool = False, keep: bool | None = False) -> Gradients:
         """The gradient of the loss for every leaf that requires one; ``.grad`` is left alone. Errors: ``backward``."""
         if self._swept:
             raise TapeError(
@@ -76,6 +83,7 @@ class RecordedStep:
             )
         seeds, hooks = self.seed(loss)
         self._swept = not retain_graph
+        keep_measured(self.tape, keep)
         if self._swept:
             self._recorder.release()
         # What autocast chose was recorded; the sweep's own products are taken as they are.
@@ -199,7 +207,7 @@ def accumulate(gradients: Iterable[tuple[Tensor, Tensor]]) -> None:
 _REFERENCES = 2  # to a gradient that no one else holds: a variable, and the count itself
 
 
-def _one_by_one(gradients: Gradients) -> Iterator[tuple[Tensor, Tensor]]:
+def one_by_one(gradients: Gradients) -> Iterator[tuple[Tensor, Tensor]]:
     """The pairs of a list, which forgets them: whoever takes them owns them."""
     gradients.reverse()
     while gradients:

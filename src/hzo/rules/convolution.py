@@ -8,14 +8,16 @@ kernel an activation, a kernel of one pixel that hands the channels on shows the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hzo.rules.base import Call, Cotangents, Key, vjp
-from hzo.rules.measured import measured_once
+from hzo.rules.measured import ROWS, Trial, measured_once
 from hzo.rules.products import may_read
 from hzo.rules.schema import has, key_of, named
 
@@ -79,7 +81,25 @@ def _measured_kernel(call: Call, kernel: Tensor) -> Tensor:
         by_group = seen.view(seen.shape[0], groups, kernel.shape[1], *seen.shape[2:])
         return by_group.transpose(0, 1).reshape(kernel.shape)
 
-    return measured_once(call, kernel, (transposed, groups), measure)
+    def run(kept: Tensor, draw: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """On images of one pixel, which all taps meet."""
+        pixels = draw(ROWS, x.shape[1], *[1] * axes, like=kept)
+        probe = torch.cat([pixels, torch.zeros_like(pixels[:1])])
+        replaced: dict[str, Any] = {_input(call): probe}
+        padding = (0,) * axes if transposed else tuple(k - 1 for k in kernel.shape[2:])
+        if not transposed:
+            replaced["padding"] = padding
+        seen: Tensor = call.measure(_plainly(call, axes, replaced), probe)
+        ones, zeros = (1,) * axes, (0,) * axes
+        expected, size = (
+            aten.convolution(z, w, None, ones, padding, ones, transposed, zeros, groups)
+            for z, w in ((pixels, kept), (pixels.abs(), kept.abs()))
+        )
+        return seen[:-1] - seen[-1:], expected, size
+
+    taps = prod(kernel.shape[2:])
+    price = (x.shape[1] // groups + 1) * taps / max(x.shape[0] * prod(x.shape[2:]), 1)
+    return measured_once(call, key_of(call, "weight"), kernel, (transposed, groups), measure, Trial(price, run))
 
 
 def _measured_image(call: Call, x: Tensor, kernel: Tensor) -> Tensor:

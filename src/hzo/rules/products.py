@@ -8,13 +8,14 @@ factor has entries in the dimension that is summed over; in a batch of matrices 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hzo.rules.base import Call, Cotangents, Key, vjp
-from hzo.rules.measured import measured_once
+from hzo.rules.measured import ROWS, Trial, measured_once
 
 aten = torch.ops.aten
 
@@ -60,7 +61,16 @@ def right_factor(call: Call, left: int) -> Tensor:
         seen: Tensor = call.measure({left: probe, **_without_addend(call, left)}, probe)
         return seen[..., :-1, :] - seen[..., -1:, :]
 
-    return measured_once(call, call.args[left + 1], ("right", call.kwargs.get("alpha")), measure)
+    def run(kept: Tensor, draw: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        shape = call.args[left].shape
+        rows = draw(*shape[:-2], ROWS, shape[-1], like=kept)
+        probe = torch.cat([rows, torch.zeros_like(rows[..., :1, :])], -2)
+        seen: Tensor = call.measure({left: probe, **_without_addend(call, left)}, probe)
+        return seen[..., :-1, :] - seen[..., -1:, :], rows @ kept, rows.abs() @ kept.abs()
+
+    shape = call.args[left].shape
+    trial = Trial((shape[-1] + 1) / max(shape[-2], 1), run)
+    return measured_once(call, left + 1, call.args[left + 1], ("right", call.kwargs.get("alpha")), measure, trial)
 
 
 def left_factor(call: Call, left: int) -> Tensor:
@@ -73,7 +83,16 @@ def left_factor(call: Call, left: int) -> Tensor:
         seen: Tensor = call.measure({right: probe, **_without_addend(call, left)}, probe.mT)
         return seen[..., :-1] - seen[..., -1:]
 
-    return measured_once(call, call.args[left], ("left", call.kwargs.get("alpha")), measure)
+    def run(kept: Tensor, draw: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        shape = call.args[right].shape
+        columns = draw(*shape[:-2], shape[-2], ROWS, like=kept)
+        probe = torch.cat([columns, torch.zeros_like(columns[..., :1])], -1)
+        seen: Tensor = call.measure({right: probe, **_without_addend(call, left)}, probe.mT)
+        return seen[..., :-1] - seen[..., -1:], kept @ columns, kept.abs() @ columns.abs()
+
+    shape = call.args[right].shape
+    trial = Trial((shape[-2] + 1) / max(shape[-1], 1), run)
+    return measured_once(call, left, call.args[left], ("left", call.kwargs.get("alpha")), measure, trial)
 
 
 def times(a: Tensor, b: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hzo.errors import TapeError
 from hzo.rules.base import Call, Cotangents, Key, vjp
-from hzo.rules.measured import measured_once
+from hzo.rules.measured import ROWS, Trial, measured_once
 from hzo.rules.schema import key_of, named
 
 aten = torch.ops.aten
@@ -55,9 +55,11 @@ def mkldnn_lstm(call: Call) -> Cotangents:
     if not call.needs(0):
         of_input = torch.zeros(of_input.shape, dtype=of_input.dtype, device=call.args[0].device)  # for that alone
     elif call.weight(1):
-        of_input = measured_once(call, of_input, "input", lambda: _measured_gates(call, *sizes, 0))
+        of_input = measured_once(call, 1, of_input, "input", lambda: _measured_gates(call, *sizes, 0), _tried(call, 0))
     if call.weight(2):
-        of_hidden = measured_once(call, of_hidden, "hidden", lambda: _measured_gates(call, *sizes, 1))
+        of_hidden = measured_once(
+            call, 2, of_hidden, "hidden", lambda: _measured_gates(call, *sizes, 1), _tried(call, 1)
+        )
     found = aten.mkldnn_rnn_layer_backward(
         x, of_input, of_hidden, *biases, hidden, cell, *call.out[:3], *call.grads[:3], named(call, "reverse"), mode,
         named(call, "hidden_size"), named(call, "num_layers"), named(call, "has_biases"), True,
@@ -95,6 +97,31 @@ def _measured_gates(call: Call, inputs: int, width: int, which: int) -> Tensor:
         "the weights of an LSTM could not be measured: its gates answer to no impulse between very small and very "
         "large ones; they are not finite, or what computes the layer is no LSTM"
     )
+
+
+def _tried(call: Call, which: int) -> Trial:
+    """One step on random numbers that leave the gates open: the layer's own against that with the kept weight."""
+    x, hidden = call.args[0], call.args[5]
+    inputs, width = x.shape[-1], hidden.shape[-1]
+    size = inputs if which == 0 else width
+
+    def run(kept: Tensor, draw: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        rows = draw(ROWS, size, like=kept)
+        sums = rows.abs() @ kept.abs().t()
+        scale = float(sums.max().clamp(min=1e-30))
+        rows, sums = rows / scale, sums / scale
+        beside = torch.zeros(ROWS, width if which == 0 else inputs, dtype=kept.dtype, device=kept.device)
+        step, state = (rows[None], beside) if which == 0 else (beside[None], rows)
+        none, cell = torch.zeros_like(kept[:, 0]), torch.ones(ROWS, width, dtype=kept.dtype, device=kept.device)
+        replaced: dict[Key, object] = {0: step, 3: none, 4: none, 5: state, 6: cell}
+        replaced |= {key_of(call, "reverse"): False, key_of(call, "has_biases"): True, key_of(call, "train"): False}
+        other = torch.zeros(4 * width, inputs if which else width, dtype=kept.dtype, device=kept.device)
+        ours: dict[Key, object] = {1: other, 2: kept} if which else {1: kept, 2: other}
+        seen, expected = (torch.cat(call.measure({**replaced, **weights}, rows)[1:3], 1) for weights in ({}, ours))
+        per_unit = sums.view(ROWS, 4, width).sum(1) + 1
+        return seen, expected, torch.cat([per_unit, per_unit], 1)
+
+    return Trial(3 * (size + 1) / max(x.shape[0] * x.shape[1], 1), run)
 
 
 class _Impulses:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 
+from hzo import __version__
+
 # Import names of what the extra "train" brings.
 _EXTRA = {"typer", "rich", "numpy", "matplotlib", "safetensors", "sklearn", "PIL", "filelock"}
 
@@ -19,6 +21,9 @@ def main() -> None:
         package = (missing.name or "").partition(".")[0]
         if package not in _EXTRA:
             raise
+        if sys.argv[1:] == ["--version"]:
+            print(f"hzo {__version__}")
+            sys.exit()
         print(
             f'The command line needs {package}, which is not installed. Run: pip install "hzo[train]"',
             file=sys.stderr,

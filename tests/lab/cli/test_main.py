@@ -210,6 +210,13 @@ def test_without_the_extra_it_says_what_to_install(hzo, monkeypatch):
     assert 'pip install "hzo[train]"' in err
 
 
+def test_the_version_needs_no_extra(hzo, monkeypatch):
+    monkeypatch.delitem(sys.modules, "hzo_lab.cli.commands", raising=False)
+    monkeypatch.setitem(sys.modules, "typer", None)
+    code, out, _ = hzo("--version")
+    assert (code, out) == (0, f"hzo {__import__('hzo').__version__}\n")
+
+
 def test_the_module_runs_as_a_program(tmp_path):
     source = Path(main.__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(source)}
