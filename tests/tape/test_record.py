@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import hzo
+from hzo.errors import TapeError
 
 SEED = 1
 X = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -436,3 +437,10 @@ def test_threads_each_have_their_gradient():
     for got, want in zip(found, exact, strict=True):
         for name, g in want.items():
             torch.testing.assert_close(got[name], g)
+
+
+def test_a_declared_module_is_refused():
+    """It is one operation of which the tape knows nothing; its own code may cut the gradient."""
+    model = nn.Sequential(nn.Linear(3, 3), hzo.declare(nn.Hardtanh(), "elementwise"))
+    with pytest.raises(TapeError, match="declared as one operation"), hzo.record():
+        model(torch.randn(2, 3))

@@ -30,7 +30,7 @@ from hzo.structure import check_assume
 from hzo.tracing import Chain, Graph
 
 FORMAT = "hzo plan"
-VERSION = 2
+VERSION = 3  # whose positions count calls of PyTorch's operators (ATen)
 _MOST = 10**15  # of anything that is counted; what is beyond it is no plan
 _AGAIN = "restore the file, or make the plan again with hzo.plan and save it with hzo.save_plan"
 

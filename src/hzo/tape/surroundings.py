@@ -193,9 +193,15 @@ def _called(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             kind = kind_of_wrapper(self)
             if kind is not None and kind != "DistributedDataParallel":
                 raise sharded(f"a module wrapped in {kind} ran inside the recording, which")
-        name = None if recorder.opaque is None else recorder.opaque(self)
-        if name is not None:
-            return call_opaque(recorder, self, name, args, kwargs)
+        if recorder.opaque is not None:
+            name = recorder.opaque(self)
+            if name is not None:
+                return call_opaque(recorder, self, name, args, kwargs)
+        elif torch.is_grad_enabled() and hasattr(self, "hzo_promises"):
+            raise TapeError(
+                f"{type(self).__name__} was declared as one operation (hzo.declare), which hzo.record() does not know; "
+                "call hzo.backward(model, loss_fn, x, y), which plans for it, or make it a black box: hzo.blackbox"
+            )
     return _originals["__call__"](self, *args, **kwargs)
 
 
