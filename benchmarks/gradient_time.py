@@ -91,8 +91,8 @@ def peak_bytes(run: object) -> int:
 def held_bytes(chain: hzo.Chain, plan: hzo.Plan, x: Tensor) -> int:
     """What the base pass leaves for the queries, which is not the budget's affair."""
     with torch.no_grad():
-        activities, _ = base_pass(chain, x, schedule(chain.traced, plan).base_pass)
-    tensors = [t for t in activities.values if t is not None]
+        activations, _ = base_pass(chain, x, schedule(chain.traced, plan).base_pass)
+    tensors = [t for t in activations.values if t is not None]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values()) - x.untyped_storage().nbytes()
 

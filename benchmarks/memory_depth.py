@@ -1,4 +1,4 @@
-"""Memory and time of a gradient against depth: activities stored all or on a path, beside backprop with checkpoints.
+"""Memory and time of a gradient against depth: activations stored all or on a path, beside backprop with checkpoints.
 
     python benchmarks/memory_depth.py     # prints a table, writes results/benchmarks/memory_depth.json and .png
 
@@ -7,9 +7,9 @@ it stand backprop, ``torch.utils.checkpoint.checkpoint_sequential`` with √L se
 whose recursion is that of a path.
 
 Memory is the peak of all that is allocated during a gradient, above what is there before it, by the profiler's count.
-Parameter gradients are not activities: allocations of exactly the size of a weight or a bias are left out (the batch
-is chosen so that no activity has that size), which leaves out the weight that hzo measures at each layer as well. What
-a step of the sweep works with counts. Methods take turns, and each round's times are divided by backprop's.
+Parameter gradients are not activations: allocations of exactly the size of a weight or a bias are left out (the batch
+is chosen so that no activation has that size), which leaves out the weight that hzo measures at each layer as well.
+What a step of the sweep works with counts. Methods take turns, and each round's times are divided by backprop's.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ LABELS = {
 
 
 def network(depth: int, width: int) -> nn.Sequential:
-    """Orthogonal weights, so that neither activities nor cotangents vanish at the greatest depth."""
+    """Orthogonal weights, so that neither activations nor cotangents vanish at the greatest depth."""
     layers = [nn.Linear(width, width) for _ in range(depth)]
     for layer in layers:
         nn.init.orthogonal_(layer.weight)
@@ -64,7 +64,7 @@ def gradients(model: nn.Sequential, x: Tensor, y: Tensor) -> tuple[dict[str, Cal
     """By method a function that adds to every ``.grad``; and the plans."""
     chain = hzo.trace(model, x)
     everything = hzo.plan(chain)
-    plans = {"hzo": everything, "hzo path": hzo.plan(chain, memory=everything.activity_bytes - 1)}
+    plans = {"hzo": everything, "hzo path": hzo.plan(chain, memory=everything.activation_bytes - 1)}
     segments = round(math.sqrt(len(model)))
 
     def by(forward: Callable[[], Tensor]) -> Callable[[], Any]:
@@ -110,9 +110,9 @@ def measure(depth: int, options: argparse.Namespace) -> dict[str, Any]:
     reference = {n: p.grad.flatten().clone() for n, p in model.named_parameters() if p.grad is not None}
     cosines = {name: cosine(model, run[name], reference) for name in plans}
     ignored = {p.numel() * p.element_size() for p in model.parameters()}
-    activity = options.batch * options.width * 4
-    if activity in ignored:
-        raise SystemExit("an activity is as large as a weight; choose another --batch")
+    activation = options.batch * options.width * 4
+    if activation in ignored:
+        raise SystemExit("an activation is as large as a weight; choose another --batch")
     peaks = {name: peak_bytes(function, ignored) for name, function in run.items()}
     seconds: dict[str, list[float]] = {name: [] for name in run}
     for _ in range(options.rounds):
@@ -123,9 +123,9 @@ def measure(depth: int, options: argparse.Namespace) -> dict[str, Any]:
     ratios = {name: median(a / b for a, b in zip(t, seconds["backprop"], strict=True)) for name, t in seconds.items()}
     return {
         "depth": depth,
-        "boundary_bytes": activity,
+        "boundary_bytes": activation,
         "peak_bytes": peaks,
-        "predicted_bytes": {name: plan.activity_bytes for name, plan in plans.items()},
+        "predicted_bytes": {name: plan.activation_bytes for name, plan in plans.items()},
         "stages_run_again": plans["hzo path"].recomputed // options.batch,
         "seconds": {name: median(taken) for name, taken in seconds.items()},
         "time_over_backprop": ratios,
@@ -145,7 +145,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         if name in rows[0]["predicted_bytes"]:
             predicted = [row["predicted_bytes"][name] / 2**20 for row in rows]
             memory.loglog(depths, predicted, base=2, color=f"C{k}", linestyle=":", label=f"{label}, predicted")
-    memory.set(xlabel="stages", ylabel="peak of activities (MiB)")
+    memory.set(xlabel="stages", ylabel="peak of activations (MiB)")
     spent.set(xlabel="stages", ylabel="time over backprop's", ylim=(0, None))
     for axes in (memory, spent):
         axes.set_xticks(depths, [str(depth) for depth in depths])

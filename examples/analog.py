@@ -24,7 +24,7 @@ STEP = 2.0  # far, for the noise: a tile is linear but for its converters
 
 
 class Tile(nn.Module):
-    """A layer on the chip: its input's cotangent is measured there, that of its weights is activity × cotangent."""
+    """A layer on the chip: its input's cotangent is measured there, that of its weights is activation × cotangent."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A network of 3-bit weights and activities by PyTorch's fake quantization, trained through the rounding.
+"""A network of 3-bit weights and activations by PyTorch's fake quantization, trained through the rounding.
 
 Rounding has no slope. Asked half a quantum above and half below, it answers with one quantum inside its range and with
 none outside: measured, this is the slope that straight-through estimation postulates.
@@ -23,7 +23,7 @@ def rounding(how: str, low: int, high: int) -> Callable[[Tensor], Tensor]:
 
 
 class Quantized(nn.Module):
-    """ReLU and a linear layer, whose activities and weights are whole multiples of two quanta, learned."""
+    """ReLU and a linear layer, whose activations and weights are whole multiples of two quanta, learned."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -31,11 +31,11 @@ class Quantized(nn.Module):
         largest = 2 ** (BITS - 1)
         self.quanta = nn.Parameter(torch.tensor([2.5 * self.layer.weight.std().item() / largest, 0.2]))
         self.round_weight = rounding(how, -largest, largest - 1)
-        self.round_activity = rounding(how, 0, 2 * largest - 1)
+        self.round_activation = rounding(how, 0, 2 * largest - 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, activity = self.quanta
-        inputs = activity * self.round_activity(relu(x) / activity)
+        weight, activation = self.quanta
+        inputs = activation * self.round_activation(relu(x) / activation)
         return linear(inputs, weight * self.round_weight(self.layer.weight / weight), self.layer.bias)
 
 

@@ -82,7 +82,7 @@ def plot(rows: list[dict[str, Any]]) -> Figure:
 def main() -> None:
     given = options(__doc__ or "")
     acts, depths = (["tanh"], (8,)) if given.quick else (list(ACTIVATIONS), (8, 16, 64))
-    # 64 plain stages leave activities that float16 cannot hold.
+    # 64 plain stages leave activations that float16 cannot hold.
     cases = [case for case in product(BANDS, acts, depths, DTYPES) if case[0] == "residual" or case[2] <= 16]
     rows = [row for case in cases for row in run(*case, given.seed)]
     shares = []

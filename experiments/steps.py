@@ -2,7 +2,7 @@
 
     python experiments/steps.py [--quick]
 
-Residual chain of 16 stages. Each of a grid of steps (factor 2, from 1e-7 to 1 of the activity's root mean square) is
+Residual chain of 16 stages. Each of a grid of steps (factor 2, from 1e-7 to 1 of the activation's root mean square) is
 given to all nodes of a plan; the error at the input's boundary is set beside that of the steps that the plan chose,
 one for each node. The reference is autograd in float64 through the same (rounded) weights, since float64 estimates
 have errors near 1e-9, which no float32 reference would show.

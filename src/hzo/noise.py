@@ -20,7 +20,7 @@ Level = float | tuple[float, ...]
 
 @dataclass(frozen=True)
 class Noise:
-    """Standard deviations of additive noise, in units of the activities: one for all stages, or one for each.
+    """Standard deviations of additive noise, in units of the activations: one for all stages, or one for each.
 
     Raises:
         InputError: a level that is negative or not finite.

@@ -105,7 +105,7 @@ class TestOutputsAndParameters:
             (0 * model(x)).sum().backward()
         assert count.queries == 0
 
-    def test_twice_in_a_graph_each_with_its_own_activities(self):
+    def test_twice_in_a_graph_each_with_its_own_activations(self):
         box = hzo.blackbox(physics)
         x = normal(5, 4).requires_grad_()
         box(box(x) + x).square().sum().backward()

@@ -158,7 +158,7 @@ def test_writing_to_the_input():
     assert not x.any()
 
 
-def test_memory_is_let_go_of():
+def test_memory_is_released():
     """A graph that was run through, or forgotten, holds nothing of the recording."""
     import gc
     import weakref

@@ -99,7 +99,7 @@ def test_query_not_finite():
     chain = hzo.trace(hzo.Chain([unit.model[0], lambda h: torch.where(h > 1e3, INF, h.sin()), unit.model[2]]), unit.x)
     plan = hzo.plan(chain, tree="flat", assume="nothing", step=1e4)
     unit.refuses(
-        NonFiniteError, r"a query that perturbed the activity at boundary 1 returned NaN", chain=chain, plan=plan
+        NonFiniteError, r"a query that perturbed the activation at boundary 1 returned NaN", chain=chain, plan=plan
     )
 
 

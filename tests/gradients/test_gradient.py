@@ -62,13 +62,13 @@ def test_cotangents_at_all_boundaries(name, tree):
 def test_cotangents_are_those_of_retain_grad():
     """The plainest oracle there is, on a Sequential; the input's cotangent included."""
     problem = CASES["mlp"].build()
-    activities = [problem.x.clone().requires_grad_()]
+    activations = [problem.x.clone().requires_grad_()]
     for layer in problem.model:
-        activities.append(layer(activities[-1]))
-        activities[-1].retain_grad()
-    F.cross_entropy(activities[-1], problem.y).backward()
-    for estimate, activity in zip(hzo.cotangents(*problem), activities, strict=True):
-        torch.testing.assert_close(estimate, activity.grad, rtol=oracles.CENTRAL, atol=1e-9)
+        activations.append(layer(activations[-1]))
+        activations[-1].retain_grad()
+    F.cross_entropy(activations[-1], problem.y).backward()
+    for estimate, activation in zip(hzo.cotangents(*problem), activations, strict=True):
+        torch.testing.assert_close(estimate, activation.grad, rtol=oracles.CENTRAL, atol=1e-9)
 
 
 def test_cotangents_with_a_plan_are_those_that_it_estimates():
@@ -81,7 +81,7 @@ def test_cotangents_with_a_plan_are_those_that_it_estimates():
 
 @pytest.mark.parametrize("name", KINKED)
 def test_kinks_shrink_with_the_step(name):
-    """A step as large as the activities crosses kinks; the error falls with it until it is gone."""
+    """A step as large as the activations crosses kinks; the error falls with it until it is gone."""
     solved = solve(name)
 
     def error(step):
@@ -151,7 +151,7 @@ def test_options_and_a_plain_module():
 
 
 def test_gradients_own_their_memory():
-    """Clipping scales in place: no two gradients may share memory, nor may any with an activity."""
+    """Clipping scales in place: no two gradients may share memory, nor may any with an activation."""
     for name in CASES:
         found, _ = solve(name).estimate(hzo.plan(solve(name).chain))
         storages = [g.untyped_storage().data_ptr() for g in found.values()]

@@ -77,26 +77,26 @@ def build(network, batch=3):
     return model.double(), torch.randn(batch, *shape, dtype=torch.float64), torch.arange(batch) % 3
 
 
-def stage_activities(model, x):
-    """The activity at every boundary, with its gradient retained."""
-    activities = [x.clone().requires_grad_()]
+def stage_activations(model, x):
+    """The activation at every boundary, with its gradient retained."""
+    activations = [x.clone().requires_grad_()]
     for layer in model if isinstance(model, nn.Sequential) else [model]:
-        activities.append(layer(activities[-1]))
-        activities[-1].retain_grad()
-    return activities
+        activations.append(layer(activations[-1]))
+        activations[-1].retain_grad()
+    return activations
 
 
 def follows(model, x, y):
     """Compare hzo's cotangents with those of autograd, both in the surroundings of the caller."""
-    activities = stage_activities(model, x)
-    F.cross_entropy(activities[-1], y).backward()
+    activations = stage_activations(model, x)
+    F.cross_entropy(activations[-1], y).backward()
     found = hzo.cotangents(model, F.cross_entropy, x, y, assume="structure")
     found = found if isinstance(model, nn.Sequential) else [found[0], found[-1]]
     errors = [
-        float((estimate - activity.grad).norm() / activity.grad.norm())
-        for estimate, activity in zip(found, activities, strict=True)
+        float((estimate - activation.grad).norm() / activation.grad.norm())
+        for estimate, activation in zip(found, activations, strict=True)
     ]
-    return max(errors), [activity.grad for activity in activities]
+    return max(errors), [activation.grad for activation in activations]
 
 
 @pytest.mark.parametrize("network", NETWORKS)

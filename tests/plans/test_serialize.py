@@ -43,7 +43,7 @@ def test_noise_of_every_stage_and_a_path_are_kept(tmp_path):
     chain = hzo.trace(nn.Sequential(*(nn.Linear(8, 8) for _ in range(12))), torch.randn(16, 8))
     full = hzo.plan(chain, tree="bisect", assume="nothing")
     noise = hzo.Noise(readout=tuple(0.001 * k for k in range(12)))
-    plan = hzo.plan(chain, tree="bisect", assume="nothing", noise=noise, memory=full.activity_bytes // 2)
+    plan = hzo.plan(chain, tree="bisect", assume="nothing", noise=noise, memory=full.activation_bytes // 2)
     assert plan.storage == "path"
     hzo.save_plan(plan, tmp_path / "plan.json")
     loaded = hzo.load_plan(chain, str(tmp_path / "plan.json"))
@@ -66,7 +66,7 @@ def test_another_batch_size_gets_the_same_decisions(tmp_path):
     loaded = hzo.load_plan(small(9), tmp_path / "plan.json")
     assert loaded.batch == 9
     assert loaded.hops == hzo.plan(small(3), noise=1e-3, target_cosine=0.99).hops
-    assert loaded.activity_bytes == 3 * hzo.plan(small(3), noise=1e-3, target_cosine=0.99).activity_bytes
+    assert loaded.activation_bytes == 3 * hzo.plan(small(3), noise=1e-3, target_cosine=0.99).activation_bytes
 
 
 def test_the_file_is_small_and_has_totals_for_the_reader(tmp_path):

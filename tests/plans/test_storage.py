@@ -14,9 +14,9 @@ from torch.profiler import ProfilerActivity, profile
 import hzo
 import hzo.gradients.backward_sweep
 from hzo.errors import InputError, NonFiniteError, PlanError
-from hzo.execution.operation import Activities
+from hzo.execution.operation import Activations
 from hzo.plans.activation_schedule import schedule
-from hzo.plans.memory import activity_bytes
+from hzo.plans.memory import activation_bytes
 from hzo.plans.storage import Event, Pass, last_uses, passes, run_again
 from support import oracles
 from support.architectures import NETWORKS
@@ -34,7 +34,7 @@ def on_path(chain, plan):
     """The plan with a path stored, whether or not that takes less."""
     graph, path = chain.traced, replace(plan, storage="path")
     again = plan.batch * run_again(len(graph.stages), "path")
-    return replace(path, activity_bytes=activity_bytes(graph, schedule(graph, path)), recomputed=again)
+    return replace(path, activation_bytes=activation_bytes(graph, schedule(graph, path)), recomputed=again)
 
 
 def plain(stages, width=4, batch=2):
@@ -208,10 +208,10 @@ def test_an_error_in_a_stage_run_again_leaves_everything_as_it_was(calls):
 
 
 def held_at_most(chain, problem, plan, monkeypatch):
-    """The most bytes of activities and cotangents that a gradient held, looked at after every operation and step."""
+    """The most bytes of activations and cotangents that a gradient held, looked at after every operation and step."""
     graph, highest = chain.traced, 0
     sweeps, kept, gone = [], [], set()
-    let_go, begin = Activities.let_go, hzo.gradients.backward_sweep.Sweep.__init__
+    released, begin = Activations.release, hzo.gradients.backward_sweep.Sweep.__init__
 
     def looking(self, graph, values):
         nonlocal highest
@@ -219,9 +219,9 @@ def held_at_most(chain, problem, plan, monkeypatch):
         for value, (tensor, about) in enumerate(zip(self.values, graph.values, strict=False)):
             made = tensor is not None and about.producer >= 0
             if made and about.batched and id(tensor) not in gone:
-                present[value, "activity"] = tensor.nbytes
+                present[value, "activation"] = tensor.nbytes
         highest = max(highest, sum(present.values()))
-        let_go(self, graph, values)
+        released(self, graph, values)
         kept.extend(self.values[value] for value in values)  # no other tensor gets their identity
         gone.update(id(self.values[value]) for value in values if graph.values[value].batched)
 
@@ -230,7 +230,7 @@ def held_at_most(chain, problem, plan, monkeypatch):
         sweeps.append(self)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Activities, "let_go", looking)
+        patched.setattr(Activations, "release", looking)
         patched.setattr(hzo.gradients.backward_sweep.Sweep, "__init__", noted)
         outcome(chain, problem, plan, hzo.grad_and_value)
     assert graph.nominal_batch == plan.batch
@@ -244,17 +244,17 @@ def test_predicted_bytes_are_held_bytes(name, monkeypatch):
         for scheme in ("central", "forward"):
             plan = hzo.plan(solved.chain, tree=tree, scheme=scheme)
             for each in (plan, on_path(solved.chain, plan)):
-                assert held_at_most(solved.chain, solved.problem, each, monkeypatch) == each.activity_bytes
+                assert held_at_most(solved.chain, solved.problem, each, monkeypatch) == each.activation_bytes
 
 
 def test_bytes_of_a_chain_grow_with_the_logarithm_of_its_depth():
     """Every doubling adds one boundary to the spine and nothing else; all stored, it doubles."""
     plans = {depth: hzo.plan(plain(depth)) for depth in (8, 16, 32, 64, 128)}
     chains = {depth: plain(depth) for depth in plans}
-    path = {depth: on_path(chains[depth], plans[depth]).activity_bytes for depth in plans}
+    path = {depth: on_path(chains[depth], plans[depth]).activation_bytes for depth in plans}
     boundary = 2 * 4 * 8
     assert {path[b] - path[a] for a, b in pairwise(path)} == {boundary}
-    assert all(plans[b].activity_bytes > 1.8 * plans[a].activity_bytes for a, b in pairwise(plans))
+    assert all(plans[b].activation_bytes > 1.8 * plans[a].activation_bytes for a, b in pairwise(plans))
 
 
 @pytest.mark.parametrize("tree", TREES)
@@ -262,7 +262,7 @@ def test_steps_keep_what_they_read_and_not_what_their_queries_make(tree):
     """A query over many stages reads what it perturbs; the operands inside are its own."""
     chain = plain(32)
     plan = on_path(chain, hzo.plan(chain, tree=tree, assume="nothing"))
-    assert plan.activity_bytes <= 2 * 4 * 8 * (5 + 6 + 3)  # spine, pending cotangents, one stage
+    assert plan.activation_bytes <= 2 * 4 * 8 * (5 + 6 + 3)  # spine, pending cotangents, one stage
 
 
 def allocated(run):
@@ -299,7 +299,7 @@ def test_predicted_bytes_are_allocated_bytes():
                 hzo.grad_and_value(chain, F.mse_loss, x, x, plan=plan, memory=1)
 
             gradient()
-            beyond.append((allocated(gradient) - plan.activity_bytes) / boundary)
+            beyond.append((allocated(gradient) - plan.activation_bytes) / boundary)
     assert max(beyond) - min(beyond) < 0.1
     assert 0 < min(beyond) < 12  # two perturbed copies, their results, differences in two forms, the step's own means
 
@@ -312,18 +312,18 @@ def test_the_budget_chooses():
     everything = hzo.plan(chain)
     path = on_path(chain, everything)
     assert (everything.storage, everything.recomputed) == ("all", 0)
-    assert hzo.plan(chain, memory=everything.activity_bytes) == everything
-    assert hzo.plan(chain, memory=everything.activity_bytes - 1) == path
-    assert hzo.plan(chain, memory=path.activity_bytes) == path
+    assert hzo.plan(chain, memory=everything.activation_bytes) == everything
+    assert hzo.plan(chain, memory=everything.activation_bytes - 1) == path
+    assert hzo.plan(chain, memory=path.activation_bytes) == path
     assert path.recomputed == 2 * recurrence(32)
     with pytest.raises(PlanError) as error:
-        hzo.plan(chain, memory=path.activity_bytes - 1)
-    for needed in (everything.activity_bytes, path.activity_bytes):
+        hzo.plan(chain, memory=path.activation_bytes - 1)
+    for needed in (everything.activation_bytes, path.activation_bytes):
         assert f"{needed:,} bytes" in str(error.value) or f"{needed:,} on a path" in str(error.value)
     for wrong in (0, -5):
         with pytest.raises(InputError, match="memory"):
             hzo.plan(chain, memory=wrong)
-    assert f"path stored, at most {path.activity_bytes:,} bytes at once, {path.recomputed:,} stages run again" in str(
+    assert f"path stored, at most {path.activation_bytes:,} bytes at once, {path.recomputed:,} stages run again" in str(
         path
     )
 
@@ -331,7 +331,7 @@ def test_the_budget_chooses():
 def test_a_plan_on_a_path_serves_other_batches_and_adds_up():
     chain = plain(8)
     model, x = chain.model, torch.randn(5, 4, dtype=torch.float64)
-    plan = hzo.plan(chain, memory=on_path(chain, hzo.plan(chain)).activity_bytes)
+    plan = hzo.plan(chain, memory=on_path(chain, hzo.plan(chain)).activation_bytes)
     assert plan.storage == "path"
     for _ in range(2):
         hzo.backward(chain, F.mse_loss, x, x.sin(), plan=plan, memory=1)

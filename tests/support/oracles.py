@@ -75,13 +75,13 @@ def cotangents(problem, chain):
     graph = chain.traced
     state = torch.get_rng_state()
     with undisturbed(problem.module):
-        activities, output = base_pass(chain, problem.x)
+        activations, output = base_pass(chain, problem.x)
         torch.set_rng_state(state)
         args, kwargs = call_arguments(problem.x)
         again = problem.module(*pytree.tree_map_only(torch.Tensor, torch.clone, args), **kwargs)
         for a, b in zip(pytree.tree_leaves(output), pytree.tree_leaves(again), strict=True):
             assert torch.equal(a, b)  # what was recorded is what the model does
-    tape = activities.tape
+    tape = activations.tape
 
     def finish(values, position):
         for op in tape.operations[position : len(graph.operations)]:

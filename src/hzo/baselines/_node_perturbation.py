@@ -11,7 +11,7 @@ from torch import Tensor
 from hzo.baselines import _evaluate as ev
 from hzo.baselines._per_sample import contributions
 from hzo.errors import CoupledSamplesError, InputError
-from hzo.execution import Activities, query
+from hzo.execution import Activations, query
 from hzo.gradients import Local, base_pass, parameter_gradients, traced_for
 from hzo.plans import has_rule
 from hzo.tape import Ref
@@ -83,25 +83,25 @@ def node_perturbation(
     # A stage that is a plain callable may hide modules, which the trace has found.
     modules = [p.module, *graph.opaque_modules]
     with torch.no_grad(), ev.replayed(modules) as run:
-        activities, output = run(lambda: base_pass(chain, x))
+        activations, output = run(lambda: base_pass(chain, x))
         output = map_arguments(_detached, output)
         for op in graph.operations:
             _check_rule(op)
         loss = ev.mean_loss(p, output)
-        nodes = {op.writes[0]: activities.tensor(op.writes[0]) for op in layers}
-        named = {f"the output of {op.name}": activities.tensor(op.writes[0]) for op in layers}
+        nodes = {op.writes[0]: activations.tensor(op.writes[0]) for op in layers}
+        named = {f"the output of {op.name}": activations.tensor(op.writes[0]) for op in layers}
         mu = ev.checked_step(mu, ev.rounding([*nodes.values()]) ** (1 / 3) / 5, named)
         cotangents = {value: ev.accumulator(node) for value, node in nodes.items()}
         for seed in seeds if layers else []:
             ends = []
             for signed in (mu, -mu):
-                ends.append(loss_of(_perturbed(graph, activities, nodes, seed, signed)))
+                ends.append(loss_of(_perturbed(graph, activations, nodes, seed, signed)))
                 ev.count_pass(p)
             slope = (ends[0] - ends[1]) / (2 * mu * samples)
             noise = ev.directions([*nodes.values()], ev.gaussian, seed)
             for value, xi in zip(nodes, noise, strict=True):
                 cotangents[value] += _credit(graph, value, xi.to(cotangents[value].dtype), slope, p.batch)
-        gradients = parameter_gradients(Local(graph, activities, perturbed=()), cotangents)
+        gradients = parameter_gradients(Local(graph, activations, perturbed=()), cotangents)
     ev.add_to_grad(p, gradients.values())
     return loss
 
@@ -128,7 +128,7 @@ def _detached(leaf: Any) -> Any:
     return leaf.detach() if isinstance(leaf, Tensor) else leaf
 
 
-def _perturbed(graph: Graph, activities: Activities, nodes: dict[int, Tensor], seed: int, step: float) -> Any:
+def _perturbed(graph: Graph, activations: Activations, nodes: dict[int, Tensor], seed: int, step: float) -> Any:
     """The model's output with noise on the nodes; what depends on parameters alone stays as it is."""
     noise = dict(zip(nodes, ev.directions([*nodes.values()], ev.gaussian, seed), strict=False))
     moved: dict[int, Tensor] = {}
@@ -136,16 +136,16 @@ def _perturbed(graph: Graph, activities: Activities, nodes: dict[int, Tensor], s
         if not op.batched:
             continue
         if any(v in moved for v in op.reads):
-            moved.update(query(graph, op, activities, moved, 1))
+            moved.update(query(graph, op, activations, moved, 1))
         value = op.writes[0] if op.writes else None
         if value in noise:
-            base = moved[value] if value in moved else activities.tensor(value).unsqueeze(0)
+            base = moved[value] if value in moved else activations.tensor(value).unsqueeze(0)
             moved[value] = base + step * noise.pop(value)
 
     def filled(leaf: Any) -> Any:
         if not isinstance(leaf, Ref):
             return leaf
-        return moved[leaf.value].squeeze(0) if leaf.value in moved else activities.tensor(leaf.value)
+        return moved[leaf.value].squeeze(0) if leaf.value in moved else activations.tensor(leaf.value)
 
     return map_arguments(filled, graph.output)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hzo.execution import Activities, arguments_of, counting, run_probe
+from hzo.execution import Activations, arguments_of, counting, run_probe
 from hzo.tape.record import flat
 from hzo.tracing import Graph, Operation
 
@@ -24,7 +24,7 @@ class Call:
     """One operation in the base pass, the cotangent of its output, and the means to measure it.
 
     Attributes:
-        operand: the activity that goes in. cotangent: of the only output, in the accumulation dtype.
+        operand: the activation that goes in. cotangent: of the only output, in the accumulation dtype.
         measure: ``measure(probe)`` runs the module on another input, and counts it.
         copied: ``copied(numbers)`` the same, uncounted: for reindexing alone.
     """
@@ -59,14 +59,16 @@ class Adjoint:
     probes: Callable[[Graph, Operation, int], list[Shape]] = lambda _graph, _op, _value: []
 
 
-def call_of(graph: Graph, op: Operation, activities: Activities, value: int, cotangents: Mapping[int, Tensor]) -> Call:
+def call_of(
+    graph: Graph, op: Operation, activations: Activations, value: int, cotangents: Mapping[int, Tensor]
+) -> Call:
     """A declared module as it ran, its cotangent, and the means to measure it."""
     (cotangent,) = cotangents.values()
-    call = activities.operation(op.index)
-    args, kwargs = arguments_of(activities, call)
+    call = activations.operation(op.index)
+    args, kwargs = arguments_of(activations, call)
 
     def run(probe: Tensor) -> Tensor:
-        result: Tensor = flat(run_probe(graph, activities, op, call, (args[0], (probe,), *args[2:]), kwargs))[0]
+        result: Tensor = flat(run_probe(graph, activations, op, call, (args[0], (probe,), *args[2:]), kwargs))[0]
         return result
 
     def measure(probe: Tensor) -> Tensor:
@@ -74,12 +76,12 @@ def call_of(graph: Graph, op: Operation, activities: Activities, value: int, cot
         counting.add(
             queries=rows,
             stage_evaluations=rows,
-            forward_equivalents=graph.cost_alone(op.index, value, probe.numel()) / activities.batch,
+            forward_equivalents=graph.cost_alone(op.index, value, probe.numel()) / activations.batch,
             boxes=graph.boxes_in([op.index]),
         )
         return run(probe)
 
-    return Call(graph, op, activities.tensor(value), cotangent, measure, run)
+    return Call(graph, op, activations.tensor(value), cotangent, measure, run)
 
 
 def is_first_operand(op: Operation, value: int) -> bool:

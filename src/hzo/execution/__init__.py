@@ -1,6 +1,6 @@
 """Run slices of a traced model at perturbed states; count what runs, and undo what it changed."""
 
-from hzo.execution.activities import Activities
+from hzo.execution.activations import Activations
 from hzo.execution.copies import VIEWS
 from hzo.execution.counting import QueryCount, as_checks, count_queries, open_count
 from hzo.execution.operation import query, read
@@ -11,7 +11,7 @@ from hzo.tape.state import RandomState, random_state, set_random_state
 
 __all__ = [
     "VIEWS",
-    "Activities",
+    "Activations",
     "QueryCount",
     "RandomState",
     "arguments_of",

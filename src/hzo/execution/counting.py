@@ -23,7 +23,7 @@ class QueryCount:
         queries: evaluations of a segment on one sample at a perturbed state.
         stage_evaluations: stages run in those queries, on one sample each; a part of a stage counts as one.
         adjoints: applications of a measured or closed-form adjoint to the cotangents of a batch.
-        parameter_rules: local products of an activity and a cotangent (closed-form parameter gradients).
+        parameter_rules: local products of an activation and a cotangent (closed-form parameter gradients).
         loss_evaluations: evaluations of the loss on one sample beyond the one that the caller is given.
         base_evaluations: stages run on one sample without a perturbation (base passes, recomputation).
         check_evaluations: stages run on one sample to test determinism, structure or shapes.

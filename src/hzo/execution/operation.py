@@ -10,7 +10,7 @@ from contextlib import nullcontext
 
 from torch import Tensor
 
-from hzo.execution.activities import Activities
+from hzo.execution.activations import Activations
 from hzo.execution.copies import call_with, one_by_one, run_copies
 from hzo.tape import Operation as Call
 from hzo.tape.opaque import Opaque
@@ -20,27 +20,27 @@ from hzo.tracing import Graph, Operation
 
 
 def query(
-    graph: Graph, op: Operation, activities: Activities, moved: Mapping[int, Tensor], copies: int
+    graph: Graph, op: Operation, activations: Activations, moved: Mapping[int, Tensor], copies: int
 ) -> dict[int, Tensor]:
     """The results of one operation by value, copies in front, where some operands are replaced by moved copies."""
-    call = activities.operation(op.index)
+    call = activations.operation(op.index)
     operands = {v: moved[v] for v in op.reads if v in moved}
-    state = activities.tape.states.get(op.index)
+    state = activations.tape.states.get(op.index)
     again = state.again if state is not None and (op.random or op.stateful) else nullcontext
     by_copy = op.random or (isinstance(op.target, Opaque) and not _foldable(graph, op))
     if by_copy and copies > 1:
 
         def one(*tensors: Tensor) -> tuple[Tensor, ...]:
             with again():
-                return tuple(flat(call_with(activities.tape, call, dict(zip(operands, tensors, strict=True)))))
+                return tuple(flat(call_with(activations.tape, call, dict(zip(operands, tensors, strict=True)))))
 
         results = one_by_one(one, list(operands.values()), copies)
     else:
         with again():
             if isinstance(op.target, Opaque):
-                results = _folded(graph, activities, call, operands, copies)
+                results = _folded(graph, activations, call, operands, copies)
             else:
-                results = run_copies(activities.tape, call, operands, copies)
+                results = run_copies(activations.tape, call, operands, copies)
     found = {v: r for v, r in zip(call.writes, results, strict=True) if v is not None}
     return processed(graph, op, found)
 
@@ -51,10 +51,12 @@ def _foldable(graph: Graph, op: Operation) -> bool:
     return all(v.batch_dim == 0 and v.outer == 1 for v in values)
 
 
-def _folded(graph: Graph, activities: Activities, call: Call, moved: Mapping[int, Tensor], copies: int) -> list[Tensor]:
+def _folded(
+    graph: Graph, activations: Activations, call: Call, moved: Mapping[int, Tensor], copies: int
+) -> list[Tensor]:
     """An opaque operation on copies for samples: operands that depend on the inputs are repeated for each of them."""
     if copies == 1:
-        found = flat(call_with(activities.tape, call, {v: t.squeeze(0) for v, t in moved.items()}))
+        found = flat(call_with(activations.tape, call, {v: t.squeeze(0) for v, t in moved.items()}))
         return [r.unsqueeze(0) for r in found]
     given: dict[int, Tensor] = {}
     _, tensors, _ = call.args
@@ -63,9 +65,9 @@ def _folded(graph: Graph, activities: Activities, call: Call, moved: Mapping[int
         value = reference.value
         if not graph.values[value].batched:
             continue
-        tensor = moved[value] if value in moved else expanded(activities.tensor(value), copies)
+        tensor = moved[value] if value in moved else expanded(activations.tensor(value), copies)
         given[value] = tensor.flatten(0, 1)
-    results = flat(call_with(activities.tape, call, given))
+    results = flat(call_with(activations.tape, call, given))
     return [r.unflatten(0, (copies, -1)) for r in results]
 
 

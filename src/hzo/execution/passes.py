@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from hzo.execution import counting
-from hzo.execution.activities import Activities
+from hzo.execution.activations import Activations
 from hzo.execution.operation import expanded, query, read
 from hzo.tape import Operation as Call
 from hzo.tape.record import flat
@@ -21,28 +21,28 @@ from hzo.tracing import Graph, Operation
 
 
 def run_again(
-    graph: Graph, activities: Activities, start: int, stop: int, stages: int, let_go: Sequence[Iterable[int]]
+    graph: Graph, activations: Activations, start: int, stop: int, stages: int, released: Sequence[Iterable[int]]
 ) -> None:
-    """Run operations [start, stop) again, as the base pass did, from activities still stored.
+    """Run operations [start, stop) again, as the base pass did, from activations still stored.
 
     Args:
-        stages: how many these operations make up. let_go: for every operation the values to let go after it.
+        stages: how many these operations make up. released: for every operation the values to release after it.
 
     Cost: ``stages`` base evaluations a sample. Random numbers and buffers are those of the base pass, and none of them
     moves; values that do not depend on the inputs are still there and are not made again.
     """
-    for op, gone in zip(graph.operations[start:stop], let_go, strict=True):
+    for op, gone in zip(graph.operations[start:stop], released, strict=True):
         if op.batched:
-            for value, tensor in query(graph, op, activities, {}, 1).items():
-                activities.values[value] = tensor.squeeze(0)
-        activities.let_go(graph, gone)
-    counting.add(base_evaluations=activities.batch * stages)
+            for value, tensor in query(graph, op, activations, {}, 1).items():
+                activations.values[value] = tensor.squeeze(0)
+        activations.release(graph, gone)
+    counting.add(base_evaluations=activations.batch * stages)
 
 
 def run_slice(
     graph: Graph,
     operations: Sequence[int],
-    activities: Activities,
+    activations: Activations,
     perturbed: dict[int, Tensor],
     outputs: Sequence[int],
     copies: int,
@@ -59,27 +59,27 @@ def run_slice(
             if not any(v in local for v in op.reads):  # identical queries, of a noisy chain
                 moved = next((v for v in op.reads if graph.values[v].batched), None)
                 if moved is not None:
-                    local[moved] = expanded(activities.tensor(moved), copies)
-            local.update(query(graph, op, activities, local, copies))
+                    local[moved] = expanded(activations.tensor(moved), copies)
+            local.update(query(graph, op, activations, local, copies))
         for value in op.reads:  # what no later operation reads is freed at once
             if last_use[value] == k and value not in outputs:
                 local.pop(value, None)
     counting.add(
-        queries=copies * activities.batch,
-        stage_evaluations=copies * activities.batch * graph.stages_in(operations),
+        queries=copies * activations.batch,
+        stage_evaluations=copies * activations.batch * graph.stages_in(operations),
         forward_equivalents=Fraction(copies * graph.cost_of(operations), graph.cost),
         boxes=graph.boxes_in(operations),
     )
     stage = graph.stage_of[operations[-1]] if operations else 0
-    found = [local[v] if v in local else expanded(activities.tensor(v), copies) for v in outputs]
+    found = [local[v] if v in local else expanded(activations.tensor(v), copies) for v in outputs]
     return [read(graph, tensor, stage) for tensor in found]
 
 
 def run_probe(
-    graph: Graph, activities: Activities, op: Operation, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
+    graph: Graph, activations: Activations, op: Operation, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Run one operation on arguments of its own, to measure it; the sweep counts what that costs."""
-    state = activities.tape.states.get(op.index)
+    state = activations.tape.states.get(op.index)
     if state is None:
         result = call.target(*args, **kwargs)
     else:
@@ -92,12 +92,12 @@ def run_probe(
     return noisy[0] if isinstance(result, Tensor) else tuple(noisy)
 
 
-def count_probes(graph: Graph, op: Operation, value: int, activities: Activities) -> None:
+def count_probes(graph: Graph, op: Operation, value: int, activations: Activations) -> None:
     """Count what the rule of an operation measured for one operand: what the plan predicts, probe by probe."""
     measured = (op.measured or {}).get(value)
     if measured is None:
         return
-    batch = activities.batch
+    batch = activations.batch
     for rows, elements in measured.fixed:
         counting.add(
             queries=rows,
@@ -115,16 +115,16 @@ def count_probes(graph: Graph, op: Operation, value: int, activities: Activities
 
 
 def run_with_parameter(
-    graph: Graph, op: Operation, activities: Activities, value: int, parameter: Tensor
+    graph: Graph, op: Operation, activations: Activations, value: int, parameter: Tensor
 ) -> dict[int, Tensor]:
     """Run one operation on the batch with one of its parameters replaced.
 
     Cost: one query per sample.
     """
-    results = query(graph, op, activities, {value: parameter.unsqueeze(0)}, 1)
+    results = query(graph, op, activations, {value: parameter.unsqueeze(0)}, 1)
     counting.add(
-        queries=activities.batch,
-        stage_evaluations=activities.batch,
+        queries=activations.batch,
+        stage_evaluations=activations.batch,
         forward_equivalents=Fraction(op.cost, graph.cost),
         boxes=graph.boxes_in([op.index]),
     )
@@ -132,7 +132,7 @@ def run_with_parameter(
     return {v: read(graph, t.squeeze(0), stage) for v, t in results.items()}
 
 
-def arguments_of(activities: Activities, call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments_of(activations: Activations, call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of an operation as they were in the base pass."""
-    tape = activities.tape
+    tape = activations.tape
     return tape.resolve(call.args), {k: tape.resolve(v) for k, v in call.kwargs.items()}

@@ -94,7 +94,7 @@ def blackbox(
             a list are declared one by one.
         parameters: ``"perturbed"``: trainable parameters of an ``f`` that is a module get a gradient, by queries.
             ``"ignored"``: neither they nor other trainable tensors that ``f`` uses get one from here; their gradient
-            is your affair (the product of activity and cotangent, say).
+            is your affair (the product of activation and cotangent, say).
         tree, assume, scheme, mu, draws: as ``hzo.plan`` takes them. For piecewise constant ``f`` a ``step`` of half its
             quantum, or a smoothing ``mu``.
         step: length of the differences. None takes one for each element from its dtype and its surroundings. A number
@@ -427,8 +427,8 @@ class BlackBox(nn.Module):
             return plan_of_call(call, [*tensors, *parameters], wanted)
 
     def recalibrate(self) -> None:
-        """Measure noise, steps, gains and curvature again at the next backward pass: activities change as training goes
-        on."""
+        """Measure noise, steps, gains and curvature again at the next backward pass: activations change in
+        training."""
         forget(self.stages)
         self._known.pop("steps", None)
         self._known.pop("warned", None)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from hzo.errors import NondeterministicError
-from hzo.execution import Activities, contained, counting, run_again, undone_on_error, with_parameters
+from hzo.execution import Activations, contained, counting, run_again, undone_on_error, with_parameters
 from hzo.external.guard import Guarded, expect
 from hzo.external.state import Saved
 from hzo.finite_differences import accumulation_dtype
@@ -50,7 +50,7 @@ class Pass:
         measured: whether its noise is to be measured. memory: bytes for the perturbed copies of a chunk.
         wanted: which inputs require a gradient. names: of the parameters that do.
         inputs, parameters: as they were in the forward pass, whoever holds others since.
-        chain, activities: what was traced, and what its base pass left. structure: of the output. seed: of smoothing.
+        chain, activations: what was traced, and what its base pass left. structure: of the output. seed: of smoothing.
         autocast: device, and the dtype that autocast computed in there, if it did. training: modes of the modules.
         states: those that parts with a state began with. consumed: a backward pass has been through it.
     """
@@ -64,7 +64,7 @@ class Pass:
     inputs: tuple[Tensor, ...] = ()
     parameters: dict[str, Tensor] = field(default_factory=dict)
     chain: Chain = field(init=False)
-    activities: Activities = field(init=False)
+    activations: Activations = field(init=False)
     structure: Any = None
     seed: int = 0
     autocast: tuple[str, torch.dtype | None] = ("cpu", None)
@@ -78,7 +78,7 @@ class Pass:
         return not self.measured and "noise" not in self.options
 
     def forward(self, inputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """A base pass, whose activities wait for the backward pass."""
+        """A base pass, whose activations wait for the backward pass."""
         return _forward(self, inputs, parameters)
 
     def carry_back(self, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -87,7 +87,7 @@ class Pass:
 
 
 def _forward(this: Pass, inputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """A base pass, whose activities wait for the backward pass."""
+    """A base pass, whose activations wait for the backward pass."""
     device = inputs[0].device.type
     this.autocast = device, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     this.training = {module: module.training for module in this.stages.modules()}
@@ -101,7 +101,7 @@ def _forward(this: Pass, inputs: Sequence[Tensor], parameters: Sequence[Tensor])
         if noisy is not None and this.repeats:
             raise _two_results(noisy.name)
         with undone_on_error([this.stages]):
-            this.activities, _ = base_pass(this.chain, this.inputs)
+            this.activations, _ = base_pass(this.chain, this.inputs)
             this.states = {
                 part: part.remembers.start for part in parts_of(this.stages) if part.remembers.start is not None
             }
@@ -109,7 +109,7 @@ def _forward(this: Pass, inputs: Sequence[Tensor], parameters: Sequence[Tensor])
 
     _with_parameters(this, run)
     # Copies: what becomes of the output must not reach what is stored.
-    output = pytree.tree_map_only(Ref, lambda ref: this.activities.tensor(ref.value).clone(), this.chain.traced.output)
+    output = pytree.tree_map_only(Ref, lambda ref: this.activations.tensor(ref.value).clone(), this.chain.traced.output)
     leaves, this.structure = pytree.tree_flatten(in_dtype_of(inputs, output))
     return tuple(leaves)
 
@@ -131,15 +131,15 @@ def _backward(this: Pass, cotangents: Sequence[Tensor | None]) -> list[Tensor | 
                 found = calibrate(this.chain, this.inputs, cotangent=given, **of)
             _measured[this.chain] = make_plan(this.chain, calibration=found, **this.options)
         plan = planned(this.chain, this.options)
-        # A sweep lets go of what it has read, and there may be another one.
-        activities = this.activities.again()
+        # A sweep releases what it has read, and there may be another one.
+        activations = this.activations.again()
         with contained([this.stages]), _from(this.states):
             for module, training in this.training.items():  # of the forward pass, too
                 module.training = training
             expect(this.stages, this.inputs[0].shape[0])
             if this.repeats:
                 _check_same(this)
-            return sweep(graph, plan, schedule(graph, plan), activities, at_end, memory=this.memory, seed=this.seed)
+            return sweep(graph, plan, schedule(graph, plan), activations, at_end, memory=this.memory, seed=this.seed)
 
     device, dtype = this.autocast  # autograd runs a backward pass outside the user's autocast
     with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
@@ -160,19 +160,19 @@ def seconds_of_plan(chain: Chain, plan: Plan, inputs: Sequence[Tensor]) -> float
     graph = chain.traced
     times = []
     with counting.as_checks(), counting.doing("a measurement of time"), contained([chain.model]), torch.no_grad():
-        activities, _ = base_pass(chain, tuple(t.detach() for t in inputs))
+        activations, _ = base_pass(chain, tuple(t.detach() for t in inputs))
         for k in range(len(graph.operations)):
             tried = []
             for _ in range(2):  # the shorter one: a busy machine makes any of them long
                 began = perf_counter()
-                run_again(graph, activities, k, k + 1, 1, [()])
+                run_again(graph, activations, k, k + 1, 1, [()])
                 tried.append(perf_counter() - began)
             times.append(min(tried))
     passes = [(node.cost.queries, node.operations) for node in plan.nodes]
     passes += [(probe.cost.queries, (probe.operation,)) for probe in plan.perturbed]
     of_samples = sum(queries * sum(times[k] for k in operations) for queries, operations in passes)
     of_one = sum(
-        node.cost.measurements * sum(times[k] for k in node.operations) / activities.batch for node in plan.nodes
+        node.cost.measurements * sum(times[k] for k in node.operations) / activations.batch for node in plan.nodes
     )
     return of_samples + of_one + sum(times)
 
@@ -200,7 +200,7 @@ def _with_parameters(this: Pass, run: Callable[[], Any]) -> Any:
 
 def _check_same(this: Pass) -> None:
     """Run the stages once more: differences of a result that has changed since would mean nothing."""
-    graph, first = this.chain.traced, this.activities
+    graph, first = this.chain.traced, this.activations
     again = first.again()
     with counting.doing("the test that it repeats"):
         run_again(graph, again, 0, len(graph.operations), len(graph.stages), [()] * len(graph.operations))

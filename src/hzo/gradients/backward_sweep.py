@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hzo.declared import call_of, find_adjoint
-from hzo.execution import Activities, counting, read, run_again, run_slice
+from hzo.execution import Activations, counting, read, run_again, run_slice
 from hzo.finite_differences import (
     accumulation_dtype,
     directions_per_chunk,
@@ -38,7 +38,7 @@ class Sweep:
 
     graph: Graph
     plan: Plan
-    activities: Activities
+    activations: Activations
     memory: int | None
     cotangents: Cotangents
     local: Local
@@ -51,7 +51,7 @@ def sweep(
     graph: Graph,
     plan: Plan,
     steps: Schedule,
-    activities: Activities,
+    activations: Activations,
     at_the_end: dict[int, Tensor],
     *,
     memory: int | None,
@@ -62,8 +62,8 @@ def sweep(
     """Carry the cotangents from the end through the nodes of the plan, and turn them into parameter gradients.
 
     Args:
-        steps: of the plan. activities: of a base pass that let go what the steps say; they say too what is run again
-            before it is read, and what is let go after.
+        steps: of the plan. activations: of a base pass that released what the steps say; they say too what is run again
+            before it is read, and what is released after.
         at_the_end: cotangents of the output's values, in the accumulation dtype.
         memory: bytes for the perturbed copies of a chunk; None takes a share of what is free.
         seed: of the signs of approximate probes.
@@ -73,21 +73,21 @@ def sweep(
     Cost: the plan's. Source: paper (the recursion); which nodes, and by which probe, is the plan's affair (ours).
     """
     end = len(graph.operations)
-    local = Local(graph, activities, plan.perturbed, plan.scheme, plan.step or plan.mu)
-    state = Sweep(graph, plan, activities, memory, {end: at_the_end}, local, seed)
+    local = Local(graph, activations, plan.perturbed, plan.scheme, plan.step or plan.mu)
+    state = Sweep(graph, plan, activations, memory, {end: at_the_end}, local, seed)
     found = state.cotangents
     for value, g in (direct or {}).items():
         add_to(local, ParameterUse(value, graph.names.get(value, "")), g, state.derived, state.gradients)
-    activities.let_go(graph, steps.after_loss)
+    activations.release(graph, steps.after_loss)
     for position in range(end, -1, -1):
         for again in steps.again[position]:
-            run_again(graph, activities, again.start, again.stop, again.stages, again.let_go)
+            run_again(graph, activations, again.start, again.stop, again.stages, again.released)
         for node in steps.nodes[position]:
             _run_node(state, node)
         if position < end:
             op = graph.operations[position]
             add_gradients(local, op, found.get(position + 1, {}), state.derived, state.gradients)
-        activities.let_go(graph, steps.activities[position])
+        activations.release(graph, steps.activations[position])
         for source in steps.cotangents[position] if not keep else ():
             found.pop(source, None)
     return state
@@ -115,8 +115,8 @@ def estimate_node(state: Sweep, node: Node, at_source: dict[int, Tensor]) -> Ten
     base = None
     if state.plan.scheme == "forward" and node.probe.kind != "adjoint":
         # Read once, as it is stored once: repeats of a query do not make this reading any better.
-        stage, activities = graph.stage_of[node.source - 1], state.activities
-        base = [values[v].rows(read(graph, activities.tensor(v), stage), activities.batch) for v in outputs]
+        stage, activations = graph.stage_of[node.source - 1], state.activations
+        base = [values[v].rows(read(graph, activations.tensor(v), stage), activations.batch) for v in outputs]
     total = _estimate(state, node, at_source, outputs, base)
     for draw in range(1, node.repeats):
         total = total + _estimate(state, node, at_source, outputs, base, draw)
@@ -131,18 +131,18 @@ def _estimate(
     base: list[Tensor] | None,
     draw: int = 0,
 ) -> Tensor:
-    graph, activities, batch = state.graph, state.activities, state.activities.batch
+    graph, activations, batch = state.graph, state.activations, state.activations.batch
     if node.probe.kind == "adjoint":
         return _apply_adjoint(state, node, {v: at_source[v] for v in outputs})
     values = graph.values
     value = values[node.value]
-    rows = value.rows(activities.tensor(node.value), batch)
+    rows = value.rows(activations.tensor(node.value), batch)
     if state.plan.mu is not None:
         rows = _smoothing(state.plan.mu, rows, _seed(state, node, draw))
 
     def run(perturbed: Tensor, copies: int) -> list[Tensor]:
         moved = {node.value: value.rows_to_copies(perturbed, batch)}
-        results = run_slice(graph, node.operations, activities, moved, outputs, copies)
+        results = run_slice(graph, node.operations, activations, moved, outputs, copies)
         return [values[v].copies_to_rows(t, batch) for v, t in zip(outputs, results, strict=True)]
 
     probe = node.probe
@@ -150,7 +150,7 @@ def _estimate(
         probe = replace(probe, coloring=probe.coloring.for_outputs([node.outputs.index(v) for v in outputs]), draws=1)
     cotangents = [values[v].rows(at_source[v], batch) for v in outputs]
     chunk = directions_per_chunk(bytes_per_direction(graph, node, batch), state.memory, rows.device)
-    where = f"the activity at {graph.describe(node.target)}"
+    where = f"the activation at {graph.describe(node.target)}"
     precision = narrowest(
         [value.dtype, *(values[v].dtype for k in node.operations for v in graph.operations[k].writes)]
     )
@@ -201,14 +201,14 @@ def _smoothing(mu: float, rows: Tensor, seed: int) -> Tensor:
 
 def _apply_adjoint(state: Sweep, node: Node, cotangents: dict[int, Tensor]) -> Tensor:
     """Carry a cotangent back through one operation by its rule, or by what was declared of it."""
-    graph, activities = state.graph, state.activities
+    graph, activations = state.graph, state.activations
     op = graph.operations[node.operations[0]]
     counting.add(adjoints=1)
     declared = find_adjoint(graph, op, node.value)
     if declared is not None:
-        return declared.apply(call_of(graph, op, activities, node.value, cotangents), node.value)
+        return declared.apply(call_of(graph, op, activations, node.value, cotangents), node.value)
     along = frozenset(use.value for use in op.parameters) if _has_closed_parameters(state, op) else frozenset()
-    found = by_rule(graph, activities, op, cotangents, along | {node.value})
+    found = by_rule(graph, activations, op, cotangents, along | {node.value})
     if along:
         state.local.along[op.index] = {v: found[v] for v in along}
     return found[node.value]

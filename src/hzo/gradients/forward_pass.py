@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from hzo.errors import NonFiniteError, PlanError
-from hzo.execution import Activities, counting, undone_on_error
+from hzo.execution import Activations, counting, undone_on_error
 from hzo.finite_differences import accumulation_dtype
 from hzo.losses import loss_of
 from hzo.reverse import RecordedStep, as_data, sweep_end
@@ -31,14 +31,14 @@ class BasePass:
     """A base pass with its loss.
 
     Attributes:
-        activities: what the model left. output: what it returned, without a history.
+        activations: what the model left. output: what it returned, without a history.
         loss: the mean loss. at_end: cotangents of the output's values, in the accumulation dtype.
         direct: what the loss adds by itself to values that do not depend on the inputs: parameters, and what is derived
             from them. beside: gradients of the loss's own parameters, with these.
         given: the caller's inputs, by value.
     """
 
-    activities: Activities
+    activations: Activations
     output: Any
     loss: Tensor
     at_end: dict[int, Tensor] = field(default_factory=dict)
@@ -48,11 +48,11 @@ class BasePass:
 
 
 class _Release:
-    """Lets go, while a model is recorded, of what its plan reads no more, as long as it does what was traced."""
+    """Releases, while a model is recorded, of what its plan reads no more, as long as it does what was traced."""
 
     def __init__(self, graph: Graph, recorder: Recorder, batch: int, steps: Sequence[Iterable[int]]) -> None:
         self.graph, self.recorder, self.steps = graph, recorder, steps
-        self.activities = Activities(batch, recorder.tape)
+        self.activations = Activations(batch, recorder.tape)
         self.done = 0
 
     def behind(self) -> None:
@@ -63,10 +63,10 @@ class _Release:
                 self.recorder.behind = None
                 return
             gone = self.steps[self.done]
-            self.done += 1  # first: to let go calls PyTorch, which calls this
+            self.done += 1  # first: to release calls PyTorch, which calls this
             held = [t for v in gone if (t := self.recorder.tape.tensors[v]) is not None]
-            self.activities.let_go(self.graph, gone)
-            self.recorder.let_go(held)
+            self.activations.release(self.graph, gone)
+            self.recorder.drop(held)
 
 
 @contextmanager
@@ -103,11 +103,11 @@ def _noise(graph: Graph) -> Callable[[Recorder, int, Tensor], Tensor]:
 
 
 @torch.no_grad()
-def base_pass(chain: Chain, x: Any, steps: Sequence[Iterable[int]] = ()) -> tuple[Activities, Any]:
+def base_pass(chain: Chain, x: Any, steps: Sequence[Iterable[int]] = ()) -> tuple[Activations, Any]:
     """Run a chain once, as an ordinary forward pass does, and keep what queries will need; also what it returned.
 
     Args:
-        steps: for every operation the values to let go after it (``Schedule.base_pass``).
+        steps: for every operation the values to release after it (``Schedule.base_pass``).
 
     Cost: one forward pass (``base_evaluations``). Buffers and random state move as in one ordinary forward pass.
 
@@ -117,15 +117,15 @@ def base_pass(chain: Chain, x: Any, steps: Sequence[Iterable[int]] = ()) -> tupl
     with _running(chain, x, steps) as (run, batch):
         output = run.output
     counting.add(base_evaluations=batch * len(chain.traced.stages))
-    return _activities(chain.traced, run.tape, batch), output
+    return _activations(chain.traced, run.tape, batch), output
 
 
-def _activities(graph: Graph, tape: Tape, batch: int) -> Activities:
+def _activations(graph: Graph, tape: Tape, batch: int) -> Activations:
     kept = len(graph.values)  # what follows is the loss's
     tape.tensors = [
         None if t is None or v >= kept else t.detach() if t.requires_grad else t for v, t in enumerate(tape.tensors)
     ]
-    return Activities(batch, tape)
+    return Activations(batch, tape)
 
 
 @torch.no_grad()
@@ -158,16 +158,16 @@ def loss_pass(
         raise
     counting.add(base_evaluations=batch * len(graph.stages))
     given = dict(zip(run.inputs, run.given, strict=True))
-    return BasePass(_activities(graph, run.tape, batch), run.output, loss, at_end, direct, beside, given)
+    return BasePass(_activations(graph, run.tape, batch), run.output, loss, at_end, direct, beside, given)
 
 
 def _first_not_finite(chain: Chain, x: Any) -> str | None:
     """The call of the model that made NaN or infinity first: run once more with everything kept."""
     graph = chain.traced
     with undone_on_error([chain.model]), counting.as_checks():
-        activities, _ = base_pass(chain, x)
+        activations, _ = base_pass(chain, x)
     for op in graph.operations:
-        held = [activities.tensor(v) for v in op.writes if graph.values[v].floating]
+        held = [activations.tensor(v) for v in op.writes if graph.values[v].floating]
         if not all(bool(t.isfinite().all()) for t in held) and all(graph.values[v].finite for v in op.writes):
             stage = graph.stage_of[op.index]
             return (

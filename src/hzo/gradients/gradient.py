@@ -232,7 +232,7 @@ def _estimate(
         seed = int(torch.randint(2**62, ())) if found.random else 0
         with contained(graph.opaque_modules):
             swept = sweep(
-                graph, found, steps, base.activities, base.at_end, memory=memory, seed=seed, keep=keep,
+                graph, found, steps, base.activations, base.at_end, memory=memory, seed=seed, keep=keep,
                 direct=base.direct,
             )  # fmt: skip
         of_input = swept.cotangents.get(0, {})

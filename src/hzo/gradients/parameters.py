@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hzo.errors import NonFiniteError
-from hzo.execution import Activities, count_probes, counting, run_probe, run_with_parameter
+from hzo.execution import Activations, count_probes, counting, run_probe, run_with_parameter
 from hzo.finite_differences import Scheme, accumulation_dtype, default_step, narrowest, stepped
 from hzo.plans import ParameterProbe
 from hzo.reverse import again, carry_back
@@ -35,7 +35,7 @@ class Local:
     """
 
     graph: Graph
-    activities: Activities
+    activations: Activations
     perturbed: tuple[ParameterProbe, ...]
     scheme: Scheme = "central"
     step: float | None = None
@@ -43,7 +43,7 @@ class Local:
 
 
 def by_rule(
-    graph: Graph, activities: Activities, op: Operation, cotangents: Mapping[int, Tensor], wanted: frozenset[int]
+    graph: Graph, activations: Activations, op: Operation, cotangents: Mapping[int, Tensor], wanted: frozenset[int]
 ) -> dict[int, Tensor]:
     """The cotangents of some operands by the operation's rule, in the accumulation dtype.
 
@@ -52,20 +52,20 @@ def by_rule(
 
     def measure(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], size: Tensor) -> Any:
         del size  # what is counted is what the plan knows of
-        if call.tape is not activities.tape:  # inside a decomposition
+        if call.tape is not activations.tape:  # inside a decomposition
             return call.op.target(*args, **kwargs)
-        return run_probe(graph, activities, op, call.op, args, kwargs)
+        return run_probe(graph, activations, op, call.op, args, kwargs)
 
-    tape = activities.tape
+    tape = activations.tape
     grads = [None if v is None or v not in cotangents else cotangents[v].to(tape.values[v].dtype) for v in op.results]
     found: dict[int, Tensor] = {}
-    for value, g in carry_back(tape, activities.operation(op.index), grads, wanted, Engine(measure, again)):
+    for value, g in carry_back(tape, activations.operation(op.index), grads, wanted, Engine(measure, again)):
         wide = g.to(accumulation_dtype(tape.values[value].dtype))
-        if any(wide is t for t in (*grads, *found.values())):  # one cotangent, one tensor: each is let go by itself
+        if any(wide is t for t in (*grads, *found.values())):  # one cotangent, one tensor: each is released by itself
             wide = wide.view_as(wide)
         found[value] = found[value] + wide if value in found else wide
     for value in wanted:
-        count_probes(graph, op, value, activities)
+        count_probes(graph, op, value, activations)
         if value not in found:  # a derivative of zero wherever it exists
             about = tape.values[value]
             device = next(g.device for g in grads if g is not None)
@@ -116,7 +116,7 @@ def add_to(local: Local, use: ParameterUse, gradient: Tensor, derived: dict[int,
         derived[use.value] = gradient if known is None else known + gradient
     else:
         tied = gradients.get(use.name)
-        leaf = local.activities.tape.leaves[use.value]
+        leaf = local.activations.tape.leaves[use.value]
         gradients[use.name] = (leaf, gradient if tied is None else tied[1] + gradient)
 
 
@@ -127,13 +127,13 @@ def _closed(local: Local, op: Operation, wanted: frozenset[int], given: dict[int
     along = local.along.pop(op.index, {})
     if wanted <= along.keys():
         return dict(along)
-    return by_rule(local.graph, local.activities, op, given, wanted)
+    return by_rule(local.graph, local.activations, op, given, wanted)
 
 
 def _by_perturbation(local: Local, op: Operation, use: ParameterUse, given: dict[int, Tensor]) -> Tensor:
     """Differences of one operation along every element of a parameter."""
-    activities = local.activities
-    parameter = activities.tensor(use.value).detach()
+    activations = local.activations
+    parameter = activations.tensor(use.value).detach()
     wide = accumulation_dtype(parameter.dtype)
     scheme = local.scheme
     where = use.name or f"an operand of {op.name}"
@@ -146,8 +146,8 @@ def _by_perturbation(local: Local, op: Operation, use: ParameterUse, given: dict
         changed = parameter.clone(memory_format=torch.contiguous_format)
         changed.view(-1)[k] = moved.reshape(-1)[k]
         with counting.doing(f"a query that moves element {k} of {where}"):
-            outputs = run_with_parameter(local.graph, op, activities, use.value, changed)
-        differences = ((outputs[v].to(wide) - activities.tensor(v).to(wide)) * g.to(wide) for v, g in given.items())
+            outputs = run_with_parameter(local.graph, op, activations, use.value, changed)
+        differences = ((outputs[v].to(wide) - activations.tensor(v).to(wide)) * g.to(wide) for v, g in given.items())
         return sum((d.sum() for d in differences), start=torch.zeros((), dtype=wide, device=parameter.device))
 
     for k in range(parameter.numel()):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hzo.errors import InputError
-from hzo.execution import Activities, as_checks, contained
+from hzo.execution import Activations, as_checks, contained
 from hzo.finite_differences import Scheme, accumulation_dtype, check_scheme, scale_of
 from hzo.gradients import at_the_end, base_pass, loss_pass, traced_for
 from hzo.measurement import noise_split as scatter
@@ -72,20 +72,20 @@ def calibrate(
     modules = [chain.model, *graph.opaque_modules]
     with contained(modules), as_checks():
         began = perf_counter()
-        activities, at_end = _base(chain, x, loss_fn, y, cotangent)
+        activations, at_end = _base(chain, x, loss_fn, y, cotangent)
         first = perf_counter() - began
-        total = scatter.of_stages(graph, activities)
+        total = scatter.of_stages(graph, activations)
         allowed = Allowed(assume, scheme)
         reference = _reference(graph, allowed)
-        hops = Hops(graph, activities, at_end, allowed, reference, total, repeats, seconds)
+        hops = Hops(graph, activations, at_end, allowed, reference, total, repeats, seconds)
         for target, source in hops_of(graph, wanted_by(graph, "all"), allowed):
             hops.measure(target, source)
-        noise = None if total is None else scatter.split(graph, activities, total, hops.cotangents)
+        noise = None if total is None else scatter.split(graph, activations, total, hops.cotangents)
         return Calibration(
             fingerprint=graph.fingerprint,
             norms=hops.norms,
             transport=hops.transport,
-            scales={v.index: scale_of(activities.tensor(v.index)) for v in graph.values if v.batched and v.floating},
+            scales={v.index: scale_of(activations.tensor(v.index)) for v in graph.values if v.batched and v.floating},
             bends=hops.bends,
             noise=noise,
             rounding=hops.rounding_of_stages() if total is None else unitary(graph, scheme).rounding,
@@ -127,20 +127,20 @@ def hops_of(graph: Graph, wanted: Wanted, allowed: Allowed) -> list[tuple[int, i
 
 def _base(
     chain: Chain, x: Any, loss_fn: Callable[..., Any] | None, y: Any, cotangent: Any
-) -> tuple[Activities, dict[int, Tensor]]:
+) -> tuple[Activations, dict[int, Tensor]]:
     """A base pass, and at its end the cotangents given, the loss's, or random ones, of a squared norm of one."""
     graph = chain.traced
     if cotangent is None and loss_fn is not None:
         base = loss_pass(chain, x, loss_fn, y)
-        activities, found = base.activities, base.at_end
+        activations, found = base.activations, base.at_end
     else:
-        activities, _ = base_pass(chain, x)
+        activations, _ = base_pass(chain, x)
         if cotangent is not None:
             found = {v: g.to(accumulation_dtype(g.dtype)) for v, g in at_the_end(graph, cotangent).items()}
         else:
-            values = {v: activities.tensor(v) for v in graph.outputs if graph.values[v].floating}
+            values = {v: activations.tensor(v) for v in graph.outputs if graph.values[v].floating}
             found = {v: torch.randn_like(t, dtype=accumulation_dtype(t.dtype)) for v, t in values.items()}
     size = sum(float(g.double().square().sum()) for g in found.values()) ** 0.5
     if not size > 0:
         raise InputError("the loss has no gradient at this batch; calibrate on one that has, or without a loss")
-    return activities, {v: g / size for v, g in found.items()}
+    return activations, {v: g / size for v, g in found.items()}

@@ -9,7 +9,7 @@ from math import log
 import torch
 from torch import Tensor
 
-from hzo.execution import Activities
+from hzo.execution import Activations
 from hzo.finite_differences import evaluations, scale_of, scaled_step
 from hzo.gradients import Cotangents, Gradients, Local, Sweep, add_gradients, estimate_node, with_carried
 from hzo.measurement.timing import operation_seconds, timed
@@ -17,7 +17,7 @@ from hzo.planner import Bend, Seconds, share
 from hzo.plans import Allowed, Node, Plan, check_coupling, has_rule, make_node
 from hzo.tracing import Graph, Operation
 
-LADDER = (1.0, 0.25, 0.0625, 0.015625)  # steps at which curvature is seen, in units of the activity
+LADDER = (1.0, 0.25, 0.0625, 0.015625)  # steps at which curvature is seen, in units of the activation
 SMALL, NOISY, LARGEST = 0.25, 0.5, 1.0  # those of a noisy chain: smaller ones drown
 _HOP_ERROR = 0.01  # squared relative error of one hop that repeats are to reach in a noisy chain
 _RESOLVED = 3.0  # times what rounding explains, from which on a difference is taken for curvature
@@ -53,7 +53,7 @@ class Hops:
     def __init__(
         self,
         graph: Graph,
-        activities: Activities,
+        activations: Activations,
         at_the_end: dict[int, Tensor],
         allowed: Allowed,
         reference: Plan,
@@ -62,7 +62,7 @@ class Hops:
         clocked: bool,
     ) -> None:
         """``reference``: whose scheme and perturbed parameters hold. ``clocked``: whether hops are timed, too."""
-        self.graph, self.activities, self.allowed = graph, activities, allowed
+        self.graph, self.activations, self.allowed = graph, activations, allowed
         self.reference, self.noise, self.repeats = reference, noise, repeats
         self.clocked = clocked and noise is None
         end = len(graph.operations)
@@ -79,9 +79,9 @@ class Hops:
         self._rules_of(end)
 
     def _sweep(self, at_the_end: dict[int, Tensor]) -> Sweep:
-        local = Local(self.graph, self.activities, (), self.allowed.scheme)
+        local = Local(self.graph, self.activations, (), self.allowed.scheme)
         end = len(self.graph.operations)
-        return Sweep(self.graph, self.reference, self.activities, None, {end: at_the_end}, local)
+        return Sweep(self.graph, self.reference, self.activations, None, {end: at_the_end}, local)
 
     @property
     def cotangents(self) -> Cotangents:
@@ -154,7 +154,7 @@ class Hops:
         return share(self.allowed.scheme) * node.probe.directions * variance / height
 
     def _rows(self, node: Node) -> Tensor:
-        return self.graph.values[node.value].rows(self.activities.tensor(node.value), self.activities.batch)
+        return self.graph.values[node.value].rows(self.activations.tensor(node.value), self.activations.batch)
 
     def _bend(self, sweep: Sweep, node: Node, at_source: dict[int, Tensor], reference: Tensor) -> Bend | None:
         """Curvature from what larger steps change, where noise and rounding do not explain it."""
@@ -202,7 +202,7 @@ class Hops:
         for above, below in pairwise(LADDER):
             apart.append(_square(found[above] - found[below]))
             floor.append(_RESOLVED * shown * (fade[above] + fade[below]) / fade[seen])
-        # Where a quarter of the activity shows nothing, the whole of it may; in low precision nothing less shows.
+        # Where a quarter of the activation shows nothing, the whole of it may; in low precision nothing less shows.
         k = next((k for k in ((1, 0) if eps < 1e-4 else (0,)) if apart[k] > floor[k]), None)
         if k is None:
             return None
@@ -255,7 +255,7 @@ class Hops:
 
         def gradients(cotangents: dict[int, Tensor]) -> Gradients:
             found: Gradients = {}
-            add_gradients(Local(self.graph, self.activities, ()), op, cotangents, {}, found)
+            add_gradients(Local(self.graph, self.activations, ()), op, cotangents, {}, found)
             return found
 
         taken, exact = timed(lambda: gradients(given))
@@ -277,7 +277,7 @@ class Hops:
 
     def _scattered(self, value: int, cotangent: Tensor) -> Tensor:
         """A random error as large as the cotangent, in every sample."""
-        found, batch = self.graph.values[value], self.activities.batch
+        found, batch = self.graph.values[value], self.activations.batch
         rows = found.rows(cotangent, batch)
         drawn = torch.randn_like(rows)
         drawn *= rows.norm(dim=1, keepdim=True) / drawn.norm(dim=1, keepdim=True)
@@ -294,10 +294,10 @@ class Hops:
     def seconds(self, fixed: float) -> Seconds:
         """The times of all parts; those of operations in chunks of the size that queries have."""
         graph = self.graph
-        operations = operation_seconds(graph, self.activities)
+        operations = operation_seconds(graph, self.activations)
         spent = elements = 0.0
         for node, taken in self._plain:
-            queries = node.probe.directions * evaluations(self.allowed.scheme) * self.activities.batch
+            queries = node.probe.directions * evaluations(self.allowed.scheme) * self.activations.batch
             spent += max(0.0, taken - queries * sum(operations[k] for k in node.operations))
             elements += queries * sum(graph.values[v].per_sample for v in node.outputs)
         return Seconds(self._hops, operations, spent / elements if elements else 0.0, self._rules, fixed)

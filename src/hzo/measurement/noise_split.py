@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from hzo.execution import Activities, run_slice
+from hzo.execution import Activations, run_slice
 from hzo.noise import Noise
 from hzo.tracing import Graph
 
@@ -15,7 +15,7 @@ _COPIES = 16  # identical queries of a stage
 _LONG, _LONG_COPIES = 8, 64  # long segments, in which the noise of many stages adds up, and queries of each
 
 
-def of_stages(graph: Graph, activities: Activities) -> tuple[float, ...] | None:
+def of_stages(graph: Graph, activations: Activations) -> tuple[float, ...] | None:
     """Standard deviation of what a query of each stage alone returns; None where everything repeats.
 
     Cost: 16 queries of every stage a sample.
@@ -24,14 +24,14 @@ def of_stages(graph: Graph, activities: Activities) -> tuple[float, ...] | None:
         return None
     found = []
     for k in range(len(graph.stages)):
-        scattered = _scatter(graph, activities, k, k, _COPIES)
+        scattered = _scatter(graph, activations, k, k, _COPIES)
         elements = sum(t[0].numel() for t in scattered.values())
         found.append(float(sum(t.var(0).sum() for t in scattered.values()) / max(elements, 1)) ** 0.5)
     return tuple(found) if any(found) else None
 
 
 def split(
-    graph: Graph, activities: Activities, total: tuple[float, ...], cotangents: Mapping[int, Mapping[int, Tensor]]
+    graph: Graph, activations: Activations, total: tuple[float, ...], cotangents: Mapping[int, Mapping[int, Tensor]]
 ) -> Noise:
     """Which part of the noise each stage adds (process), and which comes with reading a result (readout).
 
@@ -47,10 +47,10 @@ def split(
     last = len(stops) - 1
     ends = sorted({max(1, round(last * k / _LONG)) for k in range(1, _LONG + 1)} & set(range(1, last + 1)))
     added = possible = uncertain = 0.0
-    relative = 2 / ((_LONG_COPIES - 1) * activities.batch)  # squared error of a variance from so many numbers
+    relative = 2 / ((_LONG_COPIES - 1) * activations.batch)  # squared error of a variance from so many numbers
     for end in ends:
         at = cotangents.get(stops[end], {})
-        along = [_variance_along(_scatter(graph, activities, first, end, _LONG_COPIES), at) for first in (0, end)]
+        along = [_variance_along(_scatter(graph, activations, first, end, _LONG_COPIES), at) for first in (0, end)]
         added += along[0] - along[1]
         uncertain += relative * (along[0] ** 2 + along[1] ** 2)
         possible += sum(squares[:end])
@@ -64,7 +64,7 @@ def split(
     )
 
 
-def _scatter(graph: Graph, activities: Activities, first: int, last: int, copies: int) -> dict[int, Tensor]:
+def _scatter(graph: Graph, activations: Activations, first: int, last: int, copies: int) -> dict[int, Tensor]:
     """By value, (copies, B, m): what identical queries of the stages first..last return of the boundary behind them."""
     start, stop = graph.stages[first].start, graph.stages[last].stop
     operations = [op.index for op in graph.operations[start:stop] if op.batched]
@@ -72,11 +72,11 @@ def _scatter(graph: Graph, activities: Activities, first: int, last: int, copies
     outputs = [v for v in graph.live[stop] if v in written and graph.values[v].floating]
     if not operations or not outputs:
         return {}
-    results = run_slice(graph, operations, activities, {}, outputs, copies)
+    results = run_slice(graph, operations, activations, {}, outputs, copies)
     found = {}
     for v, tensor in zip(outputs, results, strict=True):
-        rows = graph.values[v].copies_to_rows(tensor, activities.batch)
-        found[v] = rows.view(copies, activities.batch, -1).double()
+        rows = graph.values[v].copies_to_rows(tensor, activations.batch)
+        found[v] = rows.view(copies, activations.batch, -1).double()
     return found
 
 

@@ -33,7 +33,7 @@ class Targets:
     """What is estimated, and where: tensors of one shape.
 
     Attributes:
-        position: of the boundary. size: squared norm of the cotangents. scale: root mean square of the activities.
+        position: of the boundary. size: squared norm of the cotangents. scale: root mean square of the activations.
         bend, power: what curvature adds to a hop from there, at any source from ``reach`` on.
     """
 

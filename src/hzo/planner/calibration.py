@@ -1,7 +1,7 @@
 """What is known of a chain beyond its shapes: gains, scales, curvature, noise, rounding and seconds.
 
 Numbers only: ``hzo.calibrate`` (measurement/) measures them by forward passes, planner and error model read them.
-Without a measurement a chain is taken to be *unitary*: cotangents neither grow nor shrink, activities and their third
+Without a measurement a chain is taken to be *unitary*: cotangents neither grow nor shrink, activations and their third
 derivatives are of size one.
 """
 
@@ -54,7 +54,7 @@ class Calibration:
         norms: squared norm of the cotangent, by position and value, relative to that at the output.
         transport: by position, how much more the error of an estimate has grown on its way from the output than the
             cotangent itself (squared).
-        scales: root mean square of the activity, by value.
+        scales: root mean square of the activation, by value.
         bends: by position and value, of the hop to there from the next position that was measured.
         noise: measured, for each stage. None: every query repeats.
         rounding: standard deviation of what rounding adds to the results of each stage.

@@ -24,7 +24,7 @@ from hzo.plans import Edge, Hop
 from hzo.tracing import Graph
 
 Repeats = Literal["optimal", "uniform"]
-MAX_STEP = 1.0  # in units of the activity: what lies beyond has not been calibrated
+MAX_STEP = 1.0  # in units of the activation: what lies beyond has not been calibrated
 _PROGRAMME = 256  # points up to which tree and whole repeats are looked for together: a matter of seconds
 
 
@@ -41,7 +41,7 @@ class Balance:
 
     Attributes:
         noise, lasting: (steps, points, points): η that falls with repeats, and η that does not.
-        steps: relative to the activity's root mean square; one None where the user has fixed the step.
+        steps: relative to the activation's root mean square; one None where the user has fixed the step.
         trees: edges by point: of the given tree, or of those that one to be found may not cost more than.
         free: whether the tree is to be found.
         growth: the most that errors grow beside cotangents, from the output to a wanted point.

@@ -82,11 +82,11 @@ def plan(
             it costs less than the exact coloring. ``hzo.report_crosstalk()`` tells its error. Each gradient then draws
             one number more from the random state than a forward pass does.
         calibration: from ``hzo.calibrate``. None takes the chain to be unitary: cotangents of one size everywhere,
-            activities and third derivatives of size one.
+            activations and third derivatives of size one.
         target_cosine: expected between each estimated cotangent and the true one; the cheapest plan that keeps it.
         budget: forward equivalents, seconds: of one gradient; the plan with the best cosines for it. At most one of
             the three may be given.
-        memory: bytes that stored activities and pending cotangents of one gradient of the batch traced may take (the
+        memory: bytes that stored activations and pending cotangents of one gradient of the batch traced may take (the
             perturbed copies of a chunk have a budget of their own: ``hzo.backward(memory=)``). None stores all that is
             read again. A number does so too where that fits, else stores a path of about log₂ L boundaries and runs
             stages again, about (L/2) log₂ L of them; the gradients stay the same to the bit.

@@ -1,8 +1,8 @@
-"""What a sweep still needs, and when: so that activities and cotangents live no longer than they are read.
+"""What a sweep still needs, and when: so that activations and cotangents live no longer than they are read.
 
 Step p of a sweep estimates what the plan's nodes ask for at position p, then applies the parameter rules of operation
-p. A step reads activities (of operands, of outputs, or only their shapes) and cotangents to its right; what no later
-step reads is let go. Without this a sweep would hold every activity and every cotangent to its end, where backprop
+p. A step reads activations (of operands, of outputs, or only their shapes) and cotangents to its right; what no later
+step reads is released. Without this a sweep would hold every activation and every cotangent to its end, where backprop
 holds neither. Where the plan stores a path only, stages run again before the steps that read what they make; what a
 step reads of stages to the right of its own stays from there on.
 """
@@ -19,12 +19,12 @@ from hzo.tracing import Graph
 
 @dataclass(frozen=True)
 class Rerun:
-    """Operations [start, stop) run again, ``stages`` in number; after each, what ``let_go`` says is let go."""
+    """Operations [start, stop) run again, ``stages`` in number; after each, what ``released`` says is release."""
 
     start: int
     stop: int
     stages: int
-    let_go: tuple[tuple[int, ...], ...]
+    released: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Schedule:
         base_pass: for every operation of the base pass the values that nothing reads after it, before they are made
             again. after_loss: outputs that only the loss reads.
         again: for every step what runs again before it.
-        activities: for every step the values whose activities nothing reads after it.
+        activations: for every step the values whose activations nothing reads after it.
         cotangents: for every step the positions whose cotangents no later step reads.
     """
 
@@ -44,7 +44,7 @@ class Schedule:
     base_pass: tuple[tuple[int, ...], ...]
     after_loss: tuple[int, ...]
     again: tuple[tuple[Rerun, ...], ...]
-    activities: tuple[tuple[int, ...], ...]
+    activations: tuple[tuple[int, ...], ...]
     cotangents: tuple[tuple[int, ...], ...]
 
 
@@ -70,19 +70,19 @@ def schedule(graph: Graph, plan: Plan) -> Schedule:
     uses = iter(last_uses(events))
     base_pass, after_loss = tuple(next(uses) for _ in range(end)), next(uses)
     reruns: dict[int, tuple[Rerun, ...]] = {}
-    activities: dict[int, tuple[int, ...]] = {}
+    activations: dict[int, tuple[int, ...]] = {}
     for step in range(end, -1, -1):
         reruns[step] = tuple(
             Rerun(start, stop, stages, tuple(next(uses) for _ in range(start, stop)))
             for start, stop, stages in again[step]
         )
-        activities[step] = next(uses)
+        activations[step] = next(uses)
     return Schedule(
         tuple(tuple(found) for found in nodes),
         base_pass,
         after_loss,
         tuple(reruns[step] for step in range(end + 1)),
-        tuple(activities[step] for step in range(end + 1)),
+        tuple(activations[step] for step in range(end + 1)),
         tuple(tuple(found) for found in cotangents),
     )
 
@@ -108,7 +108,7 @@ def _operation(graph: Graph, index: int) -> Event:
 
 
 def reads_of_step(graph: Graph, plan: Plan, step: int, nodes: Iterable[Node]) -> Iterator[int]:
-    """The values whose activities a step reads: those of its nodes, and of the parameter rules of its operation."""
+    """The values whose activations a step reads: those of its nodes, and of the parameter rules of its operation."""
     for node in nodes:
         yield from read_by_node(graph, plan, node)
     op = graph.operations[step] if step < len(graph.operations) else None
@@ -118,7 +118,7 @@ def reads_of_step(graph: Graph, plan: Plan, step: int, nodes: Iterable[Node]) ->
 
 
 def read_by_node(graph: Graph, plan: Plan, node: Node) -> Iterator[int]:
-    """The values whose activities the estimate of a node reads."""
+    """The values whose activations the estimate of a node reads."""
     if node.probe.kind == "adjoint":
         op = graph.operations[node.operations[0]]
         yield from op.reads

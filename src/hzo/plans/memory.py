@@ -1,4 +1,4 @@
-"""What activities and cotangents take while a gradient is estimated, and how a plan stores them within a budget."""
+"""What activations and cotangents take while a gradient is estimated, and how a plan stores them within a budget."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hzo.tracing import Graph
 
 
 def with_storage(graph: Graph, plan: Plan, memory: int | None) -> Plan:
-    """The plan with its activities stored as the budget allows, and with what that takes.
+    """The plan with its activations stored as the budget allows, and with what that takes.
 
     Raises:
         InputError: a budget that is none. PlanError: not even a path fits.
@@ -23,65 +23,65 @@ def with_storage(graph: Graph, plan: Plan, memory: int | None) -> Plan:
     if memory is not None and not memory > 0:
         raise InputError(f"expected memory in bytes, a number > 0, or None for no limit; got {memory}")
     everything = stored(graph, plan, "all")
-    if memory is None or everything.activity_bytes <= memory:
+    if memory is None or everything.activation_bytes <= memory:
         return everything
     path = stored(graph, plan, "path")
-    if path.activity_bytes > memory:
+    if path.activation_bytes > memory:
         raise PlanError(
-            f"activities and cotangents of {plan.batch} samples take {everything.activity_bytes:,} bytes if all are "
-            f"stored and {path.activity_bytes:,} on a path, and memory={memory:,} allows neither; allow more, trace a "
-            "smaller batch (gradients of several add up), or cut large stages into smaller ones"
+            f"activations and cotangents of {plan.batch} samples take {everything.activation_bytes:,} bytes if all are "
+            f"stored and {path.activation_bytes:,} on a path, and memory={memory:,} allows neither; allow more, trace "
+            "a smaller batch (gradients of several add up), or cut large stages into smaller ones"
         )
     return path
 
 
 def stored(graph: Graph, plan: Plan, storage: Storage) -> Plan:
-    """The plan with its activities stored this way, and with what that takes."""
+    """The plan with its activations stored this way, and with what that takes."""
     chosen = replace(plan, storage=storage)
     return replace(
         chosen,
-        activity_bytes=activity_bytes(graph, schedule(graph, chosen)),
+        activation_bytes=activation_bytes(graph, schedule(graph, chosen)),
         recomputed=plan.batch * run_again(len(graph.stages), storage),
     )
 
 
-def activity_bytes(graph: Graph, steps: Schedule) -> int:
-    """The most that activities and pending cotangents of the batch traced take at once, in bytes.
+def activation_bytes(graph: Graph, steps: Schedule) -> int:
+    """The most that activations and pending cotangents of the batch traced take at once, in bytes.
 
     Follows the schedule as a gradient does. A view counts like a copy, although the two share memory. What does not
     count: the model's inputs (the caller's), values without a batch dimension (they play the role of parameters),
     parameter gradients, and what one operation or one chunk of queries takes while it runs.
     """
     end = len(graph.operations)
-    activities: dict[int, int] = {}
+    activations: dict[int, int] = {}
     cotangents: Pending = {}
     held = highest = 0
 
-    def run(operation: int, let_go: tuple[int, ...]) -> None:
+    def run(operation: int, released: tuple[int, ...]) -> None:
         nonlocal held
         for value in graph.operations[operation].writes:
             if graph.values[value].batched:
-                activities[value] = _size(graph, value, graph.values[value].dtype)
-                held += activities[value]
-        after(let_go)
+                activations[value] = _size(graph, value, graph.values[value].dtype)
+                held += activations[value]
+        after(released)
 
-    def after(let_go: tuple[int, ...]) -> None:
+    def after(released: tuple[int, ...]) -> None:
         nonlocal held, highest
         pending = {made: size for at in cotangents.values() for made, size in at.values()}
         highest = max(highest, held + sum(pending.values()))
-        held -= sum(activities.pop(value, 0) for value in let_go)
+        held -= sum(activations.pop(value, 0) for value in released)
 
-    for k, let_go in enumerate(steps.base_pass):
-        run(k, let_go)
+    for k, released in enumerate(steps.base_pass):
+        run(k, released)
     cotangents[end] = {v: ((end, v), _cotangent(graph, v)) for v in graph.outputs if graph.values[v].floating}
     after(steps.after_loss)
     for step in range(end, -1, -1):
         for rerun in steps.again[step]:
-            for k, let_go in zip(range(rerun.start, rerun.stop), rerun.let_go, strict=True):
-                run(k, let_go)
+            for k, released in zip(range(rerun.start, rerun.stop), rerun.released, strict=True):
+                run(k, released)
         for node in steps.nodes[step]:
             _take(graph, node, cotangents)
-        after(steps.activities[step])
+        after(steps.activations[step])
         for position in steps.cotangents[step]:
             cotangents.pop(position, None)
     return highest

@@ -31,7 +31,7 @@ def check_boundaries(boundaries: str) -> Boundaries:
 class Hop:
     """An edge of a tree with what was decided about it: ``target`` takes its cotangents from ``source``.
 
-    ``step`` in units of the activity's root mean square; None for that of the plan.
+    ``step`` in units of the activation's root mean square; None for that of the plan.
     """
 
     target: int
@@ -47,7 +47,7 @@ class Node:
     ``operations`` are what a query runs, ``outputs`` the values at ``source`` that they change; ``carried`` says that
     the value itself is alive at ``source`` too, so that its cotangent there is carried over. A node without
     operations costs nothing. The estimate is the mean of ``repeats`` measurements, whose price ``cost``
-    includes; ``step`` is the distance h of its differences in units of the activity's root mean square, None for that
+    includes; ``step`` is the distance h of its differences in units of the activation's root mean square, None for that
     of the plan; ``distance`` the one that was declared of what it perturbs, which goes before both.
     """
 
@@ -139,8 +139,8 @@ class Plan:
         perturbed: parameters without a closed rule.
         trainable: names of the parameters that get a gradient.
         batch: batch size that the totals below refer to, that of the trace.
-        storage: of activities: those of the whole base pass, or of a path, from which stages are run again.
-        activity_bytes: the most that activities and pending cotangents take at once, in one gradient of the batch
+        storage: of activations: those of the whole base pass, or of a path, from which stages are run again.
+        activation_bytes: the most that activations and pending cotangents take at once, in one gradient of the batch
             traced. recomputed: stages run again in it, on one sample each; counted with the base evaluations.
         expected: errors and time, where a noise, a calibration or a target was given.
         boundaries, spacing, mu, draws: as ``hzo.plan`` took them.
@@ -158,7 +158,7 @@ class Plan:
     batch: int
     labels: tuple[str, ...]  # of the positions, for printing
     storage: Storage = "all"
-    activity_bytes: int = 0
+    activation_bytes: int = 0
     recomputed: int = 0
     expected: Expected | None = None
     hops: tuple[Hop, ...] = ()
@@ -222,7 +222,7 @@ def describe(plan: Plan, rows: int = 40, width: int = 120) -> str:
     if plan.mu is not None:
         step = f"{plan.step or plan.mu:g}, smoothed over {plan.mu:g} by {plan.draws} draws"
     if plan.step is None and plan.expected is not None:
-        step = "of each node, in units of its activity"
+        step = "of each node, in units of its activation"
     whole = plan.cost.forward_equivalents_of(plan.batch) or Fraction(1)
 
     def price(cost: Cost, unit: str = "") -> str:
@@ -233,8 +233,8 @@ def describe(plan: Plan, rows: int = 40, width: int = 120) -> str:
         f"tree {plan.tree}, assume {plan.assume}, {plan.scheme} differences, step {step}",
         f"one gradient of {plan.batch} samples: {plan.queries:,} queries, {plan.stage_evaluations:,} stage "
         f"evaluations, {plan.adjoints:,} adjoints, {plan.forward_equivalents:,.2f} forward equivalents",
-        f"activities: {plan.storage} stored, at most {plan.activity_bytes:,} bytes at once, {plan.recomputed:,} stages "
-        "run again",
+        f"activations: {plan.storage} stored, at most {plan.activation_bytes:,} bytes at once, {plan.recomputed:,} "
+        "stages run again",
     ]
     if plan.expected is not None:
         lines.append(expectation(plan))

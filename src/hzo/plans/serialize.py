@@ -151,7 +151,7 @@ def _summary(plan: Plan) -> dict[str, Any]:
         "stage_evaluations": plan.stage_evaluations,
         "forward_equivalents": plan.forward_equivalents,
         "adjoints": plan.adjoints,
-        "activity_bytes": plan.activity_bytes,
+        "activation_bytes": plan.activation_bytes,
         "lowest_cosine": None if plan.expected is None else plan.expected.cosine,
     }
 

@@ -1,6 +1,6 @@
-"""How activities are stored: which stages run when, and how long every value lives. Nothing here knows a network.
+"""How activations are stored: which stages run when, and how long every value lives. Nothing here knows a network.
 
-A sweep visits stages from right to left, whatever the tree, and each asks for activities of its own. ``"all"`` keeps
+A sweep visits stages from right to left, whatever the tree, and each asks for activations of its own. ``"all"`` keeps
 those of the whole base pass. ``"path"`` keeps what lies on the path of a recursion: the base pass leaves the boundaries
 of its right spine (L/2, 3L/4, …), the right half is finished from them, then the left half is run forward again, with
 its own spine. That is

@@ -55,7 +55,7 @@ class Pullback:
             cotangents: for each output, or None. keep: what the recording holds, for another time.
 
         Raises:
-            TapeError: it was let go of before, or the way leads through something that was not recorded.
+            TapeError: it was released before, or the way leads through something that was not recorded.
         """
         if self._swept:
             raise TapeError(

@@ -237,7 +237,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._detached, self._older, self.tape._index = {}, {}, {}
         self.memory.release()
 
-    def let_go(self, tensors: Iterable[Tensor]) -> None:
+    def drop(self, tensors: Iterable[Tensor]) -> None:
         """Keep these alive no longer; whether the user's code does shows when they are freed."""
         for tensor in tensors:
             self.memory.track(tensor)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hzo.errors import ColoringError
-from hzo.execution import Activities, contained, counting, run_slice
+from hzo.execution import Activations, contained, counting, run_slice
 from hzo.finite_differences import Coloring, Pattern
 from hzo.gradients import base_pass, prepare
 from hzo.plans import Node, Plan
@@ -38,12 +38,12 @@ def check_coloring(chain: Chain, x: Any, plan: Plan, *, step: float = 1e-2, elem
     graph = chain.traced
     modules = [chain.model, *graph.opaque_modules]
     with torch.no_grad(), contained(modules):
-        activities, _ = base_pass(chain, x)
+        activations, _ = base_pass(chain, x)
         for node in plan.nodes:
             if node.probe.coloring is not None:
                 where = f"{graph.describe(node.target)} from {graph.describe(node.source)}"
                 check_orthogonality(node.probe.coloring, where)
-                _check_coverage(graph, activities, node, step, elements, where)
+                _check_coverage(graph, activations, node, step, elements, where)
 
 
 def check_orthogonality(coloring: Coloring, where: str = "a coloring") -> None:
@@ -85,17 +85,17 @@ def _indices(shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
 
 
 def _check_coverage(
-    graph: Graph, activities: Activities, node: Node, step: float, elements: int | None, where: str
+    graph: Graph, activations: Activations, node: Node, step: float, elements: int | None, where: str
 ) -> None:
     """Move single elements, and look which outputs change in any sample."""
     coloring = node.probe.coloring
     assert coloring is not None
-    value, batch = graph.values[node.value], activities.batch
-    rows = value.rows(activities.tensor(node.value), batch)
+    value, batch = graph.values[node.value], activations.batch
+    rows = value.rows(activations.tensor(node.value), batch)
     count = rows.shape[1]
     stride = 1 if elements is None else max(1, count // elements)
     for flat in range(0, count, stride):
-        above, below = (_run_moved(graph, activities, node, rows, flat, h) for h in (step, -step))
+        above, below = (_run_moved(graph, activations, node, rows, flat, h) for h in (step, -step))
         element = _unravel(flat, coloring.shape)
         for number, (a, b) in enumerate(zip(above, below, strict=True)):
             pattern = coloring.patterns[number]
@@ -109,13 +109,15 @@ def _check_coverage(
                     )
 
 
-def _run_moved(graph: Graph, activities: Activities, node: Node, rows: Tensor, element: int, by: float) -> list[Tensor]:
+def _run_moved(
+    graph: Graph, activations: Activations, node: Node, rows: Tensor, element: int, by: float
+) -> list[Tensor]:
     moved = rows.clone()
     moved[:, element] += by
-    perturbed = {node.value: graph.values[node.value].rows_to_copies(moved, activities.batch)}
+    perturbed = {node.value: graph.values[node.value].rows_to_copies(moved, activations.batch)}
     with counting.as_checks():
-        results = run_slice(graph, node.operations, activities, perturbed, node.outputs, 1)
-    return [graph.values[v].copies_to_rows(t, activities.batch) for v, t in zip(node.outputs, results, strict=True)]
+        results = run_slice(graph, node.operations, activations, perturbed, node.outputs, 1)
+    return [graph.values[v].copies_to_rows(t, activations.batch) for v, t in zip(node.outputs, results, strict=True)]
 
 
 def _unravel(flat: int, shape: tuple[int, ...]) -> tuple[int, ...]:

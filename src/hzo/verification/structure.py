@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hzo.declared import call_of, find_adjoint
 from hzo.errors import StructureError
-from hzo.execution import Activities, contained, counting, query, run_with_parameter
+from hzo.execution import Activations, contained, counting, query, run_with_parameter
 from hzo.gradients import base_pass, by_rule, traced_for
 from hzo.locality import slice_locality
 from hzo.plans import has_rule
@@ -67,14 +67,14 @@ class StructureReport:
 @dataclass(frozen=True)
 class _Task:
     graph: Graph
-    activities: Activities
+    activations: Activations
     generator: torch.Generator
     coordinates: int
 
 
 @torch.no_grad()
 def check_structure(model: Chain | nn.Module, x: Any, *, coordinates: int = 16, seed: int = 0) -> StructureReport:
-    """Test every promise that plans may use for this chain, at the activities that ``x`` gives it.
+    """Test every promise that plans may use for this chain, at the activations that ``x`` gives it.
 
     Tested of every operation: that it repeats, keeps samples apart (where it is not known to couple them), is
     elementwise, affine or local where that is promised, that its adjoint rule is the adjoint of what it computes, and
@@ -97,8 +97,8 @@ def check_structure(model: Chain | nn.Module, x: Any, *, coordinates: int = 16, 
     graph = chain.traced
     modules = [chain.model, *graph.opaque_modules]
     with contained(modules), counting.as_checks():
-        activities, _ = base_pass(chain, x)
-        task = _Task(graph, activities, torch.Generator().manual_seed(seed), coordinates)
+        activations, _ = base_pass(chain, x)
+        task = _Task(graph, activations, torch.Generator().manual_seed(seed), coordinates)
         checks = [
             Check(_stage(graph, op), op.name, promise, operand, finding)
             for op in graph.operations
@@ -138,7 +138,7 @@ Found = Iterator[tuple[str, str, Finding]]
 
 
 def _operand_checks(task: _Task, op: Operation) -> Found:
-    graph, activities, generator = task.graph, task.activities, task.generator
+    graph, activations, generator = task.graph, task.activations, task.generator
     outputs = _handed_on(graph, op)
     if not op.batched or not outputs:
         return
@@ -146,17 +146,17 @@ def _operand_checks(task: _Task, op: Operation) -> Found:
         found = graph.values[value]
         if not found.batched or found.batch_dim is None or not found.floating:
             continue
-        if not bool(activities.tensor(value).isfinite().all()):
+        if not bool(activations.tensor(value).isfinite().all()):
             continue
-        rows = found.rows(activities.tensor(value), activities.batch)
+        rows = found.rows(activations.tensor(value), activations.batch)
         shape = _row_shape(graph, value)
         operand = f"its operand of shape {'×'.join(map(str, found.sample_shape))}"
 
         def run(moved: Tensor, value: int = value) -> list[Tensor]:
-            state = {value: graph.values[value].rows_to_copies(moved, activities.batch)}
-            written = query(graph, op, activities, state, 1)
-            counting.add(check_evaluations=activities.batch)
-            return [graph.values[v].copies_to_rows(written[v], activities.batch) for v in outputs]
+            state = {value: graph.values[value].rows_to_copies(moved, activations.batch)}
+            written = query(graph, op, activations, state, 1)
+            counting.add(check_evaluations=activations.batch)
+            return [graph.values[v].copies_to_rows(written[v], activations.batch) for v in outputs]
 
         yield "repeats", operand, properties.repeats(run, rows)
         declared_rule = find_adjoint(graph, op, value)
@@ -211,12 +211,12 @@ def _declared_checks(
 
 
 def _adjoint_check(task: _Task, op: Operation, value: int, run: properties.Run, rows: Tensor) -> Finding:
-    graph, activities = task.graph, task.activities
+    graph, activations = task.graph, task.activations
     outputs = _handed_on(graph, op)
 
     def carry(cotangents: list[Tensor]) -> Tensor:
-        given = {v: graph.values[v].from_rows(g, activities.batch) for v, g in zip(outputs, cotangents, strict=True)}
-        return graph.values[value].rows(_carried(task, op, value, given), activities.batch)
+        given = {v: graph.values[v].from_rows(g, activations.batch) for v, g in zip(outputs, cotangents, strict=True)}
+        return graph.values[value].rows(_carried(task, op, value, given), activations.batch)
 
     apart = not op.coupled
     shape = _row_shape(graph, value)
@@ -229,11 +229,11 @@ def _adjoint_check(task: _Task, op: Operation, value: int, run: properties.Run, 
 
 def _carried(task: _Task, op: Operation, value: int, cotangents: dict[int, Tensor]) -> Tensor:
     """What the engine would get of the rule, or of what was declared: the operand's cotangent."""
-    graph, activities = task.graph, task.activities
+    graph, activations = task.graph, task.activations
     adjoint = find_adjoint(graph, op, value)
     if adjoint is not None:
-        return adjoint.apply(call_of(graph, op, activities, value, cotangents), value)
-    return by_rule(graph, activities, op, cotangents, frozenset({value}))[value]
+        return adjoint.apply(call_of(graph, op, activations, value, cotangents), value)
+    return by_rule(graph, activations, op, cotangents, frozenset({value}))[value]
 
 
 def _parameter_checks(task: _Task, op: Operation) -> Found:
@@ -256,17 +256,17 @@ def _derived(graph: Graph, use: ParameterUse) -> str:
 
 def _parameter_check(task: _Task, op: Operation, use: ParameterUse) -> Finding:
     """The rule assumes that an operator computes what its name says."""
-    graph, activities = task.graph, task.activities
+    graph, activations = task.graph, task.activations
     outputs = _handed_on(graph, op)
-    parameter = activities.tensor(use.value)
+    parameter = activations.tensor(use.value)
 
     def run(moved: Tensor) -> list[Tensor]:
-        results = run_with_parameter(graph, op, activities, use.value, moved.reshape(parameter.shape))
+        results = run_with_parameter(graph, op, activations, use.value, moved.reshape(parameter.shape))
         return [results[v].reshape(1, -1) for v in outputs]
 
     def carry(cotangents: list[Tensor]) -> Tensor:
-        given = {v: g.view(activities.tensor(v).shape) for v, g in zip(outputs, cotangents, strict=True)}
-        return by_rule(graph, activities, op, given, frozenset({use.value}))[use.value].reshape(1, -1)
+        given = {v: g.view(activations.tensor(v).shape) for v, g in zip(outputs, cotangents, strict=True)}
+        return by_rule(graph, activations, op, given, frozenset({use.value}))[use.value].reshape(1, -1)
 
     rows = parameter.detach().reshape(1, -1)
     return dot_product_test(run, carry, rows, tuple(parameter.shape), task.generator, coordinates=task.coordinates)

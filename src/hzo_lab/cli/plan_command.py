@@ -73,7 +73,7 @@ def plan_command(
         float | None, typer.Option("--budget", help="Forward equivalents that one gradient may cost.")
     ] = None,
     seconds: Annotated[float | None, typer.Option(help="Time that one gradient may take; needs --calibrate.")] = None,
-    memory: Annotated[int | None, typer.Option(help="Bytes for stored activities. Default: all are stored.")] = None,
+    memory: Annotated[int | None, typer.Option(help="Bytes for stored activations. Default: all are stored.")] = None,
     boundaries: Annotated[str | None, typer.Option(help="needed (default) by parameters, or all.")] = None,
     calibrate: Annotated[bool, typer.Option("--calibrate", help="Measure gains, curvature and times first.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="All trees beside each other.")] = False,

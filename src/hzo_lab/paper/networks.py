@@ -48,7 +48,7 @@ class Scaled(nn.Module):
         super().__init__()
         self.linear, self.branch = nn.Linear(width, width, bias=False), branch
         nn.init.orthogonal_(self.linear.weight)
-        # E[tanh'²] at unit activities; where activities have grown, the branch saturates and α alone is left.
+        # E[tanh'²] at unit activations; where activations have grown, the branch saturates and α alone is left.
         slope = float((1 - torch.tanh(torch.randn(100_000)) ** 2).square().mean())
         self.skip = (gain**2 - branch**2 * slope) ** 0.5
 

@@ -79,8 +79,8 @@ def totals(plan: hzo.Plan) -> list[str]:
         f"one gradient of {plan.batch} samples: {plan.queries:,} queries, {plan.stage_evaluations:,} stage "
         f"evaluations, {plan.forward_equivalents:,.2f} forward equivalents, {plan.adjoints:,} adjoints",
         expectation(plan),
-        f"memory: activities of {'all stages' if plan.storage == 'all' else 'a path'} stored, at most "
-        f"{plan.activity_bytes:,} bytes at once, {plan.recomputed:,} stages run again",
+        f"memory: activations of {'all stages' if plan.storage == 'all' else 'a path'} stored, at most "
+        f"{plan.activation_bytes:,} bytes at once, {plan.recomputed:,} stages run again",
     ]
     if plan.perturbed:
         elements = sum(probe.elements for probe in plan.perturbed)

@@ -40,7 +40,7 @@ class Residual(nn.Module):
 def mlp(inputs: int, classes: int, *, depth: int = 16, width: int = 64, activation: str = "gelu") -> nn.Module:
     """A residual MLP: a linear stem, ``depth`` blocks of one width, a linear head.
 
-    The branches are scaled by 8/depth (at most 1/2), so that all of them together change an activity by as
+    The branches are scaled by 8/depth (at most 1/2), so that all of them together change an activation by as
     much whatever the depth.
     """
     scale = min(0.5, 8 / depth)

@@ -58,7 +58,7 @@ def fig5(setting: Setting) -> Finding:
             "The cosine is of all parameters' gradients, against backprop in float64 through the same (rounded) "
             "weights and inputs. calibrated: the steps that the plan chooses from a calibration; else those that "
             "follow from dtype and scale. backprop: its own gradient in that precision.",
-            "Weights, activities, gradients and updates of a training are all of the dtype named; no loss scaling, no "
+            "Weights, activations, gradients and updates of a training are all of the dtype named; no loss scaling, no "
             "master weights. Accuracies are on 360 digits: one digit is 0.28 points.",
         ),
     )  # fmt: skip

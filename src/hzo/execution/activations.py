@@ -14,7 +14,7 @@ from hzo.tracing import Graph
 
 
 @dataclass
-class Activities:
+class Activations:
     """A base pass as it ran. The tape's operations are those of the graph, with arguments for this batch.
 
     Attributes:
@@ -37,13 +37,13 @@ class Activities:
         """An operation with its arguments for this batch."""
         return self.tape.operations[index]
 
-    def again(self) -> Activities:
-        """The same, to let go of values without taking them from this one."""
+    def again(self) -> Activations:
+        """The same, to release values without taking them from this one."""
         tape = copy(self.tape)
         tape.tensors = list(self.tape.tensors)
-        return Activities(self.batch, tape)
+        return Activations(self.batch, tape)
 
-    def let_go(self, graph: Graph, values: Iterable[int]) -> None:
+    def release(self, graph: Graph, values: Iterable[int]) -> None:
         """Free the memory of these values; a tensor that takes none keeps their shape, dtype and device.
 
         Whoever reads one by mistake gets NaN, which no estimate survives, or the least integer, which is no index.
