@@ -9,7 +9,7 @@ from hzo._version import __version__
 from hzo.baselines import GradientComparison, compare_gradients
 from hzo.execution import QueryCount, count_queries
 from hzo.external import BlackBox, blackbox, module, plain, ray_executor, simulator, smoothed
-from hzo.finite_differences import CrossTalk, estimate_vjp, report_crosstalk
+from hzo.finite_differences import CrossTalk, estimate_vjp, report_crosstalk, tolerate_rounding
 from hzo.gradients import backward, cotangents, grad_and_value
 from hzo.measurement import calibrate
 from hzo.noise import Noise
@@ -71,5 +71,6 @@ __all__ = [
     "show_progress",
     "simulator",
     "smoothed",
+    "tolerate_rounding",
     "trace",
 ]

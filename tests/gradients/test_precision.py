@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import hzo
+from hzo.errors import PrecisionError
 from support.training import COSINES, autograd, batch, cosine, grads, network
 
 
@@ -57,3 +58,41 @@ def test_grad_scaler():
         scaler.step(optimizer)
         scaler.update()
     assert losses[-1] < losses[0]
+
+
+def saturated(shift):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), Shifted(shift), nn.Sigmoid(), nn.Linear(8, 3))
+    return model, torch.randn(8, 5), torch.randn(8, 3)
+
+
+class Shifted(nn.Module):
+    def __init__(self, shift):
+        super().__init__()
+        self.shift = shift
+
+    def forward(self, x):
+        return x + self.shift
+
+
+@pytest.mark.parametrize("tree", ["flat", "bisect"])
+def test_estimates_that_drown_in_rounding_are_no_gradients(tree):
+    """Twelve deep in a sigmoid's tail, a step of float32 moves it by as much as its rounding."""
+    model, x, y = saturated(12.0)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(PrecisionError, match="drown in rounding"):
+        hzo.backward(model, F.mse_loss, x, y, tree=tree, assume="nothing")
+    assert all(p.grad is None and torch.equal(p, before[name]) for name, p in model.named_parameters())
+    with hzo.tolerate_rounding():
+        hzo.backward(model, F.mse_loss, x, y, tree=tree, assume="nothing")
+    assert all(p.grad is not None for p in model.parameters())
+    model.zero_grad()
+    hzo.backward(model, F.mse_loss, x, y)  # structure takes no differences
+    found = grads(model)
+    exact = copy.deepcopy(model).double()
+    exact.zero_grad()
+    F.mse_loss(exact(x.double()), y.double()).backward()
+    estimate, reference = found["0.weight"].double(), exact[0].weight.grad
+    assert float((estimate - reference).norm() / reference.norm()) < 0.02
+    model, x, y = saturated(2.0)
+    hzo.backward(model, F.mse_loss, x, y, tree=tree, assume="nothing")

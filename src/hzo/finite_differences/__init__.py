@@ -34,7 +34,7 @@ from hzo.finite_differences.steps import (
     scaled_step,
     stepped,
 )
-from hzo.finite_differences.vjp import directions_per_chunk, estimate_vjp, vjp_rows
+from hzo.finite_differences.vjp import directions_per_chunk, estimate_vjp, tolerate_rounding, vjp_rows
 
 __all__ = [
     "DRAWS",
@@ -73,6 +73,7 @@ __all__ = [
     "stencil",
     "stepped",
     "thin",
+    "tolerate_rounding",
     "vjp_rows",
     "without_full",
 ]

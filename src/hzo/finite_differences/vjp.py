@@ -7,7 +7,9 @@ graph.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,6 +146,22 @@ def vjp_rows(
     return result
 
 
+_TOLERATED: ContextVar[bool] = ContextVar("rounding tolerated", default=False)
+
+
+@contextmanager
+def tolerate_rounding() -> Iterator[None]:
+    """Inside the ``with`` block, estimates that drown in rounding are handed out instead of being an error.
+
+    For experiments on how good such estimates are; a network is not trained by them. Source: ours.
+    """
+    token = _TOLERATED.set(True)
+    try:
+        yield
+    finally:
+        _TOLERATED.reset(token)
+
+
 # So many elements of what the queries of a chunk returned are looked at.
 _LOOKED_AT = 2**16
 # Differences of two roundings: each is uniform within half a unit of the last place.
@@ -172,11 +190,12 @@ class _Rounding:
         """Raise where rounding is as large as what was seen."""
         noise = float(self.noise) ** 0.5 * self.unit * _SPREAD
         seen = float(self.signal) ** 0.5
-        if noise > seen > 0:
+        if noise > seen > 0 and not _TOLERATED.get():
             raise PrecisionError(
                 f"differences of queries that perturbed {where} drown in rounding (about {noise / seen:.0%} of them): "
                 "what is returned hardly depends on it, as behind a saturated sigmoid. Compute this part in a wider "
-                "dtype, give a larger step, or let structure carry the cotangent: assume='structure'"
+                "dtype, give a larger step, or let structure carry the cotangent (assume='structure'); to have the "
+                "estimate all the same: with hzo.tolerate_rounding()"
             )
 
 
