@@ -7,7 +7,7 @@ does not, whatever the reason (an optimizer's step, a hook, hardware that drifts
 
 A trial allows for rounding, ``4 ε Σ|z w|`` for each result. A change ``Δ`` of what goes into one result adds a normal
 number of deviation ``‖Δ‖`` to it, so that one row of random numbers misses it with a probability of at most
-``3.2 ε √n ‖w‖ / ‖Δ‖``, and the two rows of a trial with the square of that: 1e-5 for a relative change of 1e-3 in
+``3.2 ε √n ‖w‖ / ‖Δ‖``, and the two rows of a trial with the square of that: 7e-5 for a relative change of 1e-3 in
 float32 with n = 512. What is missed is about as small as rounding. Source: ours.
 """
 
