@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -326,8 +326,8 @@ def cosines(part: Part, models: list[nn.Module], how: str) -> list[float]:
     return found
 
 
-def rows_of(name: str, part: Part, seeds: list[int], quick: bool) -> list[dict[str, Any]]:
-    cost, rows = price(part), []
+def rows_of(name: str, part: Part, seeds: list[int], quick: bool) -> Iterator[dict[str, Any]]:
+    cost = price(part)
     for method in ("hzo", *part.others, "spsa", "frozen"):
         models, row = runs(part, method, seeds, cost["passes"], 1 if quick else part.epochs)
         row = {"part": name, "method": method, "measure": "test accuracy, %", **row}
@@ -337,9 +337,7 @@ def rows_of(name: str, part: Part, seeds: list[int], quick: bool) -> list[dict[s
                 row["exact_cosine"] = statistics.mean(cosines(part, models, "exact"))
         elif method == "spsa":
             row["passes"] = 2.0 * math.ceil(cost["passes"] / 2)
-        rows.append(row)
-        print(row, flush=True)
-    return rows
+        yield row
 
 
 # ---- a policy ---
@@ -374,8 +372,8 @@ def trained(method: str, seed: int, rate: float, updates: int) -> tuple[Episode,
     return model, 100 * float((end[:, 1].abs() < 0.2).double().mean())
 
 
-def policy_rows(seeds: list[int], quick: bool) -> list[dict[str, Any]]:
-    rows, updates = [], 4 if quick else pendulum.UPDATES
+def policy_rows(seeds: list[int], quick: bool) -> Iterator[dict[str, Any]]:
+    updates = 4 if quick else pendulum.UPDATES
     for method in ("hzo", "mjd_transitionFD", "spsa", "frozen"):
         rates = (2e-2, 2e-2 / 3) if method == "spsa" else (2e-2,)
         first = [(rate, trained(method, seeds[0], rate, updates)) for rate in rates]
@@ -385,9 +383,9 @@ def policy_rows(seeds: list[int], quick: bool) -> list[dict[str, Any]]:
         row |= summary([score for _, score in done])
         if method == "hzo":
             row |= policy_price([model for model, _ in done])
-        rows.append(row)
-        print(row, flush=True)
-    return rows
+        elif method == "spsa":
+            row["passes"] = 10.0
+        yield row
 
 
 def policy_price(models: list[Episode]) -> dict[str, Any]:
@@ -428,18 +426,23 @@ def main() -> None:
     quick = "--quick" in sys.argv
     seeds = list(SEEDS)[:1] if quick else list(SEEDS)
     for name in asked:
-        began = time.perf_counter()
-        rows = policy_rows(seeds, quick) if name == "pole" else rows_of(name, PARTS[name], seeds, quick)
+        rows = []
+        for row in policy_rows(seeds, quick) if name == "pole" else rows_of(name, PARTS[name], seeds, quick):
+            rows.append(row)
+            print(row, flush=True)
+            if not quick:
+                keep(name, rows, seeds)
         table(rows, ("part", "method", "score", "deviation", "passes", "rate", "cosine", "exact_cosine"))
-        if quick:
-            continue
-        kept = json.loads(OUT.read_text()) if OUT.exists() else {"rows": []}
-        kept["rows"] = [row for row in kept["rows"] if row["part"] != name] + rows
-        packages = ("neuron", "perceval-quandela", "pennylane", "mujoco", "torch", "scikit-learn")
-        kept |= {"command": "PYTHONPATH=examples python experiments/simulators.py", "seeds": seeds}
-        kept["versions"] = {package: version(package) for package in packages} | {"ngspice": ngspice_version()}
-        kept.setdefault("seconds", {})[name] = time.perf_counter() - began
-        OUT.write_text(json.dumps(kept, indent=1) + "\n")
+
+
+def keep(name: str, rows: list[dict[str, Any]], seeds: list[int]) -> None:
+    """Put a part's rows in place of those that were there."""
+    kept = json.loads(OUT.read_text()) if OUT.exists() else {"rows": []}
+    kept["rows"] = [row for row in kept["rows"] if row["part"] != name] + rows
+    packages = ("neuron", "perceval-quandela", "pennylane", "mujoco", "torch", "scikit-learn")
+    kept |= {"command": "PYTHONPATH=examples python experiments/simulators.py", "seeds": seeds}
+    kept["versions"] = {package: version(package) for package in packages} | {"ngspice": ngspice_version()}
+    OUT.write_text(json.dumps(kept, indent=1) + "\n")
 
 
 if __name__ == "__main__":
