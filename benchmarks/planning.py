@@ -1,66 +1,114 @@
-"""How long the planner takes to find a tree, steps and repeats, against the length of the chain.
+"""How long does it take until a network has a plan, and how does that grow with the number of calls?
 
-python benchmarks/planning.py                        # prints a table, writes results/benchmarks/planning.json
+    python benchmarks/planning.py                 # prints a table, writes results/benchmarks/planning.json
+    python benchmarks/planning.py --networks GPT-2 --rounds 3
+
+``trace`` runs every call of a network by itself a few times, on a few samples; ``plan`` decides. Networks of the same
+kind and growing depth show the exponent of time in the number of calls, by least squares in logarithms. One thread.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import json
+import math
+import shlex
+import sys
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import Tensor, nn
 
 import hzo
-from record import write
+from hzo_lab import networks
+from hzo_lab.records import environment
 
-WIDTH = 64
-
-
-class Residual(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + torch.tanh(self.linear(x))
+OUT = Path(__file__).parents[1] / "results" / "benchmarks" / "planning.json"
 
 
-STAGES: dict[str, Callable[[], nn.Module]] = {
-    "linear": lambda: nn.Linear(WIDTH, WIDTH),
-    "linear, tanh": lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()),
-    "residual": Residual,
+def resnet50() -> tuple[nn.Module, Tensor]:
+    return networks.ResNet(networks.Bottleneck, (3, 4, 6, 3), 64, stem="imagenet"), torch.randn(2, 3, 64, 64)
+
+
+def llama() -> tuple[nn.Module, Tensor]:
+    return networks.Llama(layers=16), torch.randint(100, (2, 64))
+
+
+def gpt2() -> tuple[nn.Module, Tensor]:
+    model = networks.GPT(vocabulary=50257, tokens=128, width=768, layers=12, heads=12)
+    return model, torch.randint(50257, (2, 128))
+
+
+def mlp(depth: int) -> tuple[nn.Module, Tensor]:
+    layers = (m for _ in range(depth) for m in (nn.Linear(16, 16), nn.Tanh()))
+    return nn.Sequential(*layers), torch.randn(4, 16)
+
+
+NETWORKS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
+    "ResNet-50": resnet50,
+    "Llama, 16 blocks": llama,
+    "GPT-2": gpt2,
 }
+DEPTHS = (333, 1000, 3333)
+
+
+def measure(make: Callable[[], tuple[nn.Module, Tensor]], rounds: int) -> dict[str, float]:
+    """Seconds of the trace and of the plan (medians), calls, and the peak of Python's own memory while planning."""
+    torch.manual_seed(0)
+    model, x = make()
+    traces, plans, calls = [], [], 0
+    for _ in range(rounds):
+        start = time.perf_counter()
+        chain = hzo.trace(model, x)
+        between = time.perf_counter()
+        hzo.plan(chain)
+        traces.append(between - start)
+        plans.append(time.perf_counter() - between)
+        calls = len(chain.traced.operations)
+    tracemalloc.start()
+    hzo.plan(chain)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return {"calls": calls, "trace": median(traces), "plan": median(plans), "plan_bytes_per_call": peak / calls}
+
+
+def exponent(rows: list[dict[str, float]]) -> float:
+    """Of the sum of both times in the number of calls."""
+    points = [(math.log(row["calls"]), math.log(row["trace"] + row["plan"])) for row in rows]
+    mean_x, mean_y = (sum(p[k] for p in points) / len(points) for k in (0, 1))
+    return sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[50, 100, 200])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path("results/benchmarks/planning.json"))
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    rows = []
-    for name, make in STAGES.items():
-        for length in arguments.lengths:
-            torch.manual_seed(0)
-            chain = hzo.trace(nn.Sequential(*(make() for _ in range(length))), torch.randn(4, WIDTH))
-            for assume, step in (("nothing", 0.1), ("structure", None)):
-                times = []
-                for _ in range(arguments.rounds):
-                    began = time.perf_counter()
-                    plan = hzo.plan(chain, assume=assume, step=step, noise=1e-3, target_cosine=0.99)
-                    times.append(time.perf_counter() - began)
-                seconds = statistics.median(times)
-                rows.append({"stages": name, "length": length, "assume": assume, "seconds": seconds})
-                print(
-                    f"{length:4d} × {name:13} assume {assume:10} {seconds:6.2f} s, {len(plan.nodes)} nodes", flush=True
-                )
-    write(arguments.out, seed=0, rows=rows)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--networks", nargs="*", default=list(NETWORKS), choices=list(NETWORKS))
+    parser.add_argument("--depths", nargs="*", type=int, default=list(DEPTHS))
+    parser.add_argument("--rounds", type=int, default=1)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    hzo.plan(hzo.trace(*mlp(2)))  # imports
+    found = {}
+    for name in given.networks:
+        found[name] = measure(NETWORKS[name], given.rounds)
+        print(f"{name:20}", {k: round(v, 2) for k, v in found[name].items()}, flush=True)
+    depths = []
+    for depth in given.depths:
+        depths.append(measure(lambda depth=depth: mlp(depth), given.rounds))  # type: ignore[misc]
+        print(f"MLP of {depth} layers ", {k: round(v, 2) for k, v in depths[-1].items()}, flush=True)
+    power = exponent(depths) if len(depths) > 1 else None
+    print("exponent of calls:", None if power is None else round(power, 2))
+    record = {
+        "command": shlex.join(["python", "benchmarks/planning.py", *sys.argv[1:]]),
+        **environment(),
+        "networks": found,
+        "mlp": depths,
+        "exponent": power,
+    }
+    OUT.write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

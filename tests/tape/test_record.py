@@ -444,3 +444,20 @@ def test_a_declared_module_is_refused():
     model = nn.Sequential(nn.Linear(3, 3), hzo.declare(nn.Hardtanh(), "elementwise"))
     with pytest.raises(TapeError, match="declared as one operation"), hzo.record():
         model(torch.randn(2, 3))
+
+
+def test_several_gradients_under_one_autocast():
+    """PyTorch keeps the casts of weights for the block, with the history of the step that made them."""
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(5, 3)
+    found = []
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(3):
+            model.zero_grad()
+            hzo.backward(model, lambda out: out.float().square().mean(), x)
+            found.append([p.grad.clone() for p in model.parameters()])
+        model.zero_grad()
+        model(x).float().square().mean().backward()  # and autograd's own history is whole behind them
+    for again in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], again, strict=True))
+    for g, p in zip(found[0], model.parameters(), strict=True):
+        torch.testing.assert_close(g, p.grad, rtol=0.05, atol=1e-3)

@@ -19,16 +19,39 @@ from hzo.tracing import Graph, Operation
 
 aten = torch.ops.aten
 _LARGEST = 2**22  # elements of an operand whose places are numbered
-_known: WeakKeyDictionary[Graph, dict[tuple[int, int, int], Links | None]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[Graph, dict[Any, Links | None]] = WeakKeyDictionary()
 
 
 def by_numbers(graph: Graph, op: Operation, read: int, write: int) -> Links | None:
     """Links of an operation that copies places, found once."""
     known = _known.setdefault(graph, {})
-    key = (op.index, read, write)
+    key = _call(graph, op, read, write)
     if key not in known:
         known[key] = _links(graph, op, read, write)
     return known[key]
+
+
+def _call(graph: Graph, op: Operation, read: int, write: int) -> Any:
+    """What the links depend on: blocks of a network that are alike have the same."""
+
+    def told(leaf: Any) -> Any:
+        if type(leaf) is tuple:
+            return tuple([told(item) for item in leaf])
+        if type(leaf) is not Ref:
+            return leaf
+        about = graph.values[leaf.value]
+        if not about.floating:  # what it picks depends on its numbers
+            raise LookupError
+        return about.shape, about.batch_dim, about.outer, about.batched, leaf.value == read
+
+    about = graph.values[write]
+    place = op.results.index(write), about.shape, about.batch_dim, about.outer
+    try:
+        key = (op.target, told(op.args), tuple((k, told(v)) for k, v in op.kwargs.items()), place)
+        hash(key)
+    except (LookupError, TypeError):
+        return op.index, read, write
+    return key
 
 
 def _links(graph: Graph, op: Operation, read: int, write: int) -> Links | None:

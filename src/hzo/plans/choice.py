@@ -53,7 +53,7 @@ def choose_probe(
     if operations and allowed.assume != "nothing" and apart:
         if elementwise_slice(graph, value, operations, outputs):
             probe = Probe("elementwise", elements)
-        else:
+        elif allowed.assume != "structure" or not _free_by_rules(graph, operations):
             probe = _colored(graph, value, operations, outputs, allowed.spacing) or probe
     return probe, node_cost(graph, probe, operations, allowed.scheme)
 
@@ -61,6 +61,13 @@ def choose_probe(
 def has_adjoint(op: Operation) -> bool:
     """Whether an operation has a rule that is no queries."""
     return op.rule not in ("queries", "")
+
+
+def _free_by_rules(graph: Graph, operations: Sequence[int]) -> bool:
+    """Whether rules carry a cotangent through several operations without asking anything: no queries are cheaper."""
+    return len(operations) > 1 and all(
+        has_adjoint(graph.operations[k]) and not graph.operations[k].measured for k in operations
+    )
 
 
 def _colored(

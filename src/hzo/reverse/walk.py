@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import copy
 from typing import Any
 
 import torch
@@ -87,17 +88,36 @@ def carry_back(
 
 
 def measurements_of(tape: Tape, op: Operation, wanted: frozenset[int]) -> list[tuple[tuple[int, ...], bool]]:
-    """What an operation's rule measures for some operands, seen by applying it once.
+    """What an operation's rule measures for some operands, seen by applying it once, without content where it lets one.
 
     Returns the size of every probe, and whether it grows with the batch because it is made of an activation.
     """
     kind = kind_of(op.target)
     if kind == "custom Function" or (kind == "rule" and not find_rule(op.target).measures):
         return []
+    if kind != "rule":
+        return _seen(tape, op, wanted, kind)
+    shapes = copy(tape)
+    shapes.tensors = _OnMeta(tape.tensors)
+    try:
+        return _seen(shapes, op, wanted, kind)
+    except Exception:  # a rule that looks at numbers, or an operator that PyTorch cannot run on shapes alone
+        return _seen(tape, op, wanted, kind)
+
+
+class _OnMeta(list[Tensor | None]):
+    """Contents of a tape as shapes and dtypes."""
+
+    def __getitem__(self, index: Any) -> Any:
+        tensor = super().__getitem__(index)
+        return tensor.detach().to("meta") if isinstance(tensor, Tensor) else tensor
+
+
+def _seen(tape: Tape, op: Operation, wanted: frozenset[int], kind: str) -> list[tuple[tuple[int, ...], bool]]:
     found: list[tuple[tuple[int, ...], bool]] = []
 
     def measure(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], size: Tensor) -> Any:
-        of_batch = any(size is g for g in call.grads) or kind_of(call.op.target) == "slope"
+        of_batch = any(size is g for g in call.grads) or kind == "slope"
         found.append((tuple(size.shape), of_batch))
         return call.op.target(*args, **kwargs)
 

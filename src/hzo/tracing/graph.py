@@ -10,6 +10,7 @@ parameters alone, and constants.
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -335,12 +336,17 @@ class Graph:
 
     def describe(self, position: int) -> str:
         """Where a position lies, in words for messages and tables."""
-        for k, stage in enumerate(self.stages):
-            if position == stage.start:
-                return f"boundary {k}"
-            if stage.start < position < stage.stop:
-                return f"inside stage {k} ({stage.name}), before {self.operations[position].name}"
+        k = bisect_left(self._starts, position)  # the first of the stages that begin here: some may be empty
+        if k < len(self.stages) and self.stages[k].start == position:
+            return f"boundary {k}"
+        stage = self.stages[k - 1]
+        if position < stage.stop:
+            return f"inside stage {k - 1} ({stage.name}), before {self.operations[position].name}"
         return f"boundary {len(self.stages)}"
+
+    @cached_property
+    def _starts(self) -> tuple[int, ...]:
+        return tuple(stage.start for stage in self.stages)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from hzo.reverse import measurements_of
 from hzo.rules.registry import kind_of
@@ -129,12 +129,20 @@ def _name(op: Call) -> str:
 
 def _cost(tape: Tape, op: Call) -> int:
     """Operations of one run of the batch; what only shows memory in another shape counts as one, not as nothing."""
-    with FlopCounterMode(display=False) as counter:
-        results = run_again(tape, op, tape.resolve(op.args), {k: tape.resolve(v) for k, v in op.kwargs.items()})
-    operands = [tape.tensors[v] for v in op.reads()]
-    shown = {_place(t) for t in operands if t is not None}
-    written = sum(t.numel() for t in results if isinstance(t, Tensor) and _place(t) not in shown)
-    return max(1, int(counter.get_total_flops()) + written)
+    args, kwargs = tape.resolve(op.args), {k: tape.resolve(v) for k, v in op.kwargs.items()}
+    results = [None if v is None else tape.tensors[v] for v in op.writes]
+    products = flop_registry.get(getattr(op.target, "overloadpacket", None))
+    if isinstance(op.target, Opaque):
+        with FlopCounterMode(display=False) as counter:
+            run_again(tape, op, args, kwargs)
+        flops = counter.get_total_flops()
+    elif products is None:
+        flops = 0
+    else:
+        flops = products(*args, **kwargs, out_val=results[0] if len(results) == 1 else tuple(results))
+    shown = {_place(t) for v in op.reads() if (t := tape.tensors[v]) is not None}
+    written = sum(t.numel() for t in results if t is not None and _place(t) not in shown)
+    return max(1, int(flops) + written)
 
 
 def _place(tensor: Tensor) -> int:
