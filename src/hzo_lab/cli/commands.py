@@ -51,9 +51,20 @@ from hzo_lab.cli.terminal import announce, conclude, console, errors, train_show
 from hzo_lab.errors import CheckpointError
 from hzo_lab.records import CONFIG
 from hzo_lab.reports import compare as comparing
-from hzo_lab.training import Result, Run, TrainConfig, check_logs, read_config, recipe, resume, start
+from hzo_lab.training import (
+    Result,
+    Run,
+    TrainConfig,
+    check_logs,
+    ranks_of,
+    read_config,
+    recipe,
+    restarted,
+    resume,
+    run_id,
+    start,
+)
 from hzo_lab.training import config as names
-from hzo_lab.training.ranks import ranks, restarted, run_id
 
 FAILED = 2
 
@@ -131,7 +142,7 @@ def train_command(
         running = _resume(resume_dir, given)
     else:
         config = recipe(**given)
-        among = ranks(config.device)
+        among = ranks_of(config.device)
         where = out if out is not None else among.on_first(lambda: _free_directory(config))
         # Started anew by torchrun, with the same command: the run is there.
         again = restarted() and (where / CONFIG).is_file()
