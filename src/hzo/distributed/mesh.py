@@ -216,6 +216,10 @@ class Shares:
 
     # -- how they talk ---
 
+    def told_by_all(self, value: Any) -> list[Any]:
+        """What every process of the mesh says, those of one query dimension behind each other."""
+        return [one for row in self._gathered(value) for one in row]
+
     def _gathered(self, value: Any) -> list[list[Any]]:
         """What every process of the mesh says: a list along the sample dimension of lists along the query dimension."""
         row = self._objects(value, self._groups[QUERY]) if QUERY in self._groups else [value]

@@ -51,7 +51,19 @@ from hzo_lab.cli.terminal import announce, conclude, console, errors, train_show
 from hzo_lab.errors import CheckpointError
 from hzo_lab.records import CONFIG
 from hzo_lab.reports import compare as comparing
-from hzo_lab.training import Result, Run, TrainConfig, check_logs, read_config, recipe, resume, start
+from hzo_lab.training import (
+    Result,
+    Run,
+    TrainConfig,
+    check_logs,
+    ranks_of,
+    read_config,
+    recipe,
+    restarted,
+    resume,
+    run_id,
+    start,
+)
 from hzo_lab.training import config as names
 
 FAILED = 2
@@ -130,8 +142,13 @@ def train_command(
         running = _resume(resume_dir, given)
     else:
         config = recipe(**given)
-        running = start(config, out if out is not None else _free_directory(config))
-    announce(running, resumed=resume_dir is not None)
+        among = ranks_of(config.device)
+        where = out if out is not None else among.on_first(lambda: _free_directory(config))
+        # Started anew by torchrun, with the same command: the run is there.
+        again = restarted() and (where / CONFIG).is_file()
+        running = _resume(where, given) if again else start(config, where)
+    console.quiet = not running.ranks.first
+    announce(running, resumed=resume_dir is not None or running.counters.step > 0)
     go_on = " ".join([f"hzo train --resume {running.out}", *(f"--log {name}" for name in logs)])
     result = train_shown(running, max_steps, go_on, logs)
     conclude(result, go_on)
@@ -139,6 +156,8 @@ def train_command(
 
 def _free_directory(config: TrainConfig) -> Path:
     name = f"{config.data}-{config.model}-{config.method}-{config.seed}"
+    if run_id() is not None:  # torchrun finds it again when it starts the processes anew
+        return Path("runs") / f"{name}-{run_id()}"
     candidates = (Path("runs") / (name if n == 1 else f"{name}-run{n}") for n in range(1, 10_000))
     for candidate in candidates:
         if not candidate.exists():

@@ -18,6 +18,8 @@ from hzo_lab.training.plots import (
     series,
     spread,
 )
+from hzo_lab.training.ranks import ranks as ranks_of
+from hzo_lab.training.ranks import restarted, run_id
 from hzo_lab.training.recipes import recipe
 from hzo_lab.training.run import Run, device_called, device_of, load_data, loss_fn, resume, start
 
@@ -43,11 +45,14 @@ __all__ = [
     "make_plan",
     "mlp",
     "on_threads",
+    "ranks_of",
     "read_config",
     "recipe",
     "replace",
     "resnet",
+    "restarted",
     "resume",
+    "run_id",
     "running",
     "save",
     "series",

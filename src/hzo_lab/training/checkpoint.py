@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -57,8 +58,18 @@ class Counters:
     log_bytes: int = 0
 
 
-def save(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, counters: Counters) -> Path:
-    """Write a checkpoint of this moment, drop the oldest. The one before stays whole whatever happens."""
+def save(
+    run: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    counters: Counters,
+    random: Sequence[tuple[dict[str, Tensor], dict[str, Any]]] | None = None,
+) -> Path:
+    """Write a checkpoint of this moment, drop the oldest. The one before stays whole whatever happens.
+
+    Args:
+        random: states of the random generators of all processes of the run; None for those of this one.
+    """
     folder = run / FOLDER
     final = folder / f"step-{counters.step:08d}"
     if final.is_dir():  # the same step of the same run: the same content
@@ -66,7 +77,9 @@ def save(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, counters
     partial = folder / f".writing-{counters.step:08d}"
     weights = {name: _plain(tensor) for name, tensor in model.state_dict().items()}
     tensors, values = _split_optimizer(optimizer.state_dict())
-    random_tensors, random_values = generator_states()
+    (random_tensors, random_values), *others = random or [generator_states()]
+    for rank, (tensors_there, _) in enumerate(others, start=1):
+        random_tensors |= {f"rank.{rank}.{name}": t for name, t in tensors_there.items()}
     contents = {
         # Metadata of one entry: several are written in no fixed order, and equal weights would be other bytes.
         WEIGHTS: save_tensors(weights, metadata={"format": "pt"}),
@@ -77,6 +90,7 @@ def save(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, counters
         "counters": {**vars(counters), **{name: str(getattr(counters, name)) for name in _FRACTIONS}},
         "optimizer": values,
         "random": random_values,
+        "ranks": [values for _, values in others],
     }
     contents[STATE] = (json.dumps(state) + "\n").encode()
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
@@ -124,20 +138,35 @@ def latest(run: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Counters:
+def load(
+    checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, rank: int = 0, size: int = 1
+) -> Counters:
     """Put model, optimizer and the global random generators back to a checkpoint; returns its counters.
 
     Everything is read and compared with the model before anything of it is changed.
+
+    Args:
+        rank, size: which process of how many this is: each goes on with random states of its own.
     """
     state = _read_state(checkpoint)
     try:
-        values, random_values = state["optimizer"], state["random"]
+        values, random_values, others = state["optimizer"], state["random"], state.get("ranks", [])
         fields: dict[str, Any] = dict(state["counters"])
         counters = Counters(**{**fields, **{name: Fraction(fields[name]) for name in _FRACTIONS}})
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(checkpoint / STATE, f"it lacks or garbles {error}") from error
     weights = _read_tensors(checkpoint / WEIGHTS)
     tensors = _read_tensors(checkpoint / OPTIMIZER)
+    if len(others) + 1 != size:
+        raise CheckpointError(
+            f"{checkpoint} was written by a run of {len(others) + 1} processes, and this one has {size}: it would draw "
+            f"other random numbers. Go on with as many: torchrun --nproc-per-node {len(others) + 1} …"
+        )
+    if rank:
+        random_values = others[rank - 1]
+        prefix = f"rank.{rank}."
+        own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        tensors = {name: t for name, t in tensors.items() if not name.startswith("rng.")} | own
     _compare(checkpoint / WEIGHTS, weights, model)
     try:
         optimizer.load_state_dict(_join_optimizer(tensors, values, optimizer))

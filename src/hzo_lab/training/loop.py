@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,7 @@ def train(
     """
     check_logs(logs)
     commit()  # of the code as it is now: a long run outlives its checkout
-    with alone_in(run.out):
+    with alone_in(run.out) if run.ranks.first else nullcontext():
         return _train(run, max_steps, watch, stop, logs)
 
 
@@ -121,7 +121,7 @@ def _train(
     stop: Callable[[], bool],
     logs: Sequence[str],
 ) -> Result:
-    saved = checkpoint.latest(run.out)
+    saved = checkpoint.latest(run.out) if run.ranks.first else None
     if saved is not None and checkpoint.step_of(saved) > run.counters.step:
         raise CheckpointError(
             f"another process went on with the run in {run.out} since it was read here: "
@@ -143,6 +143,8 @@ def _train(
         seconds=run.counters.seconds,
         checkpoint=newest,
     )
+    if not run.ranks.first:
+        return result
     write_summary(run, result)
     if records := read_metrics(run.out / METRICS):
         title = f"{run.config.model} on {run.config.data} by {run.config.method}, seed {run.config.seed}"
@@ -163,16 +165,19 @@ def _steps(
     seen: dict[str, Any] = {"loss": math.nan, "train_accuracy": None, "test_accuracy": None, "cosine": None}
     saved_at = time.monotonic()
     with ExitStack() as stack:
-        log = stack.enter_context(MetricsLog(run.out / METRICS, lines=counters.log_lines, size=counters.log_bytes))
-        past = read_metrics(log.path)
+        log: MetricsLog | None = None
+        past: list[dict[str, Any]] = []
+        if run.ranks.first:
+            log = stack.enter_context(MetricsLog(run.out / METRICS, lines=counters.log_lines, size=counters.log_bytes))
+            past = read_metrics(log.path)
         for record in past:
             _remember(seen, record)
-        copies: list[Logger] = stack.enter_context(loggers(logs, run.out, FIELDS, past))
-        while run.done < 1 and not stop() and (max_steps is None or counters.step < max_steps):
+        copies: list[Logger] = stack.enter_context(loggers(logs if log else (), run.out, FIELDS, past))
+        while run.done < 1 and (max_steps is None or counters.step < max_steps) and not run.ranks.any(bool(stop()))[0]:
             record = one_step(run)
             counters.seconds = before + time.monotonic() - began
             _remember(seen, record)
-            if len(record) > 1:
+            if log is not None and len(record) > 1:
                 record = {**record, "seconds": round(counters.seconds, 3)}
                 log.append(record)
                 for copy in copies:
@@ -180,7 +185,8 @@ def _steps(
             watch(_progress(run, seen, time.monotonic() - began, at_start))
             every = run.config.checkpoint_every
             due = counters.step % every == 0 if every else counters.position == 0
-            if due or time.monotonic() - saved_at > CHECKPOINT_SECONDS:
+            # One of them says when a minute is over: their clocks are not one.
+            if run.ranks.any(due or (log is not None and time.monotonic() - saved_at > CHECKPOINT_SECONDS))[0]:
                 run.save(log)
                 saved_at = time.monotonic()
         newest = run.save(log)
@@ -195,8 +201,9 @@ def one_step(run: Run) -> dict[str, Any]:
     """
     config, counters = run.config, run.counters
     position = counters.position
-    indices = batch_indices(len(run.data.train), run.batch_size, config.seed, counters.epoch, position)
-    augment = generator(config.seed, "augment", counters.epoch, position) if config.augment else None
+    own = () if run.ranks.first else (run.ranks.rank,)
+    indices = run.ranks.share(batch_indices(len(run.data.train), run.batch_size, config.seed, counters.epoch, position))
+    augment = generator(config.seed, "augment", counters.epoch, position, *own) if config.augment else None
     x, y = run.batch(run.data.train, indices, augment)
     rate = config.lr * relative_rate(config.schedule, run.done)
     set_rate(run.optimizer, rate)
@@ -205,7 +212,7 @@ def one_step(run: Run) -> dict[str, Any]:
     measure_cosine = (
         config.cosine_every > 0 and config.method != "backprop" and counters.step % config.cosine_every == 0
     )
-    cosine = run.cosine() if measure_cosine else None
+    cosine = run.cosine() if measure_cosine and run.ranks.first else None
     epoch_ends = position + 1 == run.steps_per_epoch
     epoch = counters.epoch + 1
     counters.step += 1
@@ -216,7 +223,8 @@ def one_step(run: Run) -> dict[str, Any]:
     run.optimizer.step()
     if not logged:
         return {"loss": loss}
-    test_loss, test_accuracy = run.test() if epoch_ends or run.done >= 1 else (None, None)
+    tested = run.ranks.first and (epoch_ends or run.done >= 1)
+    test_loss, test_accuracy = run.test() if tested else (None, None)
     return {
         "step": counters.step,
         "epoch": epoch,

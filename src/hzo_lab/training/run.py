@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from hzo_lab.records import (
     derive,
     disk_errors,
     generator,
+    generator_states,
     new_run_directory,
     refuse_used_directory,
     seed_everything,
@@ -30,6 +32,7 @@ from hzo_lab.training.config import TrainConfig, to_json
 from hzo_lab.training.cosine import cosine_to_backprop
 from hzo_lab.training.learning_rate import make_optimizer
 from hzo_lab.training.methods import Method, prepare
+from hzo_lab.training.ranks import ranks
 
 EVALUATION_BATCH = 500
 
@@ -41,6 +44,7 @@ class Run:
 
     def __init__(self, config: TrainConfig, out: Path, dataset: Dataset) -> None:
         self.config = config
+        self.ranks = ranks(config.device)
         self.out = out
         self.data = dataset
         self.device = device_of(config)
@@ -55,13 +59,15 @@ class Run:
             activation=config.activation,
             seed=config.seed,
         ).to(self.device, self.dtype)
+        if not self.ranks.first:  # dropout and random directions are each process's own
+            seed_everything(derive(config.seed, "rank", self.ranks.rank))
         self.optimizer = make_optimizer(config, self.model)
         self.batch_size = min(config.batch_size, len(dataset.train))
         self.counters = Counters()
         # The probe: training examples that no other random number of the run has anything to do with.
         probe = epoch_order(len(dataset.train), config.seed, -1)[: config.probe_size]
         self.probe = self.batch(dataset.train, probe)
-        first = epoch_order(len(dataset.train), config.seed, 0)[: self.batch_size]
+        first = self.ranks.share(epoch_order(len(dataset.train), config.seed, 0)[: self.batch_size])
         self.method: Method = prepare(config, self.model, loss_fn, self.batch(dataset.train, first)[0])
 
     def batch(self, split: Split, indices: Tensor, augment: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
@@ -93,8 +99,10 @@ class Run:
         """One gradient into ``.grad``, counted; returns the loss."""
         counters = self.counters
         self.optimizer.zero_grad(set_to_none=True)
-        with count_queries() as count:
-            loss = float(self.method.gradient(x, y, generator(self.config.seed, "directions", counters.step)))
+        own = () if self.ranks.first else (self.ranks.rank,)
+        directions = generator(self.config.seed, "directions", counters.step, *own)
+        with count_queries() as count, self.ranks.together(self.model, x, y, repr(self.config)) as mean:
+            loss = float(mean(self.method.gradient(x, y, directions)))
         if not math.isfinite(loss):
             raise NonFiniteError(
                 f"the loss became {loss} at step {counters.step + 1}: the weights diverged. Start "
@@ -108,8 +116,9 @@ class Run:
                 "the budget is "
                 f"{self.config.budget:,.0f}: give a larger --budget or a smaller network."
             )
-        counters.queries += count.queries
-        counters.stage_evaluations += count.stage_evaluations
+        queries, evaluations = self.ranks.total(count.queries, count.stage_evaluations)
+        counters.queries += queries
+        counters.stage_evaluations += evaluations
         counters.adjoints += count.adjoints
         counters.forward_equivalents += count.exact_forward_equivalents
         counters.cost += cost
@@ -133,10 +142,17 @@ class Run:
         seed = derive(self.config.seed, "cosine", self.counters.step)
         return cosine_to_backprop(self.method, self.model, loss_fn, *self.probe, seed=seed)
 
-    def save(self, log: MetricsLog) -> Path:
-        log.sync()  # the log that a checkpoint speaks of must outlive whatever the checkpoint outlives
-        self.counters.log_lines, self.counters.log_bytes = log.lines, log.size
-        return checkpoint.save(self.out, self.model, self.optimizer, self.counters)
+    def save(self, log: MetricsLog | None) -> Path:
+        """Write a checkpoint, with the random states of all processes; None for the log of those that do not write."""
+        states = self.ranks.gathered(generator_states())
+
+        def write() -> Path:
+            assert log is not None
+            log.sync()  # the log that a checkpoint speaks of must outlive whatever the checkpoint outlives
+            self.counters.log_lines, self.counters.log_bytes = log.lines, log.size
+            return checkpoint.save(self.out, self.model, self.optimizer, self.counters, states)
+
+        return self.ranks.on_first(write)
 
 
 def evaluate_batch(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, int]:
@@ -166,22 +182,31 @@ def device_called(name: str) -> torch.device:
 
 def start(config: TrainConfig, out: Path, dataset: Dataset | None = None) -> Run:
     """A new run in an empty directory, which is made when all else is known to be right."""
-    refuse_used_directory(out)
+    among = ranks(config.device)
+    among.on_first(lambda: refuse_used_directory(out))
     run = Run(config, out, dataset or load_data(config))
-    new_run_directory(out)
-    with alone_in(out):
-        refuse_used_directory(out)  # of two processes that start in one directory, the second comes too late
-        with disk_errors(f"writing {out / CONFIG}", "start again"):
-            replace_file(out / CONFIG, to_json(config).encode())
+
+    def begin() -> None:
+        new_run_directory(out)
+        with alone_in(out):
+            refuse_used_directory(out)  # of two processes that start in one directory, the second comes too late
+            with disk_errors(f"writing {out / CONFIG}", "start again"):
+                replace_file(out / CONFIG, to_json(config).encode())
+
+    among.on_first(begin)
     return run
 
 
 def resume(config: TrainConfig, out: Path, dataset: Dataset | None = None) -> Run:
     """The run in ``out`` as its newest checkpoint left it; from the beginning if there is none yet."""
-    with alone_in(out):  # what another process is writing there must not be taken for what a kill left
+    among = ranks(config.device)
+    # What another process is writing there must not be taken for what a kill left.
+    with alone_in(out) if among.first else nullcontext():
         run = Run(config, out, dataset or load_data(config))
-        if (newest := checkpoint.latest(out)) is not None:
-            run.counters = checkpoint.load(newest, run.model, run.optimizer)
+        newest = among.on_first(lambda: checkpoint.latest(out))
+        if newest is not None:
+            run.counters = checkpoint.load(newest, run.model, run.optimizer, among.rank, among.size)
+        among.gathered(None)  # all have read it
     return run
 
 
