@@ -3,7 +3,7 @@
 # .venv-oldest.
 #
 #   sh scripts/test_oldest.sh [arguments of pytest]     without arguments: the selection below
-#   sh scripts/test_oldest.sh --if-there                as continuous integration: no error where there is no such Python
+#   sh scripts/test_oldest.sh --if-there                no error where there is no such Python
 #
 # OLDEST_PYTHON=... names the interpreter; else python3.10 is looked for, also among those of pyenv. The first time pip fetches
 # PyPI's build of torch for CUDA, several GB: there is no small one of that version on PyPI.
