@@ -120,13 +120,13 @@ def _sum(call: Call, first: Any, second: Any) -> Cotangents:
     return found
 
 
-@vjp(aten.add.Tensor, aten.add.Scalar)
+@vjp(aten.add.Tensor, aten.add.Scalar, lean=True)
 def add(call: Call) -> Cotangents:
     """``a + alpha * b``."""
     return _sum(call, 1, call.arg(2, "alpha", 1))
 
 
-@vjp(aten.sub.Tensor, aten.sub.Scalar)
+@vjp(aten.sub.Tensor, aten.sub.Scalar, lean=True)
 def sub(call: Call) -> Cotangents:
     """``a - alpha * b``."""
     return _sum(call, 1, -call.arg(2, "alpha", 1))
@@ -141,7 +141,7 @@ def rsub(call: Call) -> Cotangents:
 # -- products and quotients --------------------------------------------------------------------------------------------
 
 
-@vjp(aten.mul.Tensor, aten.mul.Scalar, measures=True)
+@vjp(aten.mul.Tensor, aten.mul.Scalar, measures=True, lean=True)
 def mul(call: Call) -> Cotangents:
     """``a * b``."""
     found: dict[Key, Tensor] = {}
@@ -151,7 +151,7 @@ def mul(call: Call) -> Cotangents:
     return found
 
 
-@vjp(aten.div.Tensor, aten.div.Scalar, measures=True)
+@vjp(aten.div.Tensor, aten.div.Scalar, measures=True, lean=True)
 def div(call: Call) -> Cotangents:
     """``a / b``."""
     a, b = call.args[:2]
@@ -270,7 +270,7 @@ def _difference(call: Call, end: Tensor, start: Tensor) -> Tensor:
 # -- powers and logarithms ---------------------------------------------------------------------------------------------
 
 
-@vjp(aten.pow.Tensor_Scalar)
+@vjp(aten.pow.Tensor_Scalar, lean=True)
 def pow_scalar(call: Call) -> Cotangents:
     """``x ** p`` for a number ``p``."""
     x, p = call.args

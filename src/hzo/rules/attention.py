@@ -35,7 +35,7 @@ def _lengths(call: Call) -> tuple[int, int]:
     return int(q.shape[2]), int(k.shape[2])
 
 
-@vjp(aten._scaled_dot_product_flash_attention_for_cpu.default)
+@vjp(aten._scaled_dot_product_flash_attention_for_cpu.default, lean=True)
 def flash_attention_for_cpu(call: Call) -> Cotangents:
     """Attention in blocks on a CPU; heads of queries may share keys and values."""
     found = aten._scaled_dot_product_flash_attention_for_cpu_backward(

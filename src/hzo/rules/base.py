@@ -138,26 +138,27 @@ class Rule:
     Attributes:
         vjp: from a call to the cotangents of its operands.
         measures: whether it runs the operator again where an operand is a weight.
-        zero: the derivative is zero wherever it exists (rounding, comparisons): nothing is carried.
+        lean: it reads no more than PyTorch's own derivative saves, which is tried: what else such a call makes may be
+            released while the step runs.
     """
 
     vjp: Callable[[Call], Cotangents]
     measures: bool = False
-    zero: bool = False
+    lean: bool = False
 
 
 rules: dict[Any, Rule] = {}
 """The table: by operator with its overload."""
 
 
-def vjp(*targets: Any, measures: bool = False, zero: bool = False) -> Callable[[Callable[[Call], Cotangents]], Any]:
-    """Register a rule for operators; used as a decorator."""
+def vjp(*targets: Any, measures: bool = False, lean: bool = False) -> Callable[[Callable[[Call], Cotangents]], Any]:
+    """Register a rule for operators; used as a decorator. ``measures`` and ``lean`` as in ``Rule``."""
 
     def register(function: Callable[[Call], Cotangents]) -> Callable[[Call], Cotangents]:
         for target in targets:
             if target in rules:
                 raise AssertionError(f"{target} has a rule already")
-            rules[target] = Rule(function, measures, zero)
+            rules[target] = Rule(function, measures, lean)
         return function
 
     return register

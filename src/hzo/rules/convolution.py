@@ -117,8 +117,8 @@ def _measured_image(call: Call, x: Tensor, kernel: Tensor) -> Tensor:
     return (seen[:, :, :-1] - seen[:, :, -1:]).reshape(x.shape)
 
 
+@vjp(aten.convolution.default, measures=True, lean=True)
 @vjp(
-    aten.convolution.default,
     aten._convolution.default,
     aten.convolution_overrideable.default,
     aten.mkldnn_convolution.default,

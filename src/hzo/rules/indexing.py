@@ -21,7 +21,7 @@ aten = torch.ops.aten
 # -- tables of embeddings ---------------------------------------------------------------------------------------------
 
 
-@vjp(aten.embedding.default)
+@vjp(aten.embedding.default, lean=True)
 def embedding(call: Call) -> Cotangents:
     """Rows of a table."""
     table, indices = call.args[:2]
@@ -374,13 +374,13 @@ def sort(call: Call) -> Cotangents:
     return {0: call.grad.new_zeros(x.shape).scatter_(dim, order, call.grad)}
 
 
-@vjp(aten.searchsorted.Tensor, aten.searchsorted.Scalar, aten.bucketize.Tensor, aten.bucketize.Scalar, zero=True)
+@vjp(aten.searchsorted.Tensor, aten.searchsorted.Scalar, aten.bucketize.Tensor, aten.bucketize.Scalar)
 def searchsorted(_: Call) -> Cotangents:
     """Places in a sorted sequence: integers."""
     return {}
 
 
-@vjp(aten.nonzero.default, aten.nonzero_static.default, zero=True)
+@vjp(aten.nonzero.default, aten.nonzero_static.default)
 def nonzero(_: Call) -> Cotangents:
     """Places of elements that are not zero: integers."""
     return {}

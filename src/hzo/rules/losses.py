@@ -70,7 +70,7 @@ def huber_loss(call: Call) -> Cotangents:
     return _of_difference(call, aten.huber_loss_backward, call.arg(2, "reduction", _MEAN), delta)
 
 
-@vjp(aten.nll_loss_forward.default)
+@vjp(aten.nll_loss_forward.default, lean=True)
 def nll_loss(call: Call) -> Cotangents:
     """The negative log-likelihood of classes; the sum of their weights is the second result."""
     return {0: aten.nll_loss_backward(call.grad, *call.args, call.out[1])}

@@ -56,7 +56,6 @@ def _random_writes() -> Iterator[Any]:
             aten.normal.Tensor_Tensor,
         ]
     ),
-    zero=True,
 )
 def nothing(_: Call) -> Cotangents:
     """No cotangent for any operand."""

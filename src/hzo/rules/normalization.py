@@ -122,8 +122,8 @@ def batch_norm(call: Call) -> Cotangents:
 
 
 # Operators that write to running statistics are recorded in their form out of place.
+vjp(out_of_place(aten.native_batch_norm.default, (3, 4)), measures=True, lean=True)(batch_norm)
 _WRITING = (
-    aten.native_batch_norm.default,
     aten.cudnn_batch_norm.default,
     aten.miopen_batch_norm.default,
     aten._native_batch_norm_legit.default,
@@ -160,7 +160,7 @@ def _layer_gamma(call: Call, gamma: Tensor, shape: tuple[int, ...], eps: float) 
     return (seen * _inverse_of_normalized(shape, seen.dtype, gamma.dtype, eps, seen.device)).to(gamma.dtype)
 
 
-@vjp(aten.native_layer_norm.default, measures=True)
+@vjp(aten.native_layer_norm.default, measures=True, lean=True)
 def layer_norm(call: Call) -> Cotangents:
     """Normalization over the last dimensions."""
     if call.grads[0] is None:
@@ -217,7 +217,7 @@ def _rms_gamma(call: Call, gamma: Tensor, dtype: torch.dtype, shape: tuple[int, 
 # ---- group normalization: statistics of every sample over groups of channels and space ------------------------------
 
 
-@vjp(aten.native_group_norm.default, measures=True)
+@vjp(aten.native_group_norm.default, measures=True, lean=True)
 def group_norm(call: Call) -> Cotangents:
     """Normalization of every sample over groups of channels."""
     operands = _Operands(call)

@@ -140,9 +140,9 @@ def _of_both(slope: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Cal
 
 
 for _target, _slope in FROM_OPERAND.items():
-    vjp(_target)(_of_operand(_slope))
+    vjp(_target, lean=True)(_of_operand(_slope))
 for _target, _slope in FROM_RESULT.items():
-    vjp(_target)(_of_result(_slope))
+    vjp(_target, lean=True)(_of_result(_slope))
 for _target, _slope_of_both in FROM_BOTH.items():
     vjp(_target)(_of_both(_slope_of_both))
 
@@ -150,7 +150,7 @@ for _target, _slope_of_both in FROM_BOTH.items():
 # -- activations with options ------------------------------------------------------------------------------------------
 
 
-@vjp(aten.gelu.default)
+@vjp(aten.gelu.default, lean=True)
 def gelu(call: Call) -> Cotangents:
     """Exact, or by ``tanh``: ``approximate`` says which."""
     return {0: aten.gelu_backward(call.grad, call.args[0], approximate=call.arg(1, "approximate", "none"))}
@@ -178,7 +178,7 @@ def celu(call: Call) -> Cotangents:
     return {0: _elu_backward(call, alpha, 1, 1 / alpha)}
 
 
-@vjp(aten.leaky_relu.default)
+@vjp(aten.leaky_relu.default, lean=True)
 def leaky_relu(call: Call) -> Cotangents:
     """Slope one, and another one below zero."""
     x = call.args[0]
@@ -187,7 +187,7 @@ def leaky_relu(call: Call) -> Cotangents:
     return {0: aten.leaky_relu_backward(call.grad, call.result if of_result else x, slope, of_result)}
 
 
-@vjp(aten.hardtanh.default)
+@vjp(aten.hardtanh.default, lean=True)
 def hardtanh(call: Call) -> Cotangents:
     """``hardtanh`` and ``relu6``."""
     low, high = call.arg(1, "min_val", -1), call.arg(2, "max_val", 1)
@@ -292,20 +292,21 @@ def nan_to_num(call: Call) -> Cotangents:
     aten._lazy_clone.default,
     aten.positive.default,
     aten.frac.default,
+    lean=True,
 )
 def unchanged(call: Call) -> Cotangents:
     """The same elements, or the same up to an offset that does not move."""
     return {0: call.grad}
 
 
-@vjp(aten._to_copy.default)
+@vjp(aten._to_copy.default, lean=True)
 def to_copy(call: Call) -> Cotangents:
     """Another dtype or device; the sweep converts the dtype back."""
     x, g = call.args[0], call.grad
     return {0: g if lost(x) or x.device == g.device else g.to(x.device)}
 
 
-@vjp(aten.neg.default, aten._neg_view.default)
+@vjp(aten.neg.default, aten._neg_view.default, lean=True)
 def neg(call: Call) -> Cotangents:
     """``-x``."""
     return {0: call.grad.neg()}

@@ -21,7 +21,7 @@ def _options(call: Call, *names: str) -> list[Any]:
 # ---- maxima ---------------------------------------------------------------------------------------------------------
 
 
-@vjp(aten.max_pool2d_with_indices.default, aten.max_pool3d_with_indices.default)
+@vjp(aten.max_pool2d_with_indices.default, aten.max_pool3d_with_indices.default, lean=True)
 def max_pool(call: Call) -> Cotangents:
     """The maximum of every window, and where it was."""
     two = call.op.target is aten.max_pool2d_with_indices.default
@@ -57,7 +57,7 @@ def max_unpool(call: Call) -> Cotangents:
 # ---- means ----------------------------------------------------------------------------------------------------------
 
 
-@vjp(aten.avg_pool2d.default, aten.avg_pool3d.default)
+@vjp(aten.avg_pool2d.default, aten.avg_pool3d.default, lean=True)
 def avg_pool(call: Call) -> Cotangents:
     """The mean of every window."""
     backward = aten.avg_pool2d_backward if call.op.target is aten.avg_pool2d.default else aten.avg_pool3d_backward
@@ -65,7 +65,7 @@ def avg_pool(call: Call) -> Cotangents:
     return {0: backward(call.grad, call.args[0], *options)}
 
 
-@vjp(aten._adaptive_avg_pool2d.default, aten._adaptive_avg_pool3d.default)
+@vjp(aten._adaptive_avg_pool2d.default, aten._adaptive_avg_pool3d.default, lean=True)
 def adaptive_avg_pool(call: Call) -> Cotangents:
     """The means of windows that divide the input into so many of them."""
     two = call.op.target is aten._adaptive_avg_pool2d.default

@@ -144,13 +144,13 @@ def addend(call: Call) -> dict[Key, Tensor]:
 # ---- matrices -------------------------------------------------------------------------------------------------------
 
 
-@vjp(aten.mm.default, aten.bmm.default, measures=True)
+@vjp(aten.mm.default, aten.bmm.default, measures=True, lean=True)
 def mm(call: Call) -> Cotangents:
     """``a @ b``; a batch of such products in ``bmm``. Sparse factors that are constants included."""
     return _product(call, 0)
 
 
-@vjp(aten.addmm.default, aten.baddbmm.default, measures=True)
+@vjp(aten.addmm.default, aten.baddbmm.default, measures=True, lean=True)
 def addmm(call: Call) -> Cotangents:
     """``beta * c + alpha * a @ b``; a batch of such products in ``baddbmm``."""
     return {**addend(call), **_product(call, 1, call.kwargs.get("alpha", 1))}

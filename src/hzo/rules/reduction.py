@@ -46,27 +46,27 @@ def _options(call: Call) -> tuple[Tensor, tuple[int, ...], bool]:
     return x, dims_of(call.arg(1, "dim"), x.dim()), bool(call.arg(2, "keepdim", False))
 
 
-@vjp(aten.sum.default)
+@vjp(aten.sum.default, lean=True)
 def sum_all(call: Call) -> Cotangents:
     """The sum of all elements."""
     return {0: call.grad.expand(call.args[0].shape)}
 
 
-@vjp(aten.sum.dim_IntList)
+@vjp(aten.sum.dim_IntList, lean=True)
 def sum_dims(call: Call) -> Cotangents:
     """The sum over dimensions."""
     x, dims, keepdim = _options(call)
     return {0: restored(call.grad, dims, keepdim).expand(x.shape)}
 
 
-@vjp(aten.mean.default)
+@vjp(aten.mean.default, lean=True)
 def mean_all(call: Call) -> Cotangents:
     """The mean of all elements."""
     x = call.args[0]
     return {0: (call.grad / x.numel()).expand(x.shape)}
 
 
-@vjp(aten.mean.dim)
+@vjp(aten.mean.dim, lean=True)
 def mean_dims(call: Call) -> Cotangents:
     """The mean over dimensions."""
     x, dims, keepdim = _options(call)

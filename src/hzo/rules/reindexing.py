@@ -33,25 +33,26 @@ aten = torch.ops.aten
     aten.squeeze_copy.default,
     aten.squeeze_copy.dim,
     aten.squeeze_copy.dims,
+    lean=True,
 )
 def view(call: Call) -> Cotangents:
     """The same elements in the same order."""
     return {0: call.grad.reshape(call.args[0].shape)}
 
 
-@vjp(aten.t.default, aten.t_copy.default)
+@vjp(aten.t.default, aten.t_copy.default, lean=True)
 def t(call: Call) -> Cotangents:
     """A matrix transposed."""
     return {0: call.grad.t()}
 
 
-@vjp(aten.transpose.int, aten.transpose_copy.int)
+@vjp(aten.transpose.int, aten.transpose_copy.int, lean=True)
 def transpose(call: Call) -> Cotangents:
     """Two axes exchanged."""
     return {0: call.grad.transpose(call.args[1], call.args[2])}
 
 
-@vjp(aten.permute.default, aten.permute_copy.default)
+@vjp(aten.permute.default, aten.permute_copy.default, lean=True)
 def permute(call: Call) -> Cotangents:
     """Axes in another order."""
     dims = call.args[1]
@@ -67,7 +68,7 @@ def lift(call: Call) -> Cotangents:
     return {0: call.grad}
 
 
-@vjp(aten.view.dtype, aten.view_copy.dtype, zero=True)
+@vjp(aten.view.dtype, aten.view_copy.dtype)
 def view_dtype(_: Call) -> Cotangents:
     """The bits read as another type: no derivative, and autograd gives none."""
     return {}
@@ -76,7 +77,7 @@ def view_dtype(_: Call) -> Cotangents:
 # -- parts of a tensor ------------------------------------------------------------------------------------------------
 
 
-@vjp(aten.slice.Tensor, aten.slice_copy.Tensor)
+@vjp(aten.slice.Tensor, aten.slice_copy.Tensor, lean=True)
 def slice_(call: Call) -> Cotangents:
     """``x[..., start:end:step, ...]``."""
     dim, start, end, step = _slice_arguments(call, 1)
@@ -101,7 +102,7 @@ def narrow_copy(call: Call) -> Cotangents:
     return {0: aten.slice_backward(call.grad, x.shape, dim, start, start + length, 1)}
 
 
-@vjp(aten.select.int, aten.select_copy.int)
+@vjp(aten.select.int, aten.select_copy.int, lean=True)
 def select(call: Call) -> Cotangents:
     """One element of an axis."""
     x, dim, index = call.args
@@ -136,13 +137,14 @@ def unfold(call: Call) -> Cotangents:
     aten.split_with_sizes_copy.default,
     aten.unsafe_split.Tensor,
     aten.unsafe_split_with_sizes.default,
+    lean=True,
 )
 def split(call: Call) -> Cotangents:
     """Pieces of an axis."""
     return {0: torch.cat(_filled(call), call.arg(2, "dim", 0))}
 
 
-@vjp(aten.unbind.int, aten.unbind_copy.int)
+@vjp(aten.unbind.int, aten.unbind_copy.int, lean=True)
 def unbind(call: Call) -> Cotangents:
     """The elements of an axis one by one."""
     return {0: torch.stack(_filled(call), call.arg(1, "dim", 0))}
@@ -235,7 +237,7 @@ def _emptied(grad: Tensor, part: Callable[[Tensor], Tensor]) -> Tensor:
 # -- tensors put together ---------------------------------------------------------------------------------------------
 
 
-@vjp(aten.cat.default)
+@vjp(aten.cat.default, lean=True)
 def cat(call: Call) -> Cotangents:
     """Tensors one after the other along an axis."""
     tensors: tuple[Tensor, ...] = call.args[0]
@@ -253,7 +255,7 @@ def cat(call: Call) -> Cotangents:
     return {0: found}
 
 
-@vjp(aten.stack.default)
+@vjp(aten.stack.default, lean=True)
 def stack(call: Call) -> Cotangents:
     """Tensors along an axis of their own."""
     dim = call.arg(1, "dim", 0)
@@ -276,7 +278,7 @@ def block_diag(call: Call) -> Cotangents:
 # -- elements repeated ------------------------------------------------------------------------------------------------
 
 
-@vjp(aten.expand.default, aten.expand_copy.default)
+@vjp(aten.expand.default, aten.expand_copy.default, lean=True)
 def expand(call: Call) -> Cotangents:
     """Axes of one element, repeated."""
     return {0: call.grad.sum_to_size(call.args[0].shape)}

@@ -9,7 +9,7 @@ from hzo.rules.base import Call, Cotangents, vjp
 aten = torch.ops.aten
 
 
-@vjp(aten._softmax.default)
+@vjp(aten._softmax.default, lean=True)
 def softmax(call: Call) -> Cotangents:
     """``y (g - sum(g y))``."""
     x, dim = call.args[:2]
@@ -28,7 +28,7 @@ def masked_softmax(call: Call) -> Cotangents:
     return {0: aten._masked_softmax_backward(call.grad, call.result, call.args[1], call.arg(2, "dim"))}
 
 
-@vjp(aten._log_softmax.default)
+@vjp(aten._log_softmax.default, lean=True)
 def log_softmax(call: Call) -> Cotangents:
     """``g - exp(y) sum(g)``."""
     x, dim = call.args[:2]

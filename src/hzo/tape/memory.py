@@ -60,7 +60,7 @@ class Writer(Protocol):
 
     tape: Tape
     keeps_all: bool
-    hold_all: bool
+    hooks_off: bool
     alive: dict[int, Tensor]
     unnoted: list[int]
 
@@ -164,7 +164,7 @@ class Memory:
     def before_write(self, tensor: Tensor, saved: Container[int]) -> None:
         """Values keep what they held, where that was saved or everything is kept."""
         recorder = self._recorder_now()
-        keeps_all = recorder.keeps_all or recorder.hold_all
+        keeps_all = recorder.keeps_all or recorder.hooks_off
         storage, window = storage_of(tensor), geometry_of(tensor)
         for value in self._held.pop(storage, ()):
             held = self.tape.tensors[value]

@@ -136,8 +136,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.tape = Tape()
         self.keeps_all = keep
-        self.hold_all = False  # while autograd does not tell what it saves
-        self.untold = False  # whether that was ever so
+        self.hooks_off = False  # whether autograd does not tell what it saves just now
+        self.hooks_were_off = False  # whether that was ever so
         self._lean = frozenset() if keep else frozenset(lean)
         self._candidates: list[int] = []  # results of lean calls that nothing is known to need
         self._enough = _CANDIDATES  # as many of them are worth a look
@@ -227,7 +227,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def read_by_derivatives(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         """Of these tensors those in whose memory lies what a derivative reads: autograd told so, or might not have."""
-        values = range(len(self.tape.values)) if self.keeps_all or self.untold else self._saved
+        values = range(len(self.tape.values)) if self.keeps_all or self.hooks_were_off else self._saved
         held = {storage_of(t) for t in (self.tape.tensors[v] for v in values) if t is not None}
         return [t for t in tensors if storage_of(t) in held]
 
@@ -497,7 +497,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _release_unneeded(self, op: Operation) -> None:
         """Every now and then: release what lean calls made, autograd did not save, and the user's code has dropped."""
         target = op.target.func if isinstance(op.target, OutOfPlace) else op.target
-        if target not in self._lean or self.hold_all:
+        if target not in self._lean or self.hooks_off:
             self._needed.update(op.reads())
             return
         self._candidates.extend(v for v in op.writes if v is not None)
@@ -600,7 +600,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._release_unneeded(op)
             return result
         refs, named = self._refs(args), self._named(kwargs)
-        lone = [not self.keeps_all and not self.hold_all and alone(t) for t in written]
+        lone = [not self.keeps_all and not self.hooks_off and alone(t) for t in written]
         if not all(lone):
             self.memory.register()
         shared = [not one and self.memory.content_before(t) for t, one in zip(written, lone, strict=True)]
@@ -679,7 +679,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         Most writes are to those (statistics, activations in place), and nobody else has to be looked for.
         """
-        if self.keeps_all or self.hold_all or not alone(tensor):
+        if self.keeps_all or self.hooks_off or not alone(tensor):
             return False
         key, tensors = id(tensor), self.tape.tensors
         newest = self.tape._index.get(key)

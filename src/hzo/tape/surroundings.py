@@ -155,13 +155,13 @@ def _without_hooks(message: str) -> Iterator[None]:
             yield
         return
     torch._C._autograd._pop_saved_tensors_default_hooks()
-    outer, recorder.hold_all = recorder.hold_all, True  # autograd does not tell what it saves
-    recorder.untold = True
+    outer, recorder.hooks_off = recorder.hooks_off, True  # autograd does not tell what it saves
+    recorder.hooks_were_off = True
     try:
         with _originals["disable_saved_tensors_hooks"](message):
             yield
     finally:
-        recorder.hold_all = outer
+        recorder.hooks_off = outer
         torch._C._autograd._push_saved_tensors_default_hooks(*_hooks(recorder))
 
 
