@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import hzo.baselines
-from hzo.baselines import backprop, coordinate_wise, forward_gradient, mezo, node_perturbation, spsa
+from hzo.baselines import BASELINES, backprop, coordinate_wise, forward_gradient, mezo, node_perturbation, spsa
 from hzo.errors import HzoError, InputError, NonFiniteError, StepError
 from hzo.execution.counting import count_queries
 from hzo.tracing.chain import Chain
 
-RANDOM = [spsa, mezo, forward_gradient, node_perturbation]
-ALL = [backprop, coordinate_wise, *RANDOM]
+ALL = [known.estimate for known in BASELINES.values()]
+RANDOM = [known.estimate for known in BASELINES.values() if known.passes is not None]
 BATCH = 6
 
 

@@ -220,7 +220,7 @@ def test_train_mode_batch_norm_in_a_probed_segment():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"tree": "bisekt"}, PlanError, "expected tree 'planned', 'flat', 'bisect'"),
+        ({"tree": "bisekt"}, PlanError, "expected tree 'planned', 'flat', 'stagewise'"),
         ({"tree": 1}, PlanError, "a whole number ≥ 2, got 1"),
         ({"tree": ["flat"]}, PlanError, "expected tree"),
         ({"assume": "everything"}, PlanError, "expected assume to be one of"),

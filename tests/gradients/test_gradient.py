@@ -6,11 +6,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import hzo
+from hzo.plans import FIXED
 from support import oracles
 from support.cases import CASES
 from support.oracles import solve
 
-TREES = ["flat", "bisect", "stagewise", 3, 5, "planned"]
+TREES = [*FIXED, 3, 5, "planned"]
 ASSUME = ["nothing", "locality", "structure"]
 SMOOTH = [name for name, case in CASES.items() if not case.kinks]
 KINKED = [name for name, case in CASES.items() if case.kinks]

@@ -5,11 +5,11 @@ from functools import cache
 import pytest
 
 from hzo.errors import PlanError
-from hzo.plans.trees import b_ary, check_tree, fixed_tree, flat, longest_path, stagewise, total_length
+from hzo.plans.trees import FIXED, b_ary, check_tree, fixed_tree, flat, longest_path, stagewise, total_length
 from support.oracles import bisection
 
 SIZES = range(0, 70)
-TREES = ["flat", "stagewise", "bisect", 2, 3, 4, 5, 7, 100]
+TREES = [*FIXED, 2, 3, 4, 5, 7, 100]
 
 
 @pytest.mark.parametrize("tree", TREES)
@@ -62,5 +62,5 @@ def test_many_parts_are_the_flat_tree():
 
 @pytest.mark.parametrize("tree", ["fla", "", None, 1, 0, -2, True, 2.0, [2]])
 def test_unknown_trees(tree):
-    with pytest.raises(PlanError, match="expected tree 'planned', 'flat', 'bisect', 'stagewise' or a whole number"):
+    with pytest.raises(PlanError, match="expected tree 'planned', 'flat', 'stagewise', 'bisect' or a whole number"):
         check_tree(tree)

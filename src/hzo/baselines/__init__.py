@@ -21,9 +21,12 @@ from hzo.baselines._coordinate_wise import coordinate_wise
 from hzo.baselines._forward_gradient import forward_gradient
 from hzo.baselines._mezo import mezo
 from hzo.baselines._node_perturbation import node_perturbation
+from hzo.baselines._registry import BASELINES, Baseline
 from hzo.baselines._spsa import spsa
 
 __all__ = [
+    "BASELINES",
+    "Baseline",
     "GradientComparison",
     "backprop",
     "compare_gradients",

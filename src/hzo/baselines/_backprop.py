@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from hzo.baselines import _evaluate as ev
+from hzo.baselines._registry import baseline
 from hzo.errors import InputError
 from hzo.execution import counting
 
 
+@baseline("backprop", reverse=True)
 def backprop(model: ev.Model, loss_fn: ev.LossFn, x: Any, y: Any = None) -> Tensor:
     """``loss.backward()``; adds the gradient to ``.grad`` and returns the loss.
 

@@ -8,9 +8,11 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from hzo.baselines import _evaluate as ev
+from hzo.baselines._registry import baseline
 from hzo.errors import InputError, StepError
 
 
+@baseline("coordinate")
 def coordinate_wise(
     model: ev.Model,
     loss_fn: ev.LossFn,

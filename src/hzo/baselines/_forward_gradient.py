@@ -14,10 +14,12 @@ from torch.func import functional_call, jvp, vmap
 from hzo.baselines import _evaluate as ev
 from hzo.baselines import _population as population
 from hzo.baselines import _together as together
+from hzo.baselines._registry import baseline
 from hzo.errors import InputError
 from hzo.execution import counting
 
 
+@baseline("forward-gradient", passes=3, rate=0.0025)  # it carries the derivative along, for the work of two passes more
 def forward_gradient(
     model: ev.Model,
     loss_fn: ev.LossFn,

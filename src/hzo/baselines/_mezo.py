@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from hzo.baselines import _evaluate as ev
+from hzo.baselines._registry import baseline
 from hzo.baselines._two_point import two_point
 
 
+@baseline("mezo", passes=2, rate=0.0025)
 def mezo(
     model: ev.Model,
     loss_fn: ev.LossFn,

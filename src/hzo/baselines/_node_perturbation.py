@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hzo.baselines import _evaluate as ev
 from hzo.baselines._per_sample import contributions
+from hzo.baselines._registry import baseline
 from hzo.errors import CoupledSamplesError, InputError
 from hzo.execution import Activations, query
 from hzo.gradients import Local, base_pass, parameter_gradients, traced_for
@@ -18,6 +19,7 @@ from hzo.tape import Ref
 from hzo.tracing import Chain, Graph, Operation, map_arguments
 
 
+@baseline("node-perturbation", passes=2, rate=0.02)
 def node_perturbation(
     model: ev.Model,
     loss_fn: ev.LossFn,

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from hzo.planner.integer_program import whole_tree
 from hzo.planner.repeats import Intervals, keeps, price_of, repeats_optimal, repeats_uniform
-from hzo.plans import Edge, Tree, fixed_tree
+from hzo.plans import FIXED, Edge, Tree, fixed_tree
 
-TREES: tuple[Tree, ...] = ("flat", "stagewise", "bisect", 3, 4, 8)
+TREES: tuple[Tree, ...] = (*FIXED, 3, 4, 8)
 # Operations that the whole-repeat programme may take at full resolution; longer chains get fewer budgets.
 _OPERATIONS = 1e8
 _LEVELS, _FEW_LEVELS, _CHOICES = 192, 96, 16

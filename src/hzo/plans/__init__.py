@@ -16,9 +16,23 @@ from hzo.plans.nodes import (
 )
 from hzo.plans.plan import Boundaries, Cost, Expected, Hop, Node, ParameterProbe, Plan, check_boundaries, expectation
 from hzo.plans.serialize import load_plan, save_plan
-from hzo.plans.trees import Edge, Tree, b_ary, check_tree, fixed_tree, flat, longest_path, stagewise, total_length
+from hzo.plans.trees import (
+    FIXED,
+    TREES,
+    Edge,
+    Tree,
+    b_ary,
+    check_tree,
+    fixed_tree,
+    flat,
+    longest_path,
+    stagewise,
+    total_length,
+)
 
 __all__ = [
+    "FIXED",
+    "TREES",
     "Allowed",
     "Boundaries",
     "Cost",

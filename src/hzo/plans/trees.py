@@ -7,21 +7,13 @@ source is known before it is used. Names and recurrences: paper (bisection) and 
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
 
 from hzo.errors import PlanError
 
 Edge = tuple[int, int]
-Tree = Literal["planned", "flat", "bisect", "stagewise"] | int
-
-
-def check_tree(tree: Tree) -> Tree:
-    """The tree, or an error that lists what there is."""
-    if tree in ("planned", "flat", "bisect", "stagewise"):
-        return tree
-    if isinstance(tree, int) and not isinstance(tree, bool) and tree >= 2:
-        return tree
-    raise PlanError(f"expected tree 'planned', 'flat', 'bisect', 'stagewise' or a whole number ≥ 2, got {tree!r}")
+Tree = str | int
+"""A name of ``TREES``, or into how many parts to split."""
 
 
 def flat(n: int) -> list[Edge]:
@@ -53,13 +45,30 @@ def b_ary(n: int, b: int) -> list[Edge]:
     return sorted(edges, key=lambda edge: -edge[0])
 
 
+def bisect(n: int) -> list[Edge]:
+    """HZO's tree: halves, and halves of them."""
+    return b_ary(n, 2)
+
+
+FIXED: dict[str, Callable[[int], list[Edge]]] = {"flat": flat, "stagewise": stagewise, "bisect": bisect}
+"""Trees that do not depend on costs, by name: what lists trees, tries them or takes their names reads this."""
+
+TREES = ("planned", *FIXED)
+"""Names of trees; a whole number b ≥ 2 stands for ``b_ary``."""
+
+
+def check_tree(tree: Tree) -> Tree:
+    """The tree, or an error that lists what there is."""
+    if isinstance(tree, str) and tree in TREES:
+        return tree
+    if isinstance(tree, int) and not isinstance(tree, bool) and tree >= 2:
+        return tree
+    raise PlanError(f"expected tree {', '.join(map(repr, TREES))} or a whole number ≥ 2, got {tree!r}")
+
+
 def fixed_tree(tree: Tree, n: int) -> list[Edge]:
     """The edges of a tree that does not depend on costs."""
-    if tree == "flat":
-        return flat(n)
-    if tree == "stagewise":
-        return stagewise(n)
-    return b_ary(n, 2 if tree == "bisect" else int(tree))
+    return FIXED[tree](n) if isinstance(tree, str) else b_ary(n, tree)
 
 
 def total_length(edges: list[Edge]) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +18,6 @@ from hzo_lab.data.dataset import Dataset, Split
 from hzo_lab.data.imagefolder import load_imagefolder
 from hzo_lab.errors import DataError
 
-BUNDLED: dict[str, tuple[int, ...]] = {"digits": (64,), "digit-images": (1, 8, 8)}  # by name, the shape of an example
 DIGITS_TEST = 360  # of 1,797; the split is fixed, so that runs with different seeds are tested on the same digits
 
 
@@ -48,18 +49,47 @@ def digits(shape: tuple[int, ...] = (64,)) -> Dataset:
     )
 
 
+@dataclass(frozen=True)
+class Source:
+    """A data set by name.
+
+    Attributes:
+        read: from the folder of its files, and the side of images where the files leave it open.
+        shape: of an example; None where it is images of the side that one asks for.
+        bundled: whether it needs no files; ``read`` then looks at no folder.
+        recipe: settings of ``TrainConfig`` that suit it, where they differ from the defaults.
+    """
+
+    read: Callable[[Path, int], Dataset]
+    shape: tuple[int, ...] | None
+    bundled: bool = False
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+
+    def shape_for(self, image_size: int) -> tuple[int, ...]:
+        """The shape of an example, before any file is read."""
+        return (3, image_size, image_size) if self.shape is None else self.shape
+
+
+IMAGES = {"model": "cnn", "epochs": 20, "log_every": 20, "cosine_every": 200, "probe_size": 8}
+
+DATA_SETS: dict[str, Source] = {
+    "digits": Source(lambda *_: digits(), (64,), bundled=True),
+    "cifar10": Source(lambda folder, _: load_cifar10(folder), (3, 32, 32), recipe={**IMAGES, "batch_size": 128}),
+    "imagefolder": Source(load_imagefolder, None, recipe={**IMAGES, "batch_size": 64}),
+    "digit-images": Source(lambda *_: digits((1, 8, 8)), (1, 8, 8), bundled=True, recipe={"model": "cnn"}),
+}
+"""All that takes, lists or completes names of data sets reads this table."""
+
+
 def load(name: str, data_dir: Path | None = None, *, image_size: int = 64) -> Dataset:
     """The data set ``name``: the digits need nothing, the others the folder that their files are in."""
-    if name in BUNDLED:
-        return digits(BUNDLED[name])
-    readers: dict[str, Callable[[Path], Dataset]] = {
-        "cifar10": load_cifar10,
-        "imagefolder": lambda folder: load_imagefolder(folder, image_size),
-    }
-    if name not in readers:
-        raise InputError(f"expected data to be one of {', '.join([*BUNDLED, *readers])}, got {name!r}.")
+    if name not in DATA_SETS:
+        raise InputError(f"expected data to be one of {', '.join(DATA_SETS)}, got {name!r}.")
+    source = DATA_SETS[name]
+    if source.bundled:
+        return source.read(Path(), image_size)
     if data_dir is None:
         raise DataError(f"{name} is read from files of yours: say where they are with --data-dir DIR.")
     if not data_dir.exists():
         raise DataError(f"expected the files of {name} in {data_dir}, which does not exist: check --data-dir.")
-    return readers[name](data_dir)
+    return source.read(data_dir, image_size)

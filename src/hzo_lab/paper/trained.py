@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hzo_lab.data import BUNDLED, Dataset
+from hzo.baselines import BASELINES
+from hzo_lab.data import DATA_SETS, Dataset
 from hzo_lab.errors import CheckpointError
 from hzo_lab.paper.finding import Row, Setting
 from hzo_lab.records import CONFIG, METRICS, SUMMARY, read_metrics
@@ -19,7 +20,6 @@ from hzo_lab.training import Record, TrainConfig, load_data, models, read_config
 # Where and how closely a run was watched: nothing that its weights depend on, but for how sums are rounded.
 _ASIDE = ("data_dir", "device", "threads", "log_every", "cosine_every", "probe_size", "checkpoint_every")
 _OF_PLANS = ("tree", "assume", "scheme")
-_RANDOM = ("spsa", "mezo", "forward-gradient", "node-perturbation")
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,10 @@ def identity(config: TrainConfig) -> dict[str, Any]:
     values |= {key: value for key, value in models.own_size(config.model).items() if values[key] is None}
     unseen = [*_ASIDE]
     unseen += [] if config.method == "hzo" else _OF_PLANS
-    unseen += [] if config.method in _RANDOM else ["directions"]
-    unseen += [] if config.data == "imagefolder" else ["image_size"]
-    unseen += ["augment"] if config.data in BUNDLED else []
+    known = BASELINES.get(config.method)
+    unseen += [] if known is not None and known.passes is not None else ["directions"]
+    unseen += [] if DATA_SETS[config.data].shape is None else ["image_size"]
+    unseen += ["augment"] if DATA_SETS[config.data].bundled else []
     unseen += [] if config.budget is None else ["epochs"]
     return {key: value for key, value in values.items() if key not in unseen}
 

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 import hzo
 from hzo.errors import HzoError
-from hzo_lab.data import BUNDLED, epoch_order, make_batch
+from hzo.plans import FIXED
+from hzo_lab.data import DATA_SETS, epoch_order, make_batch
 from hzo_lab.records import generator
 from hzo_lab.training import CHUNK_BYTES, TrainConfig, device_of, load_data, loss_fn, models
 
 SHORT = 1.0  # seconds; what takes less is run twice, for the time of the second
-TREES = ("flat", "stagewise", "bisect", 4, "planned")
+TREES = (*FIXED, 4, "planned")
 CLASSES = 10  # of the random labels that stand in for data of which only the shape is known
 
 Cotangents = Sequence[Tensor | tuple[Tensor | None, ...] | None]
@@ -63,15 +64,14 @@ class Outcome:
 def problem(config: TrainConfig) -> Problem:
     """The network and its first batch: real where the data are at hand, else random numbers of their shape."""
     device, dtype = device_of(config), getattr(torch, config.dtype)
-    real = config.data in BUNDLED or config.data_dir is not None
+    real = DATA_SETS[config.data].bundled or config.data_dir is not None
     if real:
         dataset = load_data(config)
         shape, classes = dataset.shape, len(dataset.classes)
         indices = epoch_order(len(dataset.train), config.seed, 0)[: config.batch_size]
         x, y = make_batch(dataset, dataset.train, indices, device=device, dtype=dtype)
     else:
-        side = 32 if config.data == "cifar10" else config.image_size
-        shape, classes = (3, side, side), CLASSES
+        shape, classes = DATA_SETS[config.data].shape_for(config.image_size), CLASSES
         random = generator(config.seed, "plan")
         x = torch.randn(config.batch_size, *shape, generator=random).to(device, dtype)
         y = torch.randint(classes, (config.batch_size,), generator=random).to(device)

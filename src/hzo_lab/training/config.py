@@ -9,17 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from hzo.baselines import BASELINES
 from hzo.errors import InputError
+from hzo.plans import TREES
+from hzo_lab.data import DATA_SETS
 from hzo_lab.errors import CheckpointError
+from hzo_lab.training import models
 
-DATA = ("digits", "cifar10", "imagefolder", "digit-images")
-MODELS = ("mlp", "plain-mlp", "cnn", "resnet20", "plain-cnn")
-METHODS = ("hzo", "backprop", "coordinate", "spsa", "mezo", "forward-gradient", "node-perturbation")
+DATA = tuple(DATA_SETS)
+MODELS = tuple(models.MODELS)
+METHODS = ("hzo", *BASELINES)
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("one-cycle", "cosine", "constant")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 ACTIVATIONS = ("relu", "gelu", "tanh", "sigmoid", "silu", "leaky-relu")
-TREES = ("flat", "bisect", "stagewise", "planned")
 ASSUMPTIONS = ("nothing", "locality", "structure")
 SCHEMES = ("central", "forward")
 

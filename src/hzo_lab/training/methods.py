@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import hzo
-from hzo import baselines
+from hzo.baselines import BASELINES
 from hzo.errors import InputError
 from hzo_lab.training.config import TrainConfig
 
@@ -44,14 +44,6 @@ REVERSE_SWEEP = 2
 # size round otherwise, and a run that is resumed is to give the same bits.
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 2 * 2**30}
 
-# Those that draw random directions, and average over ``directions`` of them.
-_RANDOM: dict[str, Callable[..., Tensor]] = {
-    "spsa": baselines.spsa,
-    "mezo": baselines.mezo,
-    "forward-gradient": baselines.forward_gradient,
-    "node-perturbation": baselines.node_perturbation,
-}
-
 
 def make_plan(config: TrainConfig, chain: hzo.Chain) -> hzo.Plan:
     """The plan that a configuration asks for; its values are checked by both."""
@@ -71,20 +63,14 @@ def prepare(config: TrainConfig, model: nn.Module, loss_fn: Callable[[Tensor, Te
 
         return Method("hzo", by_hzo, passes=REVERSE_SWEEP if plan.adjoints else 0, plan=plan)
 
-    if config.method in ("backprop", "coordinate"):
-        exact = baselines.backprop if config.method == "backprop" else baselines.coordinate_wise
+    known = BASELINES.get(config.method)
+    if known is None:
+        raise InputError(f"expected a method of the names hzo, {', '.join(BASELINES)}, got {config.method!r}.")
+    draws = known.passes is not None
 
-        def deterministic(x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:  # noqa: ARG001
-            return exact(model, loss_fn, x, y)
+    def by_baseline(x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+        random = {"samples": config.directions, "generator": generator} if draws else {}
+        loss: Tensor = known.estimate(model, loss_fn, x, y, **random)
+        return loss
 
-        return Method(config.method, deterministic, passes=REVERSE_SWEEP if config.method == "backprop" else 0)
-
-    if config.method in _RANDOM:
-        estimate = _RANDOM[config.method]
-
-        def by_directions(x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
-            return estimate(model, loss_fn, x, y, samples=config.directions, generator=generator)
-
-        return Method(config.method, by_directions)
-
-    raise InputError(f"no gradient is known for the method {config.method!r}.")
+    return Method(config.method, by_baseline, passes=REVERSE_SWEEP if known.reverse else 0)

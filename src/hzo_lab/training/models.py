@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -128,13 +129,34 @@ def resnet(
     return nn.Sequential(stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
 
 
-_OF_IMAGES: dict[str, Callable[..., nn.Module]] = {"cnn": cnn, "resnet20": resnet, "plain-cnn": plain_cnn}
-_MAKERS: dict[str, Callable[..., nn.Module]] = {"mlp": mlp, "plain-mlp": plain_mlp, **_OF_IMAGES}
+@dataclass(frozen=True)
+class Model:
+    """A network by name.
+
+    Attributes:
+        make: from a shape and a number of classes, with ``depth``, ``width`` and ``activation`` by keyword.
+        images: whether examples must be images, ``make`` taking their shape; else it takes a number of inputs.
+        recipe: settings of ``TrainConfig`` that suit it, where they differ from the defaults.
+    """
+
+    make: Callable[..., nn.Module]
+    images: bool = False
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+
+
+MODELS: dict[str, Model] = {
+    "mlp": Model(mlp),
+    "plain-mlp": Model(plain_mlp, recipe={"lr": 0.02}),
+    "cnn": Model(cnn, images=True),
+    "resnet20": Model(resnet, images=True, recipe={"lr": 0.2, "probe_size": 64}),
+    "plain-cnn": Model(plain_cnn, images=True),
+}
+"""All that takes, lists or completes names of models reads this table."""
 
 
 def own_size(name: str) -> dict[str, Any]:
     """Depth, width and activation that a network has where none are asked for."""
-    parameters = inspect.signature(_MAKERS[name]).parameters
+    parameters = inspect.signature(MODELS[name].make).parameters
     return {key: parameters[key].default for key in ("depth", "width", "activation")}
 
 
@@ -172,15 +194,14 @@ def build(
     """The network ``name`` for examples of ``shape``, its weights a function of ``seed``."""
     asked = {"depth": depth, "width": width, "activation": activation}
     own: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
-    if name in ("mlp", "plain-mlp"):
-        body = _MAKERS[name](math.prod(shape), classes, **own)
-        model = body if len(shape) == 1 else nn.Sequential(nn.Flatten(), *body.children())
-    elif name in _OF_IMAGES:
-        if len(shape) != 3:
-            raise InputError(f"expected images for {name}, the data give vectors of {shape[0]}: choose --model mlp.")
-        model = _OF_IMAGES[name](shape, classes, **own)
-    else:
-        raise InputError(f"expected a model of the names mlp, plain-mlp, {', '.join(_OF_IMAGES)}, got {name!r}.")
+    if name not in MODELS:
+        raise InputError(f"expected a model of the names {', '.join(MODELS)}, got {name!r}.")
+    known = MODELS[name]
+    if known.images and len(shape) != 3:
+        raise InputError(f"expected images for {name}, the data give vectors of {shape[0]}: choose --model mlp.")
+    model = known.make(shape if known.images else math.prod(shape), classes, **own)
+    if not known.images and len(shape) > 1:
+        model = nn.Sequential(nn.Flatten(), *model.children())
     with torch.no_grad():
         initialise(model, seed)
     return model

@@ -46,7 +46,7 @@ def test_unknown_fields_are_named():
         ("lr", float("nan"), "more than 0"),
         ("lr", "fast", "to be float"),
         ("seed", -1, "at least 0"),
-        ("tree", "oak", "flat, bisect"),
+        ("tree", "oak", "planned, flat"),
         ("tree", 1, "2 or more"),
         ("data_dir", 3, "str or null"),
         ("budget", 0, "more than 0"),

@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from hzo.baselines import BASELINES
 from hzo.errors import NonFiniteError, StepError
 from hzo_lab.data import Dataset, batches_per_epoch
 from hzo_lab.errors import DataError
@@ -22,8 +23,7 @@ from hzo_lab.reports import problem
 from hzo_lab.training import COLORS, TrainConfig, make_plan, replace
 
 CLAIM = "Accuracy competitive with backprop (the paper's table)."
-# Forward passes of one direction. A forward gradient carries the derivative along, for the work of two more.
-PASSES = {"spsa": 2, "mezo": 2, "forward-gradient": 3, "node-perturbation": 2}
+PASSES = {name: known.passes for name, known in BASELINES.items() if known.passes is not None}  # of one direction
 METHODS = ("hzo", "backprop", *PASSES)
 POINTS = {"cifar10": 0.5, "imagenet": 1.0}
 # Of the recipe's rate; the best of them in a short run with a seed of its own, for each method that draws directions.
@@ -206,12 +206,19 @@ def plot(arms: dict[str, curves.Runs], budget: dict[str, list[Trained]]) -> Figu
     ]
     for offset, method in ((-0.2, "hzo"), (0.2, "backprop")):
         there = [(k, by_method[method]) for k, (_, by_method) in enumerate(groups) if by_method[method]]
-        bars(left, [k + offset for k, _ in there], [found for _, found in there], COLORS[method], 0.38, method)
+        bars(
+            left,
+            [k + offset for k, _ in there],
+            [found for _, found in there],
+            COLORS.get(method, "#777777"),
+            0.38,
+            method,
+        )
     left.set_xticks(range(len(groups)), [name for name, _ in groups])
     left.legend(loc="upper right")
     shown = [(method, found) for method, found in budget.items() if found]
     for k, (method, found) in enumerate(shown):
-        bars(right, [k], [found], COLORS[method], 0.7)
+        bars(right, [k], [found], COLORS.get(method, "#777777"), 0.7)
     right.set_xticks(range(len(shown)), [method for method, _ in shown], rotation=20)
     for axes, title in ((left, "HZO beside backprop"), (right, "at equal budget (backprop: equal steps)")):
         axes.set(ylim=(0, 112), ylabel="test accuracy, %", title=title)

@@ -1,0 +1,46 @@
+"""The table of baselines: what training, tables and tests know of each besides its estimate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+Estimate = TypeVar("Estimate", bound=Callable[..., Tensor])
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Another way to a gradient.
+
+    Attributes:
+        estimate: the function, with the signature of ``hzo.backward``.
+        passes: what one random direction costs, in forward passes; None for methods that draw none. Those that do
+            take ``samples`` and ``generator``.
+        rate: the learning rate of a training, as a share of what suits an exact gradient. One random direction points
+            nearly at right angles to the gradient and is long: its variance asks for a small rate.
+        reverse: whether it runs autograd's reverse sweep.
+    """
+
+    estimate: Callable[..., Any]
+    passes: int | None = None
+    rate: float = 1.0
+    reverse: bool = False
+
+
+BASELINES: dict[str, Baseline] = {}
+"""By the name that ``hzo train --method`` takes."""
+
+
+def baseline(
+    name: str, *, passes: int | None = None, rate: float = 1.0, reverse: bool = False
+) -> Callable[[Estimate], Estimate]:
+    """Enter a function into the table; used as a decorator. The arguments are those of ``Baseline``."""
+
+    def register(estimate: Estimate) -> Estimate:
+        BASELINES[name] = Baseline(estimate, passes, rate, reverse)
+        return estimate
+
+    return register
