@@ -5,7 +5,7 @@ class HzoError(Exception):
     """Base of all errors raised by hzo."""
 
 
-class TraceError(HzoError):
+class TraceError(HzoError, RuntimeError):
     """The model could not be recorded as a chain of operations."""
 
 
@@ -45,7 +45,7 @@ class StructureError(HzoError, ValueError):
     """A promise about the structure of a Jacobian does not hold."""
 
 
-class ColoringError(HzoError, AssertionError):
+class ColoringError(HzoError, ValueError):
     """Two elements of one color share an output, or an output depends on more than its pattern says."""
 
 

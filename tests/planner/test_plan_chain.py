@@ -132,7 +132,7 @@ def test_steps_of_the_user_are_used():
 
 
 def test_deep_chains_plan_quickly():
-    """The programme looks at all intervals: fine for hundreds of stages."""
+    """The programme looks at all edges: fine for hundreds of stages."""
     chain = hzo.trace(nn.Sequential(*(nn.Linear(2, 2) for _ in range(100))), torch.randn(2, 2))
     for tree in TREES:
         assert len(hzo.plan(chain, tree=tree, assume="nothing").nodes) == 99

@@ -1,99 +1,84 @@
-"""Price and error of every segment that a node might span: what the best tree is looked for in."""
+"""What every edge of a tree would cost and err, and with it the price and the errors of a tree with its repeats."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 
-import torch
 from torch import Tensor
 
-from hzo.finite_differences import evaluations
-from hzo.planner.accuracy import spreads
-from hzo.plans import Allowed, Cost, make_node, possible
-from hzo.tracing import Graph
+from hzo.plans import Edge
+
+TOLERANCE = 1e-9  # relative: a bound counts as kept up to this
+EXACT = 1e-12  # rounding inside the searches: well below TOLERANCE, so that paths of hundreds of edges keep to it
 
 
 @dataclass(frozen=True, eq=False)
-class Segments:
-    """All segments between some positions, (points, points) tensors used where target < source.
+class EdgeTable:
+    """What the edge from each target to each source costs and errs: float64, (n+1, n+1), used for target < source.
 
-    Attributes:
-        points: positions, the last one the end. wanted: whether something there is asked for. asked: what is, or where
-            nothing is all that is alive.
-        cost: forward equivalents of a sample to estimate what is wanted at the target; relay: all that is alive there.
-        spread, measured: directions of differences and of measured adjoints, as ``accuracy.spreads`` gives them.
+    ``wanted``: points to estimate (entry n is not read). ``cost``: price of one repeat where only what is wanted at
+    the target is estimated; ``relay`` ≥ cost: where the target is a source itself. ``noise``, ``fixed``: an edge's
+    squared relative error is fixed + noise/r. An infinite entry means that there is no such edge.
     """
 
-    points: tuple[int, ...]
     wanted: tuple[bool, ...]
-    asked: tuple[tuple[int, ...], ...]
     cost: Tensor
     relay: Tensor
-    spread: Tensor
-    measured: Tensor
+    noise: Tensor
+    fixed: Tensor
+
+    @property
+    def n(self) -> int:
+        """The output: the point whose cotangent is known."""
+        return len(self.wanted) - 1
+
+    @property
+    def points(self) -> list[int]:
+        """The wanted points, ascending."""
+        return [point for point in range(self.n) if self.wanted[point]]
 
 
-def segments(graph: Graph, points: Sequence[int], wanted: dict[int, set[int]], allowed: Allowed) -> Segments:
-    """Measure every segment between the points; inf where none can be estimated."""
-    n = len(points)
-    cost, relay = (torch.full((n, n), float("inf"), dtype=torch.float64) for _ in range(2))
-    spread, measured = (torch.zeros(n, n, dtype=torch.float64) for _ in range(2))
-    values: list[tuple[int, ...]] = []
-    for k, target in enumerate(points[:-1]):
-        asked = wanted.get(target, set())
-        alive = [v for v in graph.live[target] if graph.requires[v] or v in asked]
-        values.append(tuple(sorted(asked)) or tuple(alive))
-        prices = {v: _spanned(graph, v, target, points[k + 1 :], allowed, v in asked) for v in alive}
-        for j in range(k + 1, n):
-            found = {v: next(price, None) for v, price in prices.items()}
-            if any(price is None for price in found.values()):
-                break  # what one segment cannot span, none that is longer can
-            known = {v: price for v, price in found.items() if price is not None}
-            relay[k, j] = sum(price[0] for price in known.values())
-            cost[k, j] = sum(price[0] for v, price in known.items() if v in asked) if asked else relay[k, j]
-            spread[k, j] = sum(known[v][1] for v in values[k] if v in known)
-            measured[k, j] = sum(known[v][2] for v in values[k] if v in known)
-    here = tuple(bool(wanted.get(p)) for p in points)
-    return Segments(tuple(points), here, tuple(values), cost, relay, spread, measured)
+def along(values: Tensor, edges: Sequence[Edge]) -> list[float]:
+    """The entry of every edge."""
+    if not edges:
+        return []
+    targets, sources = zip(*edges, strict=True)
+    found: list[float] = values[list(targets), list(sources)].tolist()
+    return found
 
 
-def _spanned(
-    graph: Graph, value: int, target: int, sources: Sequence[int], allowed: Allowed, everything: bool
-) -> Iterator[tuple[float, float, float]]:
-    """Price and spreads of one value's estimate from each source in turn, until one is impossible.
-
-    A node is made for every source until it has come down to coordinate differences; from there on only the
-    operations grow, and their costs are added up.
-    """
-    reached, coupled, operations = {value}, False, 0
-    plain = allowed.assume == "nothing"
-    position = target
-    for source in sources:
-        for op in graph.operations[position:source]:
-            if op.batched and any(v in reached for v in op.reads):
-                reached.update(op.writes)
-                coupled |= op.coupled
-                operations += op.cost
-        position = source
-        if not plain:
-            node = make_node(graph, value, target, source, allowed, everything)
-            if node is None:
-                yield 0.0, 0.0, 0.0
-                continue
-            if not possible(graph, node):
-                return
-            yield (node_price(graph, node.cost), *spreads(graph, node))
-            plain = node.probe.kind == "coordinate" and len(node.operations) > 1
-            continue
-        if coupled or not all(graph.values[v].finite for v in reached if v in graph.live[source]):
-            return
-        elements = graph.values[value].per_sample if operations else 0
-        yield elements * evaluations(allowed.scheme) * operations / graph.cost, float(elements), 0.0
+def prices(table: EdgeTable, edges: Sequence[Edge]) -> list[float]:
+    """One repeat of every edge: ``relay`` where the target is a source too, else ``cost``."""
+    sources = {source for _, source in edges}
+    pairs = zip(edges, along(table.cost, edges), along(table.relay, edges), strict=True)
+    return [relay if target in sources else cost for (target, _), cost, relay in pairs]
 
 
-def node_price(graph: Graph, cost: Cost) -> float:
-    """What the planner lowers: forward equivalents; among plans alike in those, adjoints."""
-    adjoints = Fraction(cost.adjoints, 10_000 * max(1, len(graph.operations)))
-    return float(cost.forward_equivalents_of(graph.nominal_batch) + adjoints)
+def price_of(table: EdgeTable, edges: Sequence[Edge], repeats: Sequence[float]) -> float:
+    """Σ repeats·price."""
+    return math.fsum(r * price for r, price in zip(repeats, prices(table, edges), strict=True))
+
+
+def errors_of(table: EdgeTable, edges: Sequence[Edge], repeats: Sequence[float]) -> dict[int, float]:
+    """Squared relative error of every estimated point: fixed + noise/repeats, summed over its path."""
+    own = zip(along(table.fixed, edges), along(table.noise, edges), repeats, strict=True)
+    step = {edge: fixed + noise / r for edge, (fixed, noise, r) in zip(edges, own, strict=True)}
+    errors = {table.n: 0.0}
+    for target, source in sorted(edges, reverse=True):
+        errors[target] = errors[source] + step[target, source]
+    del errors[table.n]
+    return errors
+
+
+def within_bound(value: float, error: float) -> bool:
+    """Whether a path's error keeps to the bound, up to rounding."""
+    return value <= error * (1 + TOLERANCE)
+
+
+def keeps(table: EdgeTable, edges: Sequence[Edge], repeats: Sequence[float], error: float) -> bool:
+    """Whether every wanted point is estimated, at a finite price and within the bound."""
+    errors = errors_of(table, edges, repeats)
+    finite = math.isfinite(price_of(table, edges, repeats))
+    return finite and all(within_bound(errors.get(point, math.inf), error) for point in table.points)

@@ -12,8 +12,8 @@ import torch
 from hzo.errors import PlanError
 from hzo.planner.accuracy import ErrorModel, expected_errors, parameter_errors, path_error
 from hzo.planner.calibration import Calibration
-from hzo.planner.edge_table import segments
-from hzo.planner.joint_search import Balance, Repeats, balance, keeping, steadiest_steps, within
+from hzo.planner.candidate_edges import candidate_edges
+from hzo.planner.joint_search import Balance, Repeats, affordable, balance, keeping, steadiest_steps
 from hzo.planner.nested_trees import TREES
 from hzo.planner.seconds import seconds_of
 from hzo.planner.tree_search import single, tree_edges
@@ -88,7 +88,7 @@ def decide(
         made, known = with_hops(hops), model.calibration.seconds
         return made.forward_equivalents if aim.seconds is None or known is None else seconds_of(graph, made, known)
 
-    hops = within(choice, lambda hops: spent(hops) <= limit)
+    hops = affordable(choice, lambda hops: spent(hops) <= limit)
     if hops is None:
         cheapest = keeping(choice, inf, programme=False)
         if cheapest is None:
@@ -112,7 +112,7 @@ def choices(
     points = {position for tree in trees for edge in tree for position in edge} | {len(graph.operations)}
     if edges is None:
         points.update(points_of(graph, wanted, allowed))
-    found = segments(graph, sorted(points), wanted, allowed)
+    found = candidate_edges(graph, sorted(points), wanted, allowed)
     eps = max((torch.finfo(v.dtype).eps for v in graph.values if v.floating), default=1e-7)
     return balance(graph, model, found, eps, step, trees, edges is None, repeats)
 

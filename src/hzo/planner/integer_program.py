@@ -18,10 +18,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hzo.planner.repeats import MOST, Intervals, fewest
+from hzo.planner.edge_table import EXACT, EdgeTable
+from hzo.planner.repeats import MOST, fewest
 from hzo.plans import Edge
 
-_EXACT = 1e-12
 # Shares of the budget below 1/32 do not occur on relays worth having, unless the chain is longer than a few hundred.
 _SMALLEST_SHARE = 32
 
@@ -33,7 +33,7 @@ def _groups(ascending: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Programme:
-    intervals: Intervals
+    table: EdgeTable
     error: float
     limit: float
     levels: int | None
@@ -43,21 +43,21 @@ class _Programme:
     def before(self) -> list[int]:
         """The nearest wanted point to the left of each point, or −1."""
         found, last = [], -1
-        for point in range(self.intervals.n + 1):
+        for point in range(self.table.n + 1):
             found.append(last)
-            last = point if self.intervals.wanted[point] else last
+            last = point if self.table.wanted[point] else last
         return found
 
     @cached_property
     def least(self) -> list[float]:
         """The least that each point costs in any tree, with the whole budget for itself: 0 if it is not wanted."""
-        n, terms = self.intervals.n, self.intervals
-        room = self.error * (1 + _EXACT) - terms.fixed
-        r = torch.where(terms.noise > 0, (terms.noise / room * (1 - _EXACT)).ceil().clamp(min=1), 1.0)
+        n, terms = self.table.n, self.table
+        room = self.error * (1 + EXACT) - terms.fixed
+        r = torch.where(terms.noise > 0, (terms.noise / room * (1 - EXACT)).ceil().clamp(min=1), 1.0)
         enough = (room * MOST >= terms.noise) & (room >= 0)
         price = torch.where(enough & r.isfinite() & terms.cost.isfinite(), terms.cost * r, math.inf)
         lowest = [float(price[point, point + 1 :].min()) for point in range(n)]
-        return [own if self.intervals.wanted[point] else 0.0 for point, own in enumerate(lowest)]
+        return [own if self.table.wanted[point] else 0.0 for point, own in enumerate(lowest)]
 
     @cached_property
     def spare(self) -> float:
@@ -66,7 +66,7 @@ class _Programme:
 
     @cached_property
     def entries(self) -> dict[str, list[list[float]]]:
-        return {name: getattr(self.intervals, name).tolist() for name in ("cost", "relay", "noise", "fixed")}
+        return {name: getattr(self.table, name).tolist() for name in ("cost", "relay", "noise", "fixed")}
 
     def entry(self, name: str, target: int, source: int) -> float:
         return self.entries[name][target][source]
@@ -86,11 +86,11 @@ class _Programme:
         if not math.isfinite(price + noise + fixed):
             return []
         spare = self.spare + self.least[k]
-        low = fewest(noise, self.error * (1 + _EXACT) - fixed)
-        high = low if noise == 0 else spare / price * (1 + _EXACT) if price > 0 else math.inf
+        low = fewest(noise, self.error * (1 + EXACT) - fixed)
+        high = low if noise == 0 else spare / price * (1 + EXACT) if price > 0 else math.inf
         if noise > 0 and (self.choices is not None or math.isinf(high)):
             high = min(high, max(low, math.ceil(_SMALLEST_SHARE * noise / self.error)) + 1)
-        if not math.isfinite(low) or low > high or low * price > spare * (1 + _EXACT):
+        if not math.isfinite(low) or low > high or low * price > spare * (1 + EXACT):
             return []
         high = math.floor(high)
         if self.choices is None or high - low < self.choices:
@@ -105,7 +105,7 @@ class _Programme:
 
         A budget is dropped where its path alone, and the least of all other wanted points, cost more than the limit.
         """
-        n = self.intervals.n
+        n = self.table.n
         budgets = [torch.empty(0, dtype=torch.float64)] * (n + 1)
         excess = list(budgets)  # what the cheapest path to such a budget costs beyond the least of its points
         budgets[n], excess[n] = torch.full((1,), self.error, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
@@ -125,11 +125,11 @@ class _Programme:
 
     def thinned(self, budgets: Tensor, over: Tensor) -> tuple[Tensor, Tensor]:
         """Those worth keeping, ascending, each with its least excess: one (the smallest) for every cell of budgets."""
-        good = (over <= self.spare * (1 + _EXACT)) & (budgets >= -_EXACT * self.error)
+        good = (over <= self.spare * (1 + EXACT)) & (budgets >= -EXACT * self.error)
         budgets, order = budgets[good].clamp(min=0).sort()
         if not len(budgets):
             return budgets, budgets
-        group = _groups((budgets / self.error / _EXACT / 10).round())  # equal up to rounding
+        group = _groups((budgets / self.error / EXACT / 10).round())  # equal up to rounding
         if self.levels is not None and int(group[-1]) >= self.levels:
             group = _groups((budgets / self.error * self.levels).floor())
         over = over[good][order]
@@ -145,9 +145,9 @@ class _Programme:
 
     def leaves(self, j: int) -> Tensor:
         """The same for all targets: (targets 0..j−1, budgets at j); inf where there is none."""
-        noise = self.intervals.noise[:j, j, None]
-        room = self.left[j] - self.intervals.fixed[:j, j, None] + _EXACT * self.error
-        noisy = torch.where(room * MOST >= noise, (noise / room * (1 - _EXACT)).ceil().clamp(min=1), math.inf)
+        noise = self.table.noise[:j, j, None]
+        room = self.left[j] - self.table.fixed[:j, j, None] + EXACT * self.error
+        noisy = torch.where(room * MOST >= noise, (noise / room * (1 - EXACT)).ceil().clamp(min=1), math.inf)
         return torch.where(noise > 0, noisy, torch.where(room >= 0, 1.0, math.inf))
 
     def steps(self, j: int, targets: list[int]) -> tuple[Tensor, Tensor]:
@@ -157,8 +157,8 @@ class _Programme:
         most = max(map(len, tried))
         r = torch.tensor([own + own[-1:] * (most - len(own)) for own in tried], dtype=torch.float64)
         padded = torch.nn.utils.rnn.pad_sequence([self.left[k] for k in targets], True, math.inf)
-        noise, fixed = (term[targets, j][:, None, None] for term in (self.intervals.noise, self.intervals.fixed))
-        rest = self.left[j] - fixed - noise / r[:, :, None] + 10 * _EXACT * self.error
+        noise, fixed = (term[targets, j][:, None, None] for term in (self.table.noise, self.table.fixed))
+        rest = self.left[j] - fixed - noise / r[:, :, None] + 10 * EXACT * self.error
         place = torch.searchsorted(padded, rest.flatten(1), right=True).view(rest.shape) - 1
         last = torch.tensor([len(self.left[k]) for k in targets])[:, None, None]
         return r, torch.where(place < 0, last, place)
@@ -172,7 +172,7 @@ class _Programme:
         """For each j: V and the best k, both (budgets at j and a last one that is too little, i = −1..j−1)."""
         value: list[Tensor] = []
         split: list[Tensor] = []
-        for j in range(self.intervals.n + 1):
+        for j in range(self.table.n + 1):
             size = len(self.left[j])
             v = torch.full((size + 1, j + 1), math.inf, dtype=torch.float64)
             v[:size, self.before[j] + 1 :] = 0
@@ -188,16 +188,16 @@ class _Programme:
         v = value[j][:-1]
         size = len(v)
         leaves = self.leaves(j)
-        leaves = torch.where(leaves.isfinite(), leaves * self.intervals.cost[:j, j, None], math.inf)
+        leaves = torch.where(leaves.isfinite(), leaves * self.table.cost[:j, j, None], math.inf)
         relays = self.relays(j)
         where = {k: at for at, k in enumerate(relays)}
         served = leaves.isfinite().any(1).tolist()
         if relays:
             r, place = self.steps(j, relays)
-            price = (r * self.intervals.relay[relays, j][:, None]).unbind()
+            price = (r * self.table.relay[relays, j][:, None]).unbind()
             flat = place.flatten(1).unbind()
         for k in range(j - 1, -1, -1):
-            if k not in where and not (served[k] and self.intervals.wanted[k]):
+            if k not in where and not (served[k] and self.table.wanted[k]):
                 continue
             low = self.before[k] + 1  # i below that leave something wanted in (i, k)
             if k in where:
@@ -206,7 +206,7 @@ class _Programme:
                 block = (below + cost).amin(0) if len(cost) > 1 else below[0] + cost[0]
             else:
                 block = torch.full((size, low), math.inf, dtype=torch.float64)
-            if self.intervals.wanted[k]:
+            if self.table.wanted[k]:
                 block = torch.cat((block, leaves[k][:, None].expand(size, k + 1 - low)), 1)
             block += v[:, k + 1 : k + 2]
             old = v[:, : block.shape[1]]
@@ -216,30 +216,30 @@ class _Programme:
     def found(self) -> tuple[list[Edge], list[int]] | None:
         """Follows the best choices down from the output."""
         value, split = self.solved
-        n = self.intervals.n
+        n = self.table.n
         if not value[n][0, 0].isfinite():
             return None
         repeats: dict[Edge, int] = {}
-        open_intervals = [(-1, n, 0)]
-        while open_intervals:
-            i, j, budget = open_intervals.pop()
+        open_ranges = [(-1, n, 0)]
+        while open_ranges:
+            i, j, budget = open_ranges.pop()
             if i >= self.before[j]:
                 continue
             k = int(split[j][budget, i + 1])
-            open_intervals.append((k, j, budget))
+            open_ranges.append((k, j, budget))
             if i >= self.before[k]:
                 repeats[k, j] = int(self.leaf(k, j)[budget])
                 continue
             r, place = (found[0] for found in self.steps(j, [k]))
             choice = int((r * self.entry("relay", k, j) + value[k][place[:, budget], i + 1]).argmin())
             repeats[k, j] = int(r[choice])
-            open_intervals.append((i, k, int(place[choice, budget])))
+            open_ranges.append((i, k, int(place[choice, budget])))
         edges = sorted(repeats, reverse=True)
         return edges, [repeats[edge] for edge in edges]
 
 
 def whole_tree(
-    intervals: Intervals,
+    table: EdgeTable,
     error: float,
     limit: float,
     *,
@@ -252,5 +252,5 @@ def whole_tree(
     optimum is exact, as long as the limit is finite: good for eight points or so, and for longer chains if few budgets
     are possible. Else the bound is kept and the price is an upper one. Cost: n³/6·levels·choices operations.
     """
-    programme = _Programme(intervals, error, limit, levels, choices)
+    programme = _Programme(table, error, limit, levels, choices)
     return programme.found() if math.isfinite(math.fsum(programme.least)) else None

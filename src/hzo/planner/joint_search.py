@@ -17,9 +17,10 @@ from torch import Tensor
 
 from hzo.errors import PlanError
 from hzo.planner.accuracy import ErrorModel
-from hzo.planner.edge_table import Segments
+from hzo.planner.candidate_edges import CandidateEdges
+from hzo.planner.edge_table import EdgeTable, price_of
 from hzo.planner.nested_trees import optimum
-from hzo.planner.repeats import Intervals, price_of, repeats_optimal, repeats_uniform
+from hzo.planner.repeats import repeats_optimal, repeats_uniform
 from hzo.plans import Edge, Hop
 from hzo.tracing import Graph
 
@@ -47,7 +48,7 @@ class Balance:
         growth: the most that errors grow beside cotangents, from the output to a wanted point.
     """
 
-    segments: Segments
+    candidates: CandidateEdges
     noise: Tensor
     lasting: Tensor
     steps: tuple[float | None, ...]
@@ -60,21 +61,21 @@ class Balance:
 def balance(
     graph: Graph,
     model: ErrorModel,
-    found: Segments,
+    found: CandidateEdges,
     eps: float,
     step: float | None,
     trees: Sequence[list[Edge]],
     free: bool,
     repeats: Repeats,
 ) -> Balance:
-    """The errors of all segments for every step that may be chosen.
+    """The errors of all edges for every step that may be chosen.
 
     Args:
         eps: unit in the last place of the widest dtype: no step is worth taking below its root.
         step: the user's, for all nodes. trees: edges by position. free: whether another tree may be found.
     """
     points = torch.tensor(found.points)
-    targets = model.targets(graph, list(zip(found.points, (*found.asked, graph.outputs), strict=True)))
+    targets = model.targets(graph, list(zip(found.points, (*found.requested, graph.outputs), strict=True)))
     column, source = targets.column(), points[None, :]
     smallest = eps ** (1 / 3) / 8
     relative = [MAX_STEP * 2**-k for k in range(ceil(log2(MAX_STEP / smallest)) + 1)]
@@ -98,7 +99,7 @@ def balance(
 def steadiest_steps(choice: Balance) -> list[Hop]:
     """A given tree, each node asked once, with the step of the smallest error."""
     best = (choice.noise + choice.lasting).argmin(0)
-    points = choice.segments.points
+    points = choice.candidates.points
     return [Hop(points[k], points[j], 1, choice.steps[int(best[k, j])]) for k, j in choice.trees[0]]
 
 
@@ -109,7 +110,7 @@ def keeping(choice: Balance, error: float, programme: bool = True) -> list[Hop] 
         programme: look for whole repeats and tree together, too, and not only for the best repeats on some trees.
     """
     error = error / choice.growth
-    points = len(choice.segments.points)
+    points = len(choice.candidates.points)
     shares = [error / (1 + log2(max(2, points))), error / 2, error / points]
     shares = shares[:1] if len(choice.steps) == 1 or points > _PROGRAMME else shares
     found = [(share, one) for share in shares if (one := _for_share(choice, error, share, programme=False)) is not None]
@@ -127,17 +128,17 @@ def _for_share(choice: Balance, error: float, share: float, programme: bool) -> 
     score = torch.where(room > 0, choice.noise / room.clamp(min=1e-300), inf)
     hopeless = (score == inf).all(0)
     best = torch.where(hopeless, choice.lasting.argmin(0), score.argmin(0))
-    intervals = _intervals(choice, best)
-    result = _solve(choice, intervals, error, programme)
+    table = _edge_table(choice, best)
+    result = _solve(choice, table, error, programme)
     if result is None:
         return None
     edges, repeats = result
-    points = choice.segments.points
+    points = choice.candidates.points
     hops = []
     for (k, j), r in zip(edges, repeats, strict=True):
         fewest, at = (r, int(best[k, j])) if choice.repeats == "uniform" else _fewest(choice, k, j, r, int(best[k, j]))
         hops.append(Hop(points[k], points[j], fewest, choice.steps[at]))
-    return price_of(intervals, edges, [hop.repeats for hop in hops]), hops
+    return price_of(table, edges, [hop.repeats for hop in hops]), hops
 
 
 def _fewest(choice: Balance, k: int, j: int, repeats: int, at: int) -> tuple[int, int]:
@@ -150,18 +151,18 @@ def _fewest(choice: Balance, k: int, j: int, repeats: int, at: int) -> tuple[int
     return max(1, int(needed[fewest])), fewest
 
 
-def _solve(choice: Balance, intervals: Intervals, error: float, programme: bool) -> tuple[list[Edge], list[int]] | None:
+def _solve(choice: Balance, table: EdgeTable, error: float, programme: bool) -> tuple[list[Edge], list[int]] | None:
     uniform = choice.repeats == "uniform"
     if choice.free:
-        return optimum(intervals, error, programme, uniform, choice.trees)
+        return optimum(table, error, programme, uniform, choice.trees)
     (edges,) = choice.trees
-    repeats = (repeats_uniform if uniform else repeats_optimal)(intervals, edges, error)
+    repeats = (repeats_uniform if uniform else repeats_optimal)(table, edges, error)
     return None if repeats is None else (edges, [round(r) for r in repeats])
 
 
-def _intervals(choice: Balance, best: Tensor) -> Intervals:
-    found = choice.segments
-    return Intervals(
+def _edge_table(choice: Balance, best: Tensor) -> EdgeTable:
+    found = choice.candidates
+    return EdgeTable(
         wanted=found.wanted,
         cost=found.cost,
         relay=found.relay,
@@ -170,13 +171,13 @@ def _intervals(choice: Balance, best: Tensor) -> Intervals:
     )
 
 
-def within(choice: Balance, fits: Callable[[list[Hop]], bool]) -> list[Hop] | None:
+def affordable(choice: Balance, fits: Callable[[list[Hop]], bool]) -> list[Hop] | None:
     """The hops of the smallest error that still fit a budget; None where not even one query each does."""
     best = keeping(choice, _ANY, programme=False)
     if best is None or not fits(best):
         return None
     best, high = _lowest(choice, fits, best, 1e-12, _ANY, programme=False)
-    if choice.free and len(choice.segments.points) <= _PROGRAMME:
+    if choice.free and len(choice.candidates.points) <= _PROGRAMME:
         # Tree and whole repeats looked for together have a smaller error for the same price, but take their time.
         best, _ = _lowest(choice, fits, best, high / 2, high, programme=True)
     return best

@@ -1,4 +1,4 @@
-"""The cheapest tree for given prices and errors of intervals, and how often each edge is repeated. Source: ours.
+"""The cheapest tree for given prices and errors of table, and how often each edge is repeated. Source: ours.
 
 Trees here are nested: no edge (k, j) crosses another one, k < k' < j < j'. If prices do not fall as an interval grows,
 that loses nothing without noise: the target of the longer reach can take the nearer source. With noise a crossing tree
@@ -15,8 +15,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from hzo.planner.edge_table import EdgeTable, keeps, price_of
 from hzo.planner.integer_program import whole_tree
-from hzo.planner.repeats import Intervals, keeps, price_of, repeats_optimal, repeats_uniform
+from hzo.planner.repeats import repeats_optimal, repeats_uniform
 from hzo.plans import FIXED, Edge, Tree, fixed_tree
 
 TREES: tuple[Tree, ...] = (*FIXED, 3, 4, 8)
@@ -27,16 +28,16 @@ _LEVELS, _FEW_LEVELS, _CHOICES = 192, 96, 16
 _EXACT_UP_TO, _EXACT_LEVELS, _EXACT_CHOICES = 8, 4096, 64
 
 
-def cheapest(intervals: Intervals) -> list[Edge] | None:
+def cheapest(table: EdgeTable) -> list[Edge] | None:
     """The tree of least price where every edge is asked once: V(i, j) = min_k price(k, j) + V(i, k) + V(k, j).
 
     None if a wanted point cannot be reached. Cost: n³/6 operations.
     """
-    zero = torch.zeros_like(intervals.cost)
-    return _best(intervals, zero, zero, intervals.cost, intervals.relay)
+    zero = torch.zeros_like(table.cost)
+    return _best(table, zero, zero, table.cost, table.relay)
 
 
-def best_tree(intervals: Intervals, error: float) -> list[Edge] | None:
+def best_tree(table: EdgeTable, error: float) -> list[Edge] | None:
     """The best tree for real repeats (that may fall below 1): V(i, j) = min_k (√w + √V(i, k))² + V(k, j).
 
     w = price·noise, and a tree costs V/error. Exact where no edge has a fixed error or all have noise. Else a guess:
@@ -45,24 +46,24 @@ def best_tree(intervals: Intervals, error: float) -> list[Edge] | None:
     """
     if not error > 0:
         return None
-    share = 1 - intervals.fixed / error
-    scale = torch.where(share > 0, intervals.noise / (share.clamp(min=1e-300) * error), math.inf)
-    scale = torch.where((share == 0) & (intervals.noise == 0), 0.0, scale)
+    share = 1 - table.fixed / error
+    scale = torch.where(share > 0, table.noise / (share.clamp(min=1e-300) * error), math.inf)
+    scale = torch.where((share == 0) & (table.noise == 0), 0.0, scale)
     noisy = scale > 0
-    weights = [torch.where(noisy, price * scale, 0.0) for price in (intervals.cost, intervals.relay)]
-    once = [torch.where(noisy, 0.0, price) for price in (intervals.cost, intervals.relay)]
-    return _best(intervals, *weights, *once)
+    weights = [torch.where(noisy, price * scale, 0.0) for price in (table.cost, table.relay)]
+    once = [torch.where(noisy, 0.0, price) for price in (table.cost, table.relay)]
+    return _best(table, *weights, *once)
 
 
 def _best(
-    intervals: Intervals, leaf_weight: Tensor, relay_weight: Tensor, leaf_price: Tensor, relay_price: Tensor
+    table: EdgeTable, leaf_weight: Tensor, relay_weight: Tensor, leaf_price: Tensor, relay_price: Tensor
 ) -> list[Edge] | None:
     """Least S + P over nested trees: S composes by square roots along paths, P adds up. Rows: i + 1 for i = −1..n−1."""
-    n = intervals.n
+    n = table.n
     terms = [
         term.nan_to_num(nan=math.inf, posinf=math.inf) for term in (leaf_weight, relay_weight, leaf_price, relay_price)
     ]
-    wanted = torch.tensor([*intervals.wanted[:n], False])
+    wanted = torch.tensor([*table.wanted[:n], False])
     before = torch.cumsum(wanted, 0) - wanted.long()  # wanted points left of each
     s = torch.full((n + 1, n + 1), math.inf, dtype=torch.float64)
     p, split = s.clone(), torch.full((n + 1, n + 1), -1)
@@ -88,38 +89,38 @@ def _best(
         s[row[lost], j[lost]] = math.inf
     if not math.isfinite(float(s[0, n] + p[0, n])):
         return None
-    edges, found, open_intervals = [], split.tolist(), [(0, n)]
-    while open_intervals:
-        row_, j_ = open_intervals.pop()
+    edges, found, open_ranges = [], split.tolist(), [(0, n)]
+    while open_ranges:
+        row_, j_ = open_ranges.pop()
         k_ = found[row_][j_]
         if k_ >= 0:
             edges.append((k_, j_))
-            open_intervals += [(row_, k_), (k_ + 1, j_)]
+            open_ranges += [(row_, k_), (k_ + 1, j_)]
     return sorted(edges, reverse=True)
 
 
-def over_wanted(intervals: Intervals, tree: Tree) -> list[Edge]:
+def over_wanted(table: EdgeTable, tree: Tree) -> list[Edge]:
     """A fixed tree whose boundaries are the wanted points."""
-    points = [*intervals.points, intervals.n]
+    points = [*table.points, table.n]
     return [(points[target - 1], points[source - 1]) for target, source in fixed_tree(tree, len(points))]
 
 
-def steadiest(intervals: Intervals) -> list[Edge]:
+def steadiest(table: EdgeTable) -> list[Edge]:
     """Every wanted point by the path of least fixed error: if these are too large, so are all others. Edges may cross.
 
     Points that cannot be reached at all are left out.
     """
-    n = intervals.n
-    edge_exists = intervals.noise.isfinite()
+    n = table.n
+    edge_exists = table.noise.isfinite()
     fixed_leaf, fixed_relay = (
-        torch.where(edge_exists & price.isfinite(), intervals.fixed, math.inf).tolist()
-        for price in (intervals.cost, intervals.relay)
+        torch.where(edge_exists & price.isfinite(), table.fixed, math.inf).tolist()
+        for price in (table.cost, table.relay)
     )
     sums, sources = [math.inf] * n + [0.0], [n] * n
     for k in range(n - 1, -1, -1):
         sums[k], sources[k] = min((fixed_relay[k][j] + sums[j], j) for j in range(k + 1, n + 1))
     edges: dict[int, int] = {}
-    for point in intervals.points:
+    for point in table.points:
         total, source = min((fixed_leaf[point][j] + sums[j], j) for j in range(point + 1, n + 1))
         if math.isinf(total):
             continue
@@ -137,20 +138,20 @@ def _resolution(n: int) -> tuple[int, int]:
     return round(min(max(each / choices, 24), _LEVELS)), choices
 
 
-def _only(intervals: Intervals, edges: set[Edge]) -> Intervals:
+def _only(table: EdgeTable, edges: set[Edge]) -> EdgeTable:
     """No edges but these."""
     targets, sources = zip(*edges, strict=True)
-    other = torch.ones_like(intervals.cost, dtype=torch.bool)
+    other = torch.ones_like(table.cost, dtype=torch.bool)
     other[list(targets), list(sources)] = False
-    cost, relay = (price.masked_fill(other, math.inf) for price in (intervals.cost, intervals.relay))
-    return replace(intervals, cost=cost, relay=relay)
+    cost, relay = (price.masked_fill(other, math.inf) for price in (table.cost, table.relay))
+    return replace(table, cost=cost, relay=relay)
 
 
 class _Found:
     """Trees with whole repeats that keep to the bound, and their prices."""
 
-    def __init__(self, intervals: Intervals, error: float) -> None:
-        self.intervals, self.error = intervals, error
+    def __init__(self, table: EdgeTable, error: float) -> None:
+        self.table, self.error = table, error
         self.all: list[tuple[float, list[Edge], list[int]]] = []
 
     @property
@@ -160,21 +161,21 @@ class _Found:
 
     def add(self, tree: tuple[list[Edge], list[int]] | None) -> None:
         """Where there is one, and it keeps to the bound."""
-        if tree is not None and keeps(self.intervals, *tree, self.error):
-            self.all.append((price_of(self.intervals, *tree), *tree))
+        if tree is not None and keeps(self.table, *tree, self.error):
+            self.all.append((price_of(self.table, *tree), *tree))
 
     def try_tree(self, edges: list[Edge] | None, uniform: bool) -> None:
         """With uniform repeats, and unless only those will do with the best ones."""
         if edges is None:
             return
         ways = (repeats_uniform,) if uniform else (repeats_optimal, repeats_uniform)
-        for repeats in (share_out(self.intervals, edges, self.error) for share_out in ways):
+        for repeats in (share_out(self.table, edges, self.error) for share_out in ways):
             if repeats is not None:
                 self.add((edges, [int(r) for r in repeats]))
 
 
 def optimum(
-    intervals: Intervals,
+    table: EdgeTable,
     error: float | None,
     programme: bool = True,
     uniform: bool = False,
@@ -191,26 +192,26 @@ def optimum(
     more trees that are not to be cheaper.
     """
     if error is None:
-        edges = cheapest(intervals)
+        edges = cheapest(table)
         return None if edges is None else (edges, [1] * len(edges))
-    if not intervals.points:
+    if not table.points:
         return [], []
-    found = _Found(intervals, error)
-    fixed = (*(over_wanted(intervals, tree) for tree in TREES), *others)
-    for edges in (best_tree(intervals, error), cheapest(intervals), *fixed):
+    found = _Found(table, error)
+    fixed = (*(over_wanted(table, tree) for tree in TREES), *others)
+    for edges in (best_tree(table, error), cheapest(table), *fixed):
         found.try_tree(edges, uniform)
     if not found.all:
-        found.try_tree(steadiest(intervals), uniform)
+        found.try_tree(steadiest(table), uniform)
     if not found.all:
         return None
     if not programme or uniform:
         return min(found.all, key=lambda one: one[0])[1:]
-    levels, choices = _resolution(intervals.n)
-    found.add(whole_tree(intervals, error, found.price, levels=levels, choices=choices))
-    if intervals.n <= _EXACT_UP_TO:  # the lower the price to beat, the fewer budgets are left to look at
-        found.add(whole_tree(intervals, error, found.price, levels=_EXACT_LEVELS, choices=_EXACT_CHOICES))
+    levels, choices = _resolution(table.n)
+    found.add(whole_tree(table, error, found.price, levels=levels, choices=choices))
+    if table.n <= _EXACT_UP_TO:  # the lower the price to beat, the fewer budgets are left to look at
+        found.add(whole_tree(table, error, found.price, levels=_EXACT_LEVELS, choices=_EXACT_CHOICES))
     else:
-        few = _only(intervals, {edge for _, edges, _ in found.all for edge in edges})
+        few = _only(table, {edge for _, edges, _ in found.all for edge in edges})
         found.add(whole_tree(few, error, found.price, levels=_FEW_LEVELS, choices=_CHOICES))
     _, edges, repeats = min(found.all, key=lambda one: one[0])
     return edges, repeats

@@ -21,7 +21,7 @@ from hzo_lab.records import generator
 from hzo_lab.training import CHUNK_BYTES, TrainConfig, device_of, load_data, loss_fn, models
 
 SHORT = 1.0  # seconds; what takes less is run twice, for the time of the second
-TREES = (*FIXED, 4, "planned")
+TREES: tuple[str | int, ...] = (*FIXED, 4, "planned")
 CLASSES = 10  # of the random labels that stand in for data of which only the shape is known
 
 Cotangents = Sequence[Tensor | tuple[Tensor | None, ...] | None]

@@ -157,6 +157,8 @@ def _run_stage(
         if id(stage) in run.opaque and not isinstance(stage, nn.Module):
             return call_opaque(run.recorder, stage, name, args, kwargs)
         result = stage(*args, **kwargs)
+    except TraceError:
+        raise
     except RuntimeError as error:
         # NumPy refuses tensors that require a gradient.
         if named and id(stage) not in run.opaque and "that requires grad" in str(error):
