@@ -19,7 +19,8 @@ from hzo.errors import InputError
 from hzo.execution import counting
 
 
-@baseline("forward-gradient", passes=3, rate=0.0025)  # it carries the derivative along, for the work of two passes more
+# It carries the derivative along, for the work of two passes more.
+@baseline("forward-gradient", passes=3, rate=0.0025, second_moment=lambda d: d + 2)
 def forward_gradient(
     model: ev.Model,
     loss_fn: ev.LossFn,

@@ -12,7 +12,7 @@ from hzo.baselines._registry import baseline
 from hzo.baselines._two_point import two_point
 
 
-@baseline("mezo", passes=2, rate=0.0025)
+@baseline("mezo", passes=2, rate=0.0025, second_moment=lambda d: d + 2)
 def mezo(
     model: ev.Model,
     loss_fn: ev.LossFn,
