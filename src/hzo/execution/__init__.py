@@ -1,7 +1,7 @@
 """Run slices of a traced model at perturbed states; count what runs, and undo what it changed."""
 
 from hzo.execution.activations import Activations
-from hzo.execution.copies import VIEWS
+from hzo.execution.copies import READS_BASE, VIEWS
 from hzo.execution.counting import QueryCount, as_checks, count_queries, open_count
 from hzo.execution.operation import query, read
 from hzo.execution.passes import arguments_of, count_probes, run_again, run_probe, run_slice, run_with_parameter
@@ -10,6 +10,7 @@ from hzo.tape.opaque import with_parameters
 from hzo.tape.state import RandomState, random_state, set_random_state
 
 __all__ = [
+    "READS_BASE",
     "VIEWS",
     "Activations",
     "QueryCount",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hzo.tape import Operation, Tape
+from hzo.tape import Operation, Recorder, Tape
 from hzo.tracing import Graph
 
 
@@ -18,11 +18,13 @@ class Activations:
     """A base pass as it ran. The tape's operations are those of the graph, with arguments for this batch.
 
     Attributes:
-        batch: samples. tape: what was recorded; its tensors have no history. inputs: the caller's, by value.
+        batch: samples. tape: what was recorded; its tensors have no history.
+        recorder: what recorded it, of which custom Functions get back what they saved.
     """
 
     batch: int
     tape: Tape
+    recorder: Recorder | None = None
 
     @property
     def values(self) -> list[Tensor | None]:
@@ -41,7 +43,7 @@ class Activations:
         """The same, to release values without taking them from this one."""
         tape = copy(self.tape)
         tape.tensors = list(self.tape.tensors)
-        return Activations(self.batch, tape)
+        return Activations(self.batch, tape, self.recorder)
 
     def release(self, graph: Graph, values: Iterable[int]) -> None:
         """Free the memory of these values; a tensor that takes none keeps their shape, dtype and device.

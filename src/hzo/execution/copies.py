@@ -21,6 +21,9 @@ from hzo.tape.record import flat
 
 aten = torch.ops.aten
 
+READS_BASE = frozenset((pass_through, aten.as_strided.default))
+"""Read of their first operand what it was in the base pass, its content or how it lay in memory, beside a copy."""
+
 VIEWS = frozenset((aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default))
 _RESHAPED = frozenset(
     (

@@ -24,7 +24,8 @@ class QueryCount:
         stage_evaluations: stages run in those queries, on one sample each; a part of a stage counts as one.
         adjoints: applications of a measured or closed-form adjoint to the cotangents of a batch.
         parameter_rules: local products of an activation and a cotangent (closed-form parameter gradients).
-        loss_evaluations: evaluations of the loss on one sample beyond the one that the caller is given.
+        loss_evaluations: evaluations of the loss on one sample beyond the one that the caller is given; with a plan,
+            what measures the loss's own weights is among them.
         base_evaluations: stages run on one sample without a perturbation (base passes, recomputation).
         check_evaluations: stages run on one sample to test determinism, structure or shapes.
         boxes: by the name of a black box, the queries that ran it (see ``hzo.blackbox``).
@@ -105,6 +106,18 @@ def as_checks() -> Iterator[None]:
     finally:
         _open.reset(token)
         add(check_evaluations=inside.stage_evaluations + inside.base_evaluations + inside.check_evaluations)
+
+
+@contextmanager
+def as_loss() -> Iterator[None]:
+    """Inside, whatever is run counts as ``loss_evaluations``: a plan ends where the loss begins."""
+    inside = QueryCount()
+    token = _open.set((inside,))
+    try:
+        yield
+    finally:
+        _open.reset(token)
+        add(loss_evaluations=inside.queries + inside.loss_evaluations)
 
 
 def add(

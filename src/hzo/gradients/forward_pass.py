@@ -117,15 +117,17 @@ def base_pass(chain: Chain, x: Any, steps: Sequence[Iterable[int]] = ()) -> tupl
     with _running(chain, x, steps) as (run, batch):
         output = run.output
     counting.add(base_evaluations=batch * len(chain.traced.stages))
-    return _activations(chain.traced, run.tape, batch), output
+    return _activations(chain.traced, run, batch), output
 
 
-def _activations(graph: Graph, tape: Tape, batch: int) -> Activations:
+def _activations(graph: Graph, run: Run, batch: int) -> Activations:
+    tape = run.tape
+    run.recorder.release()
     kept = len(graph.values)  # what follows is the loss's
     tape.tensors = [
         None if t is None or v >= kept else t.detach() if t.requires_grad else t for v, t in enumerate(tape.tensors)
     ]
-    return Activations(batch, tape)
+    return Activations(batch, tape, run.recorder)
 
 
 @torch.no_grad()
@@ -136,7 +138,8 @@ def loss_pass(
 
     Raises:
         InputError: the loss is no tensor of numbers. NonFiniteError: names the first call that made NaN or infinity.
-        PlanError: the model does something else than when it was traced, or the loss reads what it did not return.
+        PlanError: the model does something else than when it was traced, a tensor inside it has a hook, or the loss
+            reads what the model did not return.
     """
     graph = chain.traced
     y = pytree.tree_map_only(Tensor, as_data, y)
@@ -144,7 +147,9 @@ def loss_pass(
         loss = loss_of(loss_fn, run.output, y)
     try:
         seeds, hooks = RecordedStep(run.recorder).seed(loss)
-        found = sweep_end(run.tape, run.end, seeds, hooks)
+        _refuse_hooks(graph, run)
+        with counting.as_loss():
+            found = sweep_end(run.tape, run.end, seeds, hooks)
         at_end, direct, beside = _sorted(graph, run.tape, found)
         loss = loss.detach().mean()
     except NonFiniteError as error:
@@ -158,7 +163,22 @@ def loss_pass(
         raise
     counting.add(base_evaluations=batch * len(graph.stages))
     given = dict(zip(run.inputs, run.given, strict=True))
-    return BasePass(_activations(graph, run.tape, batch), run.output, loss, at_end, direct, beside, given)
+    return BasePass(_activations(graph, run, batch), run.output, loss, at_end, direct, beside, given)
+
+
+def _refuse_hooks(graph: Graph, run: Run) -> None:
+    """Hooks on tensors inside the model would change a gradient that no query sees."""
+    for tensor in run.recorder.hooked:
+        value = run.tape._index.get(id(tensor))
+        if value is None or value >= len(graph.values) or tensor.is_leaf or not tensor._backward_hooks:
+            continue
+        producer = graph.values[value].producer
+        what = "an input" if producer < 0 else f"what {graph.operations[producer].name} made"
+        names = ", ".join(getattr(h, "__qualname__", type(h).__name__) for h in tensor._backward_hooks.values())
+        raise PlanError(
+            f"a hook on the gradient of {what} ({names}) runs inside the model, where a plan estimates across it; "
+            "leave out plan and options, which runs hooks as autograd does, or hook the parameters"
+        )
 
 
 def _first_not_finite(chain: Chain, x: Any) -> str | None:

@@ -26,7 +26,7 @@ from hzo.gradients.forward_pass import OtherGraphError, loss_pass
 from hzo.gradients.parameters import Gradients
 from hzo.gradients.trace_cache import made_with, prepare
 from hzo.plans import Plan, schedule
-from hzo.reverse import accumulate, gradients_of, named, one_by_one
+from hzo.reverse import accumulate, gradients_of, hooked, named, one_by_one
 from hzo.tape import Ref
 from hzo.tracing import Chain, Graph, batch_size, call_arguments
 
@@ -238,6 +238,9 @@ def _estimate(
         of_input = swept.cotangents.get(0, {})
         others = [*base.beside, *((base.given[v], of_input[v]) for v in graph.differentiated if v in of_input)]
         gradients, loss = swept.gradients, base.loss
+        if not keep:
+            gradients = {name: (p, _after_hooks(p, g)) for name, (p, g) in gradients.items()}
+            others = [(t, _after_hooks(t, g)) for t, g in others]
         if together is not None:
             leaves, loss = together([*gradients.values(), *others], loss)
             by_id = {id(leaf): g for leaf, g in leaves}
@@ -245,6 +248,11 @@ def _estimate(
             gradients |= _elsewhere(chain.model, gradients, by_id)
             others = [(t, by_id[id(t)]) for t, _ in others]
     return gradients, loss, (graph, swept.cotangents), others
+
+
+def _after_hooks(leaf: Tensor, gradient: Tensor) -> Tensor:
+    """What the hooks of a parameter or an input make of its gradient, which they get in its dtype."""
+    return hooked(leaf, gradient.to(leaf.dtype)) if leaf._backward_hooks else gradient
 
 
 def _elsewhere(module: nn.Module, found: Gradients, by_id: dict[int, Tensor]) -> Gradients:

@@ -77,7 +77,7 @@ def _places(graph: Graph, op: Operation, read: int, write: int) -> Tensor | None
     none. The operation runs twice, with other numbers: what stays the same is a constant."""
     value, result = graph.values[read], graph.values[write]
     elements, one = value.numel, value.per_sample
-    if elements > _LARGEST or value.batch_dim is None or result.batch_dim is None:
+    if not value.floating or elements > _LARGEST or value.batch_dim is None or result.batch_dim is None:
         return None
     numbers = torch.arange(1, elements + 1, dtype=torch.float64, device="cpu")
     numbers = value.joined(numbers.view(graph.batch, *value.sample_shape)).reshape(value.shape)

@@ -14,7 +14,7 @@ from hzo.finite_differences import evaluations, scale_of, scaled_step
 from hzo.gradients import Cotangents, Gradients, Local, Sweep, add_gradients, estimate_node, with_carried
 from hzo.measurement.timing import operation_seconds, timed
 from hzo.planner import Bend, Seconds, share
-from hzo.plans import Allowed, Node, Plan, check_coupling, has_rule, make_node
+from hzo.plans import Allowed, Node, Plan, check_queries, has_rule, make_node
 from hzo.tracing import Graph, Operation
 
 LADDER = (1.0, 0.25, 0.0625, 0.015625)  # steps at which curvature is seen, in units of the activation
@@ -95,7 +95,7 @@ class Hops:
         for value in graph.live[target]:
             node = make_node(graph, value, target, source, self.allowed, everything=True)
             if graph.values[value].floating and node is not None:
-                check_coupling(graph, node)
+                check_queries(graph, node)
                 nodes.append(node)
         for node in nodes:
             bend = self._node(node)

@@ -77,7 +77,7 @@ def _spanned(
         for op in graph.operations[position:source]:
             if op.batched and any(v in reached for v in op.reads):
                 reached.update(op.writes)
-                coupled |= op.coupled
+                coupled |= op.coupled or op.own_backward
                 operations += op.cost
         position = source
         if not plain:

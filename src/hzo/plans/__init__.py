@@ -6,7 +6,7 @@ from hzo.plans.cost import bytes_per_direction
 from hzo.plans.memory import with_storage
 from hzo.plans.nodes import (
     Wanted,
-    check_coupling,
+    check_queries,
     has_rule,
     make_node,
     plan_without_nodes,
@@ -48,7 +48,7 @@ __all__ = [
     "b_ary",
     "bytes_per_direction",
     "check_boundaries",
-    "check_coupling",
+    "check_queries",
     "check_spacing",
     "check_tree",
     "expectation",

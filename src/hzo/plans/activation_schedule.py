@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from hzo.execution import READS_BASE
 from hzo.plans.plan import Node, Plan
 from hzo.plans.storage import Event, last_uses, passes
 from hzo.tracing import Graph
@@ -128,6 +129,7 @@ def read_by_node(graph: Graph, plan: Plan, node: Node) -> Iterator[int]:
         made: set[int] = set()  # by the query itself
         for k in node.operations:
             yield from (v for v in graph.operations[k].reads if v not in made)
+            yield from graph.operations[k].reads[:1] if graph.operations[k].target in READS_BASE else ()
             made.update(graph.operations[k].writes)
         if plan.scheme == "forward":
             yield from node.outputs

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from hzo.errors import CoupledSamplesError
+from hzo.errors import CoupledSamplesError, PlanError
 from hzo.finite_differences import Scheme
 from hzo.noise import Noise
 from hzo.plans.choice import Allowed, choose_probe, has_adjoint
@@ -77,6 +77,7 @@ def with_hops(graph: Graph, plan: Plan, hops: Sequence[Hop]) -> Plan:
 
     Raises:
         CoupledSamplesError: a query would run a stage in which samples influence each other.
+        PlanError: a query would run a custom Function, which has a backward of its own.
     """
     allowed = Allowed(plan.assume, plan.scheme, plan.spacing)
     smoothed = [replace(hop, repeats=plan.draws) for hop in hops] if plan.mu is not None else hops
@@ -113,7 +114,7 @@ def nodes_of(graph: Graph, hops: Sequence[Hop], wanted: Wanted, allowed: Allowed
             node = make_node(graph, value, hop.target, hop.source, allowed, everything)
             if node is None:
                 continue
-            check_coupling(graph, node)
+            check_queries(graph, node)
             need.setdefault(hop.source, set()).update(node.outputs, {value} if node.carried else ())
             nodes.append(_decided(graph, node, hop))
     return tuple(reversed(nodes))
@@ -146,12 +147,25 @@ def possible(graph: Graph, node: Node) -> bool:
     if node.probe.kind == "adjoint" or not node.operations:
         return True
     finite = all(graph.values[v].finite for v in (node.value, *node.outputs))
-    return finite and not any(graph.operations[k].coupled for k in node.operations)
+    return finite and not any(graph.operations[k].coupled or graph.operations[k].own_backward for k in node.operations)
 
 
-def check_coupling(graph: Graph, node: Node) -> None:
+def check_queries(graph: Graph, node: Node) -> None:
+    """Raise where what a query of this node would tell is not the gradient.
+
+    Raises:
+        CoupledSamplesError: samples influence each other. PlanError: a custom Function says what its gradient is.
+    """
     for k in node.operations if node.probe.kind != "adjoint" else ():
         op = graph.operations[k]
+        if op.own_backward:
+            raise PlanError(
+                f"{op.target!r} is a custom autograd Function, whose forward and backward may disagree (as in a "
+                f"straight-through estimator); differences of its forward, between {graph.describe(node.target)} and "
+                f"{graph.describe(node.source)}, would leave out its backward. Plan with tree='planned', "
+                "assume='structure', which calls its backward; or, to follow its forward, call that without the "
+                "Function, or inside hzo.blackbox"
+            )
         if op.coupled:
             raise CoupledSamplesError(
                 f"{op.name} lets the samples of a batch influence each other (as BatchNorm does in train mode), and "

@@ -2,7 +2,7 @@
 
 from hzo.reverse.backward import as_data, gradients_of, named
 from hzo.reverse.pullback import Pullback, recorded_call
-from hzo.reverse.step import Gradients, RecordedStep, accumulate, one_by_one, record
+from hzo.reverse.step import Gradients, RecordedStep, accumulate, hooked, one_by_one, record
 from hzo.reverse.walk import again, carry_back, measurements_of, sweep, sweep_end
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "as_data",
     "carry_back",
     "gradients_of",
+    "hooked",
     "measurements_of",
     "named",
     "one_by_one",

@@ -93,7 +93,7 @@ class RecordedStep:
         for v, g in found.items():  # one tensor may stand for two leaves, where autograd was told to forget in between
             leaf = self.tape.leaves[v]
             leaves[id(leaf)] = (leaf, leaves[id(leaf)][1] + g if id(leaf) in leaves else g)
-        return [(leaf, _hooked(leaf, g)) for leaf, g in leaves.values()]
+        return [(leaf, hooked(leaf, g)) for leaf, g in leaves.values()]
 
     def seed(self, loss: Tensor) -> tuple[dict[int, Tensor], dict[int, Callable[[Tensor], Tensor]]]:
         """What a sweep begins with, by value, and the hooks on intermediate tensors. Errors as ``backward``."""
@@ -151,7 +151,7 @@ class RecordedStep:
                 continue
             value = index.get(id(tensor))
             if value is not None:
-                found[value] = lambda g, t=tensor: _retained(t, _hooked(t, g))  # type: ignore[misc]
+                found[value] = lambda g, t=tensor: _retained(t, hooked(t, g))  # type: ignore[misc]
         return found
 
 
@@ -161,7 +161,7 @@ def _retained(tensor: Tensor, grad: Tensor) -> Tensor:
     return grad
 
 
-def _hooked(tensor: Tensor, grad: Tensor) -> Tensor:
+def hooked(tensor: Tensor, grad: Tensor) -> Tensor:
     """What the hooks of a tensor make of its gradient."""
     for hook in tuple((tensor._backward_hooks or {}).values()):
         changed = hook(grad)

@@ -38,9 +38,15 @@ class NodeHooks:
 class CustomFunction:
     """A call of a custom Function: the node that autograd made for it, which holds what its backward needs."""
 
-    def __init__(self, node: Any) -> None:
+    def __init__(self, node: Any, objects: dict[int, Any] | None = None) -> None:
         self.node = node
         self.function = node._forward_cls
+        self.objects = objects or {}  # arguments that are neither tensors nor what a fingerprint holds, by position
+
+    def __call__(self, *args: Any) -> tuple[Tensor, ...]:
+        """The forward once more, on copies of these tensors: it may write to what it is given."""
+        given = [a.clone() if isinstance(a, Tensor) else self.objects.get(k, a) for k, a in enumerate(args)]
+        return tuple(_tensors(self.function.apply(*given)))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, CustomFunction) and other.function is self.function
@@ -68,7 +74,7 @@ class CustomFunction:
     @staticmethod
     def record(recorder: Recorder, args: tuple[Any, ...], before: dict[int, int], result: Any) -> None:
         """Append the call whose results these are; ``before``: the values of the arguments when it was made."""
-        outputs = [t for t in (result if isinstance(result, (tuple, list)) else (result,)) if isinstance(t, Tensor)]
+        outputs = _tensors(result)
         nodes = [t.grad_fn for t in outputs if t.grad_fn is not None and hasattr(t.grad_fn, "_forward_cls")]
         memory = recorder.memory
         written = {id(t): memory.before_declared_write(t) for t in outputs if any(t is a for a in args)}
@@ -88,7 +94,8 @@ class CustomFunction:
             return ref(recorder.read(argument)) if isinstance(argument, Tensor) else _plain(argument)
 
         refs = tuple(map(place, args))
-        op = recorder.operation(CustomFunction(node), refs, {})
+        objects = {k: a for k, a in enumerate(args) if not isinstance(a, (Tensor, *_PLAIN))}
+        op = recorder.operation(CustomFunction(node, objects), refs, {})
         writes: list[int | None] = []
         for tensor in outputs:
             made = tensor.grad_fn is node
@@ -99,6 +106,13 @@ class CustomFunction:
         op.writes = tuple(writes)
 
 
+_PLAIN = (bool, int, float, str, type(None))
+
+
 def _plain(argument: Any) -> Any:
     """An argument that is no tensor, as a fingerprint can hold it."""
-    return argument if isinstance(argument, (bool, int, float, str, type(None))) else type(argument).__name__
+    return argument if isinstance(argument, _PLAIN) else type(argument).__name__
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    return [t for t in (result if isinstance(result, (tuple, list)) else (result,)) if isinstance(t, Tensor)]

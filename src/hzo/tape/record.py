@@ -749,6 +749,13 @@ def _unrecorded(tensor: Tensor) -> str:
             "TorchScript, whose executor has begun to differentiate by itself (it does after some runs with autograd); "
             "flush what it has compiled, scripted._debug_flush_compilation_cache(), or train by hzo from the start"
         )
+    custom = getattr(tensor.grad_fn, "_forward_cls", None)
+    if custom is not None:
+        name = custom.__qualname__
+        return (
+            f"{function}, a custom Function that ran before the recording began, or whose apply was taken before "
+            f"(f = {name}.apply), which cannot be seen; write {name}.apply(...) where it is called"
+        )
     return (
         f"{function}, which ran before the recording began, in another thread, or in code that PyTorch does not show; "
         "begin the recording earlier (hzo.record around all that has a part in the loss), or detach the tensor where "

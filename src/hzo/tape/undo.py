@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_NUMBERS = (bool, int, float, str, type(None))
+
 
 class Undo:
     """Remembers, from its making on, how things were; ``restore`` puts them back.
@@ -22,6 +24,7 @@ class Undo:
         self._tensors: dict[int, tuple[Tensor, Tensor]] = {}
         self._generators: dict[int, tuple[torch.Generator, Tensor]] = {}
         self._modules: list[tuple[nn.Module, bool, dict[str, Any], dict[str, Any]]] = []
+        self._counters: list[tuple[nn.Module, dict[str, Any]]] = []
         self._torch = torch.get_rng_state()
         used = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         self._cuda = torch.cuda.get_rng_state_all() if used else []
@@ -40,10 +43,11 @@ class Undo:
             self._generators[id(generator)] = (generator, generator.get_state())
 
     def remember_modules(self, modules: Iterable[nn.Module]) -> None:
-        """Note mode flags, and which tensors modules hold under which name."""
+        """Note mode flags, which tensors modules hold under which name, and numbers that they count with."""
         # TorchScript's own hold their tensors elsewhere, under names that cannot change.
-        own = (m for m in modules if not isinstance(m, torch.jit.ScriptModule))
+        own = [m for m in modules if not isinstance(m, torch.jit.ScriptModule)]
         self._modules += [(m, m.training, dict(m._parameters), dict(m._buffers)) for m in own]
+        self._counters += [(m, {k: v for k, v in vars(m).items() if type(v) in _NUMBERS}) for m in own]
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -51,9 +55,11 @@ class Undo:
         for module, training, parameters, buffers in self._modules:
             module.training = training
             for held, before in ((module._parameters, parameters), (module._buffers, buffers)):
-                if held != before or any(held[k] is not v for k, v in before.items()):
+                if held.keys() != before.keys() or any(held[k] is not v for k, v in before.items()):
                     held.clear()
                     held.update(before)
+        for module, numbers in self._counters:
+            vars(module).update(numbers)
         for tensor, copy in reversed(self._tensors.values()):  # the last copied first: views may show the same memory
             if tensor.shape == copy.shape:
                 tensor.copy_(copy)

@@ -193,6 +193,11 @@ class Operation:
         return torch.Tag.pointwise in getattr(self.target, "tags", ())
 
     @property
+    def own_backward(self) -> bool:
+        """Whether it is a custom autograd Function, whose backward need not be the derivative of its forward."""
+        return self.rule == "custom Function"
+
+    @property
     def described(self) -> tuple[Any, ...]:
         """What tells this operation from another, without weights, addresses and sizes."""
         module = self.module

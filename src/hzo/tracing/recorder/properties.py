@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from hzo.errors import TraceError
 from hzo.reverse import measurements_of
 from hzo.rules.registry import kind_of
 from hzo.tape import Operation as Call
@@ -42,12 +43,20 @@ def inspect(
 
     Args:
         axes: where samples stand in the leaves that depend on the inputs. names: of the trainable leaves, by value.
+
+    Raises:
+        TraceError: an operation on what depends on the inputs makes complex numbers.
     """
     derived: set[int] = set(names)  # trainable, or computed from such and not from an input
     operations = []
     for op in tape.operations[:end]:
         batched = depends(op, axes)
         reads = tuple(dict.fromkeys(op.reads()))
+        if batched and any(v is not None and tape.values[v].dtype.is_complex for v in op.writes):
+            raise TraceError(
+                f"{_name(op)} makes a complex tensor, which has no cotangent in a plan; leave out plan and options "
+                "(hzo.backward takes it), or wrap the part in hzo.blackbox"
+            )
         parameters = tuple(ParameterUse(v, names.get(v, "")) for v in reads if v in derived and v not in axes)
         learned = _learned(tape, op, batched, reads, parameters)
         if batched:

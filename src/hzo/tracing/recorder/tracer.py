@@ -96,14 +96,15 @@ def _graph(module: nn.Module, x: Any, samples: int) -> Graph:
     opaque: frozenset[int] = frozenset()
     while True:
         try:
-            with contained([module]), recorded(module, args, kwargs, follow=True, opaque=opaque) as run:
+            with recorded(module, args, kwargs, follow=True, opaque=opaque) as run:
                 pass
         except OutOfSight as found:
             opaque = opaque | {id(found.stage)}
             continue
-        run.recorder.undo.restore()
-        with contained([module]):
+        try:  # operations run again on what they read: what the model wrote to is put back behind that
             return graph_of(module, run, samples)
+        finally:
+            run.recorder.undo.restore()
 
 
 def _first(tensor: Tensor, samples: int) -> Tensor:
@@ -137,7 +138,12 @@ def graph_of(module: nn.Module, run: Run, batch: int) -> Graph:
     tape.tensors = [None if t is None else t.detach() for t in tape.tensors]
     inputs = set(run.inputs)
     names = {v: name for v, name in names_of(module, tape, count).items() if v not in inputs}
-    axes = batched_values(tape, run.inputs, batch)
+    # A parameter that the model writes to without a gradient (max_norm of an embedding) stays a parameter.
+    for op in tape.operations[:end]:
+        foreign = next((f for v in op.reads() if (f := tape.values[v].foreign) is not None), None)
+        if foreign is not None:
+            raise TraceError(f"the gradient leads into {foreign}")
+    axes = {v: axis for v, axis in batched_values(tape, run.inputs, batch).items() if v not in names}
     operations, names = inspect(tape, end, axes, batch, names)
     finite = finite_values(tape, count)
     values = tuple(
@@ -172,12 +178,6 @@ def graph_of(module: nn.Module, run: Run, batch: int) -> Graph:
     )
     if not any(isinstance(leaf, Ref) and values[leaf.value].batched for leaf in leaves(run.references)):
         raise TraceError("the model's output is not computed from its input by torch calls; " + BY_HAND)
-    for value in values:
-        if value.batched and value.dtype.is_complex and value.producer >= 0:
-            raise TraceError(
-                f"{operations[value.producer].name} makes a complex tensor, which has no cotangent in a plan; leave "
-                "out plan and options (hzo.backward takes it), or wrap the part in hzo.blackbox"
-            )
     # Two runs of the batch with other samples, one more of what a rule measures, and one for the price.
     stages = _named_stages(run) if stages_of(module) is not None else _cut(graph)
     counting.add(check_evaluations=len(stages) * 5 * batch)
