@@ -157,7 +157,9 @@ PADDINGS = [
 
 @pytest.mark.parametrize(("name", "function", "shapes"), CASES)
 def test_gradient(name, function, shapes):
-    check(function, leaves_of(*shapes), calls=[name])
+    # "lift" hands its operand on, and autograd gives that object a second history: of one that nobody holds any more
+    # the tape loses the first, and says so. PyTorch calls it for new constants alone.
+    check(function, leaves_of(*shapes), calls=[name], dropped=not name.startswith("aten.lift"))
 
 
 @pytest.mark.parametrize(("name", "function", "shapes"), CASES)
