@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 import hzo
 from hzo.errors import InputError, NonFiniteError
 from hzo.execution.counting import count_queries
-from hzo.losses.known import find_known, loss_of
+from hzo.losses.known import find_known, fitting_loss
 
 REDUCTIONS = ["mean", "sum", "none"]
 
@@ -276,7 +276,7 @@ def test_writing_into_the_output_is_harmless():
 )
 def test_input_errors(loss_fn, output, target, message):
     with pytest.raises(InputError, match=message):
-        loss_of(loss_fn, output, target)
+        fitting_loss(loss_fn, output, target)
 
 
 @pytest.mark.parametrize(

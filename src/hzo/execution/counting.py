@@ -8,7 +8,7 @@ a parameter gradient are counted apart.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ class QueryCount:
         queries: evaluations of a segment on one sample at a perturbed state.
         stage_evaluations: stages run in those queries, on one sample each; a part of a stage counts as one.
         adjoints: applications of a measured or closed-form adjoint to the cotangents of a batch.
-        parameter_rules: local products of an activation and a cotangent (closed-form parameter gradients).
+        parameter_rules: gradients of parameters, and of what is derived from them, by the rule of an operation.
         loss_evaluations: evaluations of the loss on one sample beyond the one that the caller is given; with a plan,
             what measures the loss's own weights is among them.
         base_evaluations: stages run on one sample without a perturbation (base passes, recomputation).
@@ -99,25 +99,29 @@ def open_count(count: QueryCount) -> Iterator[QueryCount]:
 @contextmanager
 def as_checks() -> Iterator[None]:
     """Inside, whatever is run counts as ``check_evaluations`` and as nothing else."""
-    inside = QueryCount()
-    token = _open.set((inside,))
-    try:
+    with _apart(
+        lambda run: add(check_evaluations=run.stage_evaluations + run.base_evaluations + run.check_evaluations)
+    ):
         yield
-    finally:
-        _open.reset(token)
-        add(check_evaluations=inside.stage_evaluations + inside.base_evaluations + inside.check_evaluations)
 
 
 @contextmanager
 def as_loss() -> Iterator[None]:
     """Inside, whatever is run counts as ``loss_evaluations``: a plan ends where the loss begins."""
+    with _apart(lambda run: add(loss_evaluations=run.queries + run.loss_evaluations)):
+        yield
+
+
+@contextmanager
+def _apart(count: Callable[[QueryCount], None]) -> Iterator[None]:
+    """What runs inside is counted by itself; ``count`` adds it up as something else, also where it failed."""
     inside = QueryCount()
     token = _open.set((inside,))
     try:
         yield
     finally:
         _open.reset(token)
-        add(loss_evaluations=inside.queries + inside.loss_evaluations)
+        count(inside)
 
 
 def add(

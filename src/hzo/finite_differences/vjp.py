@@ -164,7 +164,8 @@ def tolerate_rounding() -> Iterator[None]:
 
 # So many elements of what the queries of a chunk returned are looked at.
 _LOOKED_AT = 2**16
-# Differences of two roundings: each is uniform within half a unit of the last place.
+# Two roundings, each uniform within half a unit of the last place, differ by 1/√6 of a unit. A unit is between a half
+# and the whole of ``eps`` times the number; half of it is taken.
 _SPREAD = 6**-0.5 / 2
 
 

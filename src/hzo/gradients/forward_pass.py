@@ -14,11 +14,11 @@ from torch.utils import _pytree as pytree
 from hzo.errors import NonFiniteError, PlanError
 from hzo.execution import Activations, counting, undone_on_error
 from hzo.finite_differences import accumulation_dtype
-from hzo.losses import loss_of
-from hzo.reverse import RecordedStep, as_data, sweep_end
+from hzo.losses import fitting_loss
+from hzo.reverse import RecordedStep, as_data, check_input, sweep_end
 from hzo.tape import Recorder, Tape
 from hzo.tape.operations import Ref
-from hzo.tracing import Chain, Graph, batch_size, call_arguments, tensors_in
+from hzo.tracing import Chain, Graph, batch_size, call_arguments
 from hzo.tracing.recorder import Run, recorded
 
 
@@ -48,19 +48,20 @@ class BasePass:
 
 
 class _Release:
-    """Releases, while a model is recorded, of what its plan reads no more, as long as it does what was traced."""
+    """Frees, while a model is recorded, the activations that its plan reads no more, as long as the model does what it
+    did when it was traced."""
 
     def __init__(self, graph: Graph, recorder: Recorder, batch: int, steps: Sequence[Iterable[int]]) -> None:
         self.graph, self.recorder, self.steps = graph, recorder, steps
         self.activations = Activations(batch, recorder.tape)
         self.done = 0
 
-    def behind(self) -> None:
-        """Calls that ran have their results; the last one's are in use until the next begins."""
+    def after_calls(self) -> None:
+        """Free what the schedule says behind every operation that has run since."""
         operations = self.recorder.tape.operations
         while self.done < min(len(operations), len(self.steps)):
             if operations[self.done].writes != self.graph.operations[self.done].results:
-                self.recorder.behind = None
+                self.recorder.after_calls = None
                 return
             gone = self.steps[self.done]
             self.done += 1  # first: to release calls PyTorch, which calls this
@@ -74,18 +75,23 @@ def _running(chain: Chain, x: Any, steps: Sequence[Iterable[int]] = ()) -> Itera
     graph = chain.traced
     args, kwargs = call_arguments(x)
     batch = batch_size(args, kwargs)
-    for tensor in tensors_in((args, kwargs)):
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise NonFiniteError("the input x holds NaN or infinity; clean the data before training on it")
+    check_input(x)
     altered = None if graph.noise is None else _noise(graph)
 
-    def behind(recorder: Recorder) -> Callable[[], None]:
-        return _Release(graph, recorder, batch, steps).behind
+    def after_calls(recorder: Recorder) -> Callable[[], None]:
+        return _Release(graph, recorder, batch, steps).after_calls
 
-    with recorded(chain.model, args, kwargs, opaque=graph.opaque_stages, altered=altered, behind=behind) as run:
-        if run.recorder.behind is not None:
-            run.recorder.behind()
-            run.recorder.behind = None
+    with recorded(
+        chain.model,
+        args,
+        kwargs,
+        opaque=graph.opaque_stages,
+        altered=altered,
+        after_calls=after_calls if steps else None,
+    ) as run:
+        if run.recorder.after_calls is not None:
+            run.recorder.after_calls()
+            run.recorder.after_calls = None
         check_same(graph, run.tape, run.end, batch)
         yield run, batch
 
@@ -144,7 +150,7 @@ def loss_pass(
     graph = chain.traced
     y = pytree.tree_map_only(Tensor, as_data, y)
     with _running(chain, x, steps) as (run, batch):
-        loss = loss_of(loss_fn, run.output, y)
+        loss = fitting_loss(loss_fn, run.output, y)
     try:
         seeds, hooks = RecordedStep(run.recorder).seed(loss)
         _refuse_hooks(graph, run)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -83,7 +84,7 @@ def backward(
         See ``hzo.trace`` and ``hzo.plan`` for what they raise.
     """
     factor = factor_of(scale)
-    found_leaves, loss, _ = _leaves(model, loss_fn, x, y, plan, memory, (mesh, timeout), options, keep)
+    found_leaves, loss, _ = _leaves(_Task(model, loss_fn, x, y, plan, memory, options), mesh, timeout, keep)
     accumulate(one_by_one(found_leaves) if factor == 1 else [(leaf, g * factor) for leaf, g in found_leaves])
     return loss
 
@@ -102,7 +103,7 @@ def grad_and_value(
     **options: Any,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Like ``backward``, but returns ``({parameter name: gradient}, loss)`` and leaves ``.grad`` alone."""
-    leaves, loss, names = _leaves(model, loss_fn, x, y, plan, memory, (mesh, timeout), options)
+    leaves, loss, names = _leaves(_Task(model, loss_fn, x, y, plan, memory, options), mesh, timeout)
     if names is None or kind_of_wrapper(model):  # type: ignore[arg-type]
         return named(leaves, model, loss_fn), loss  # type: ignore[arg-type]
     found = {id(leaf): gradient for leaf, gradient in leaves}
@@ -130,7 +131,8 @@ def cotangents(
     """
     if plan is None:
         options = {"boundaries": "all", **options}
-    _, _, (graph, found), _ = _estimate(model, loss_fn, x, y, plan, memory, options, keep=True)
+    estimate = _estimate(_Task(model, loss_fn, x, y, plan, memory, options), keep=True)
+    graph, found = estimate.graph, estimate.cotangents
     result: list[Tensor | tuple[Tensor | None, ...] | None] = []
     for position in graph.boundaries:
         floating = [v for v in graph.live[position] if graph.values[v].floating]
@@ -143,50 +145,74 @@ def cotangents(
 Leaves = list[tuple[Tensor, Tensor]]
 
 
+@dataclass(frozen=True)
+class _Task:
+    """What a gradient is asked of: the arguments that ``backward`` and its like share."""
+
+    model: Chain | nn.Module
+    loss_fn: Callable[..., Any]
+    x: Any
+    y: Any
+    plan: Plan | None
+    memory: int | None
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Estimate:
+    """What a plan found.
+
+    Attributes:
+        gradients: of the model's parameters, by name. others: of inputs, and of parameters that the loss holds.
+        loss: the mean. graph: of the model. cotangents: by position and value.
+    """
+
+    gradients: Gradients
+    others: Leaves
+    loss: Tensor
+    graph: Graph
+    cotangents: Cotangents
+
+
 def _leaves(
-    model: Chain | nn.Module,
-    loss_fn: Callable[..., Any],
-    x: Any,
-    y: Any,
-    plan: Plan | None,
-    memory: int | None,
-    mesh: tuple[Any, float],
-    options: dict[str, Any],
-    keep: bool | None = False,
+    task: _Task, mesh: DeviceMesh | None, timeout: float, keep: bool | None = False
 ) -> tuple[Leaves, Tensor, dict[str, Tensor] | None]:
     """Leaves with their gradients, the loss, and with a plan parameters by their names in the chain."""
-    by_rules = _on_tape(model, plan, options)
+    by_rules = _on_tape(task)
     if keep and not by_rules:
         raise InputError("keep= is for gradients without a plan, whose queries measure no weights that could be kept")
-    with _processes(model, x, y, plan, mesh, options) as together:
+    with _processes(task, mesh, timeout) as together:
         if by_rules:
-            leaves, loss = gradients_of(model, loss_fn, x, y, together, keep)
+            leaves, loss = gradients_of(task.model, task.loss_fn, task.x, task.y, together, keep)
             return list(leaves), loss, None
-        gradients, loss, _, others = _estimate(model, loss_fn, x, y, plan, memory, options, together=together)
-        names = {name: parameter for name, (parameter, _) in gradients.items()}
-        if isinstance(loss_fn, nn.Module):
-            held = {id(leaf) for leaf, _ in others}
-            names |= {f"loss_fn.{name}": p for name, p in loss_fn.named_parameters() if id(p) in held}
-        return [*gradients.values(), *others], loss, names
+        found = _estimate(task, together=together)
+        names = {name: parameter for name, (parameter, _) in found.gradients.items()}
+        if isinstance(task.loss_fn, nn.Module):
+            held = {id(leaf) for leaf, _ in found.others}
+            names |= {f"loss_fn.{name}": p for name, p in task.loss_fn.named_parameters() if id(p) in held}
+        return [*found.gradients.values(), *found.others], found.loss, names
 
 
 @contextmanager
 def _processes(
-    model: Any, x: Any, y: Any, plan: Plan | None, mesh: tuple[Any, float], options: dict[str, Any]
+    task: _Task, mesh: DeviceMesh | None, timeout: float
 ) -> Iterator[Callable[[Any, Tensor], tuple[Any, Tensor]]]:
     """What processes make of their gradients and losses: as a wrapper of the model would, or as a mesh says."""
-    if mesh[0] is None:
+    model, plan = task.model, task.plan
+    if mesh is None:
         yield lambda gradients, loss: (averaged(model, gradients), loss)
         return
     module = model.model if isinstance(model, Chain) else model
     decided = "" if plan is None else repr((plan.fingerprint, plan.hops, plan.scheme, plan.step, plan.mu, plan.spacing))
-    with shared(mesh[0], module, x, y, f"{decided} {sorted(options.items())}", mesh[1]) as (here, weight):
+    same = f"{decided} {sorted(task.options.items())}"
+    with shared(mesh, module, task.x, task.y, same, timeout) as (here, weight):
         yield lambda gradients, loss: here.finish(module, gradients, loss, weight)
 
 
-def _on_tape(model: Chain | nn.Module, plan: Plan | None, options: dict[str, Any]) -> bool:
+def _on_tape(task: _Task) -> bool:
     """Whether a gradient is taken by rules from a recording: no chain, no plan, nothing declared or opaque."""
-    if plan is not None or not isinstance(model, nn.Module):
+    model, options = task.model, task.options
+    if task.plan is not None or not isinstance(model, nn.Module):
         return False
     if any(options.get(name, default) != default for name, default in _DEFAULTS.items()) or options.keys() - _DEFAULTS:
         return False
@@ -198,22 +224,14 @@ _DEFAULTS = {"tree": "planned", "assume": "structure"}
 
 @torch.no_grad()
 def _estimate(
-    model: Chain | nn.Module,
-    loss_fn: Callable[..., Any],
-    x: Any,
-    y: Any,
-    plan: Plan | None,
-    memory: int | None,
-    options: dict[str, Any],
-    keep: bool = False,
-    together: Callable[[Any, Tensor], tuple[Any, Tensor]] | None = None,
-) -> tuple[Gradients, Tensor, tuple[Graph, Cotangents], Leaves]:
-    """Gradients of the model's parameters by name, the loss, all cotangents, and gradients of other leaves: inputs, and
-    parameters that the loss holds."""
+    task: _Task, keep: bool = False, together: Callable[[Any, Tensor], tuple[Any, Tensor]] | None = None
+) -> _Estimate:
+    """Gradients by a plan; ``keep`` keeps the cotangents of all boundaries, and leaves hooks alone."""
+    model, loss_fn, x, y, plan = task.model, task.loss_fn, task.x, task.y, task.plan
     function("loss_fn", loss_fn)
     refuse_wrappers(model.model if isinstance(model, Chain) else model)
     model = unwrapped(model)
-    chain, found = prepare(model, x, plan, options)
+    chain, found = prepare(model, x, plan, task.options)
     graph = chain.traced
     with undone_on_error([chain.model, *graph.opaque_modules]):
         steps = schedule(graph, found)
@@ -224,7 +242,7 @@ def _estimate(
             # an error, but for one sample alone: PyTorch copies and broadcasts less for it.
             if plan is not None and batch_size(*call_arguments(x)) > 1:
                 raise
-            chain, found = prepare(model, x, None, options if plan is None else made_with(plan), anew=True)
+            chain, found = prepare(model, x, None, task.options if plan is None else made_with(plan), anew=True)
             graph = chain.traced
             steps = schedule(graph, found)
             base = loss_pass(chain, x, loss_fn, y, steps.base_pass)
@@ -232,7 +250,7 @@ def _estimate(
         seed = int(torch.randint(2**62, ())) if found.random else 0
         with contained(graph.opaque_modules):
             swept = sweep(
-                graph, found, steps, base.activations, base.at_end, memory=memory, seed=seed, keep=keep,
+                graph, found, steps, base.activations, base.at_end, memory=task.memory, seed=seed, keep=keep,
                 direct=base.direct,
             )  # fmt: skip
         of_input = swept.cotangents.get(0, {})
@@ -247,7 +265,7 @@ def _estimate(
             gradients = {name: (p, by_id[id(p)]) for name, (p, _) in gradients.items()}
             gradients |= _elsewhere(chain.model, gradients, by_id)
             others = [(t, by_id[id(t)]) for t, _ in others]
-    return gradients, loss, (graph, swept.cotangents), others
+    return _Estimate(gradients, others, loss, graph, swept.cotangents)
 
 
 def _after_hooks(leaf: Tensor, gradient: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ def parameter_gradients(local: Local, cotangents: Mapping[int, Tensor]) -> Gradi
     Args:
         cotangents: of the values that operations write, in the accumulation dtype.
 
-    Cost: a ``parameter_rule`` for each closed form; 2 n B queries of one operation for n perturbed elements.
+    Cost: a ``parameter_rule`` for each rule that is applied; 2 n B queries of one operation for n perturbed elements.
     """
     gradients: Gradients = {}
     derived: dict[int, Tensor] = {}

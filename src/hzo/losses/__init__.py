@@ -2,7 +2,7 @@
 
 from hzo.losses.checks import check_finite, check_loss
 from hzo.losses.evaluation import cast, evaluate
-from hzo.losses.known import checked, find_known, loss_of
+from hzo.losses.known import checked, find_known, fitting_loss
 from hzo.losses.smoothed import Smoothing, smoothed_loss
 
 __all__ = [
@@ -13,6 +13,6 @@ __all__ = [
     "checked",
     "evaluate",
     "find_known",
-    "loss_of",
+    "fitting_loss",
     "smoothed_loss",
 ]

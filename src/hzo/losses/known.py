@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hzo.errors import InputError
 from hzo.losses.checks import check_batch, check_target
+from hzo.reverse import loss_of
 from hzo.tracing import untouched
 
 
@@ -92,7 +93,7 @@ def checked(form: KnownLoss, options: dict[str, Any], z: Any, t: Any) -> tuple[T
     return z, t
 
 
-def loss_of(loss_fn: Callable[..., Any], output: Any, target: Any) -> Tensor:
+def fitting_loss(loss_fn: Callable[..., Any], output: Any, target: Any) -> Tensor:
     """Call a loss, where targets of torch's own losses must fit exactly.
 
     Raises:
@@ -101,10 +102,4 @@ def loss_of(loss_fn: Callable[..., Any], output: Any, target: Any) -> Tensor:
     known = find_known(loss_fn)
     if known is not None:
         checked(*known, output, target)
-    loss = loss_fn(output) if target is None else loss_fn(output, target)
-    if not isinstance(loss, Tensor):
-        raise InputError(
-            f"expected loss_fn to return a tensor (one number, or one a sample), got {type(loss).__name__}; a "
-            "score without a derivative goes through hzo.smoothed"
-        )
-    return loss
+    return loss_of(loss_fn, output, target)

@@ -1,6 +1,6 @@
 """From the loss at the end of a tape back to the gradients of its leaves."""
 
-from hzo.reverse.backward import as_data, gradients_of, named
+from hzo.reverse.backward import as_data, check_input, gradients_of, loss_of, named
 from hzo.reverse.pullback import Pullback, recorded_call
 from hzo.reverse.step import Gradients, RecordedStep, accumulate, hooked, one_by_one, record
 from hzo.reverse.walk import again, carry_back, measurements_of, sweep, sweep_end
@@ -13,8 +13,10 @@ __all__ = [
     "again",
     "as_data",
     "carry_back",
+    "check_input",
     "gradients_of",
     "hooked",
+    "loss_of",
     "measurements_of",
     "named",
     "one_by_one",

@@ -31,14 +31,23 @@ def recorded_loss(
     args, kwargs = call_arguments(x)
     modules = [m for m in (model, loss_fn) if isinstance(m, nn.Module)]
     with record(*modules, keep=keep) as step:
-        output = _output(model, x, args, kwargs)
-        loss = loss_fn(output) if y is None else loss_fn(output, y)
-        if not isinstance(loss, Tensor):
-            raise InputError(
-                f"expected loss_fn to return a tensor (one number, or one a sample), got {type(loss).__name__}; a "
-                "score without a derivative goes through hzo.smoothed"
-            )
+        loss = loss_of(loss_fn, _output(model, x, args, kwargs), y)
     return step, loss
+
+
+def loss_of(loss_fn: Callable[..., Any], output: Any, y: Any) -> Tensor:
+    """Call a loss: ``loss_fn(output, y)``, or ``loss_fn(output)`` where there is no target.
+
+    Raises:
+        InputError: it returned no tensor.
+    """
+    loss = loss_fn(output) if y is None else loss_fn(output, y)
+    if not isinstance(loss, Tensor):
+        raise InputError(
+            f"expected loss_fn to return a tensor (one number, or one a sample), got {type(loss).__name__}; a "
+            "score without a derivative goes through hzo.smoothed"
+        )
+    return loss
 
 
 def check_step(model: Any, loss_fn: Any, x: Any) -> None:
@@ -61,6 +70,15 @@ def check_step(model: Any, loss_fn: Any, x: Any) -> None:
                 f"the parameter {name} was made under torch.inference_mode(), where PyTorch keeps no track of it; "
                 "make the model outside of it"
             )
+    check_input(x)
+
+
+def check_input(x: Any) -> None:
+    """Whether an input holds numbers that a step can be taken from.
+
+    Raises:
+        InputError: tensors without numbers, or nested ones. NonFiniteError: NaN or infinity.
+    """
     for tensor in pytree.tree_leaves(x):
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             continue

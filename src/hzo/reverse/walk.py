@@ -106,10 +106,14 @@ def measurements_of(tape: Tape, op: Operation, wanted: frozenset[int]) -> list[t
 
 
 class _OnMeta(list[Tensor | None]):
-    """Contents of a tape as shapes and dtypes."""
+    """Contents of a tape as shapes and dtypes, made when they are read: a rule reads a few of many."""
+
+    def __init__(self, held: list[Tensor | None]) -> None:
+        super().__init__()
+        self.held = held
 
     def __getitem__(self, index: Any) -> Any:
-        tensor = super().__getitem__(index)
+        tensor = self.held[index]
         return tensor.detach().to("meta") if isinstance(tensor, Tensor) else tensor
 
 

@@ -166,7 +166,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.opaque: Callable[[nn.Module], str | None] | None = None  # the name of a module that is one operation
         self.taint: dict[int, Tensor] | None = None  # storages of what depends on the tensors followed, kept alive
         self.altered: Callable[[int, Tensor], Tensor] | None = None  # what an operation hands on in place of a result
-        self.behind: Callable[[], None] | None = None  # called when operations were appended
+        self.after_calls: Callable[[], None] | None = None  # called when operations were appended
 
     def follow(self, tensors: Iterable[Tensor]) -> None:
         """Mark as tainted, from here on, whatever is computed from these tensors."""
@@ -298,8 +298,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         writes: tuple[int | None, ...] = (),
     ) -> Operation:
         """Append an operation."""
-        if self.behind is not None:
-            self.behind()
+        if self.after_calls is not None:
+            self.after_calls()
         self._values_before = len(self.tape.values)
         operation = Operation(len(self.tape.operations), target, args, kwargs, writes)
         self.tape.operations.append(operation)
@@ -315,8 +315,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self.paused:
             self._touch(args)
             return func(*args, **kwargs)
-        if self.behind is not None:
-            self.behind()
+        if self.after_calls is not None:
+            self.after_calls()
         if self.taint is None:
             return self._dispatch(func, about, args, kwargs)
         tainted = any(storage_of(t) in self.taint for t in (*_tensors(args), *_tensors(tuple(kwargs.values()))))

@@ -42,8 +42,7 @@ class State:
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
         """Inside, everything is as it was when the operation ran; outside, nothing has moved."""
-        now = {device: torch.get_rng_state() if device == "cpu" else torch.cuda.get_rng_state(device)
-               for device in self.random}  # fmt: skip
+        now = random_state(torch.device(device) for device in self.random)
         current = [(buffer, buffer.clone()) for buffer, _ in self.buffers]
         try:
             set_random_state(self.random)

@@ -36,7 +36,7 @@ from hzo_lab.training.ranks import ranks
 
 EVALUATION_BATCH = 500
 
-loss_fn = F.cross_entropy  # the function itself: its cotangent is known in closed form
+loss_fn = F.cross_entropy  # the function itself: plans check that targets fit it
 
 
 class Run:

@@ -53,7 +53,7 @@ def recorded(
     follow: bool = False,
     opaque: frozenset[int] = frozenset(),
     altered: Callable[[Recorder, int, Tensor], Tensor] | None = None,
-    behind: Callable[[Recorder], Callable[[], None]] | None = None,
+    after_calls: Callable[[Recorder], Callable[[], None]] | None = None,
 ) -> Iterator[Run]:
     """Run a model under a recorder that stays active inside the ``with`` block, for a loss.
 
@@ -62,7 +62,8 @@ def recorded(
 
     Args:
         follow: mark what depends on the inputs, for a trace. opaque: stages, by identity, to run out of sight.
-        altered: what an operation hands on in place of its result. behind: makes what is called after operations.
+        altered: what an operation hands on in place of its result.
+        after_calls: makes, for the recorder, what is called when operations have run.
     """
     recorder = Recorder(keep=True)
     recorder.undo.remember_modules(module.modules())
@@ -70,8 +71,8 @@ def recorded(
     recorder.opaque = lambda inner: _opaque_name(inner, names, opaque)
     if altered is not None:
         recorder.altered = lambda index, tensor: altered(recorder, index, tensor)
-    if behind is not None:
-        recorder.behind = behind(recorder)
+    if after_calls is not None:
+        recorder.after_calls = after_calls(recorder)
     given = tuple(tensors_in((args, kwargs)))
     copies = [_unattached(t) for t in given]
     fresh = iter(copies)
