@@ -42,6 +42,7 @@ import photonic
 import quantum
 import spice
 from common import RESULTS, cosine, table
+from hzo_lab.records import commit
 
 OUT = RESULTS.parent / "blackbox" / "simulators.json"
 SEEDS, BATCHES = range(3), 4
@@ -424,11 +425,12 @@ def ngspice_version() -> str:
 def main() -> None:
     asked = [a for a in sys.argv[1:] if not a.startswith("-")] or [*PARTS, "pole"]
     quick = "--quick" in sys.argv
+    commit()  # of the code that runs, which may have changed in the checkout by the time a row is written
     seeds = list(SEEDS)[:1] if quick else list(SEEDS)
     for name in asked:
         rows = []
         for row in policy_rows(seeds, quick) if name == "pole" else rows_of(name, PARTS[name], seeds, quick):
-            rows.append(row)
+            rows.append(row | {"commit": commit()})
             print(row, flush=True)
             if not quick:
                 keep(name, rows, seeds)
