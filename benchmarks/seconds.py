@@ -2,7 +2,7 @@
 
     python benchmarks/seconds.py                         # prints a table, writes results/benchmarks/seconds.json
 
-``hzo.calibrate`` times the parts of a gradient on one batch: the base pass, the estimate of every hop, every
+``hzo.calibrate`` times the parts of a gradient on one batch: the base pass, the estimate of every edge, every
 parameter rule, every operation in chunks of queries. A plan's time is their sum. For each network the default plan is
 predicted, then run; the MLP also by plans that calibration has never run (bisect, flat, repeats for a target).
 """

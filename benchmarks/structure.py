@@ -194,7 +194,7 @@ def coordinate_wise(problem: Problem, device: torch.device, step_seconds: float,
 
 
 def layer_wise(problem: Problem, device: torch.device, step_seconds: float, share_batch: int) -> dict[str, Any]:
-    """Forward differences over every activation, one hop to the next boundary that a parameter needs.
+    """Forward differences over every activation, one edge to the next boundary that a parameter needs.
 
     Norms over the batch keep samples apart here (evaluation mode), without which there are no such differences. The
     share: the gradient of the last layers alone, on a few samples.

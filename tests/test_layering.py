@@ -14,6 +14,7 @@ FILES = sorted(path for name in ("hzo", "hzo_lab") for path in (SOURCE / name).r
 PACKAGES = (
     "hzo.errors",
     "hzo._options",
+    "hzo._seeds",
     "hzo.distributed",
     "hzo._files",
     "hzo._version",

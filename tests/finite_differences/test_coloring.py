@@ -216,7 +216,7 @@ def colored(plan):
 
 
 def with_coloring(plan, node, coloring):
-    changed = replace(node, probe=replace(node.probe, coloring=coloring))
+    changed = replace(node, estimator=replace(node.probe, coloring=coloring))
     return replace(plan, nodes=tuple(changed if n is node else n for n in plan.nodes))
 
 

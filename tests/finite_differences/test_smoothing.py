@@ -57,7 +57,7 @@ def test_a_declared_step_goes_before_that_of_the_plan():
     x, y = 0.3 * normal(8, 5), normal(8, 3)
     chain = hzo.trace(model, x)
     plan = hzo.plan(chain, step=1e-4)
-    assert {node.distance for node in plan.nodes} == {QUANTUM / 2, None}
+    assert {node.declared_step for node in plan.nodes} == {QUANTUM / 2, None}
     with_step, _ = hzo.grad_and_value(chain, F.mse_loss, x, y, plan=plan)
     without, _ = hzo.grad_and_value(chain, F.mse_loss, x, y, plan=hzo.plan(chain))
     assert worst(relative_errors(with_step, without)) <= 1e-9
@@ -74,7 +74,7 @@ def test_the_widest_step_of_all_that_read_a_value():
             return self.fine(x) + self.coarse(x)
 
     chain = hzo.trace(nn.Sequential(nn.Linear(5, 6), Two()), torch.randn(8, 5))
-    assert {node.distance for node in hzo.plan(chain, assume="locality").nodes} == {QUANTUM}
+    assert {node.declared_step for node in hzo.plan(chain, assume="locality").nodes} == {QUANTUM}
 
 
 @pytest.mark.parametrize("step", [0, -1.0, float("nan"), float("inf"), "half"])
@@ -213,12 +213,12 @@ class TestInputsThatRequireAGradient:
             data = hzo.plan(hzo.trace(model, x.detach()), tree=tree, assume="nothing")
             assert plan.queries == data.queries + 2 * 4 * 6
 
-    @pytest.mark.parametrize(("tree", "hops"), [("stagewise", 5), ("bisect", 5), ("flat", 1), ("planned", 1)])
-    def test_a_tree_goes_over_all_boundaries_where_nothing_is_trained(self, tree, hops):
+    @pytest.mark.parametrize(("tree", "edges"), [("stagewise", 5), ("bisect", 5), ("flat", 1), ("planned", 1)])
+    def test_a_tree_goes_over_all_boundaries_where_nothing_is_trained(self, tree, edges):
         model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(5))).requires_grad_(False)
         chain = hzo.trace(model, torch.randn(6, 4, requires_grad=True))
         plan = hzo.plan(chain, tree=tree, assume="nothing")
-        assert len(plan.hops) == hops
+        assert len(plan.edges) == edges
         assert {node.target for node in plan.nodes} >= {0}
 
     def test_one_that_hangs_on_another_graph_is_data(self):

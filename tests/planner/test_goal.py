@@ -106,7 +106,7 @@ def test_seconds_are_a_budget_too():
 def test_steps_balance_noise_and_curvature():
     """Without noise small steps, with more noise larger ones; h⁶ = D σ² / (4 c) for one node, to a factor of two."""
     chain, _, _ = chain_of(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()), orthogonal(), dtype=torch.float64)
-    steps = [hzo.plan(chain, "flat", noise=level, **OPTIONS).nodes[0].step for level in (1e-9, 1e-6, 1e-3)]
+    steps = [hzo.plan(chain, "flat", noise=level, **OPTIONS).nodes[0].relative_step for level in (1e-9, 1e-6, 1e-3)]
     assert steps[0] < steps[1] < steps[2]
     for level, step in zip((1e-9, 1e-6, 1e-3), steps, strict=True):
         best = (WIDTH * level**2 / (4 / 36)) ** (1 / 6)

@@ -31,7 +31,7 @@ def test_every_edge_is_an_arc_inside_the_picture(options):
     picture = page.find("svg")
     _, _, width, height = map(float, picture.get("viewBox").split())
     arcs = picture.findall("path")
-    assert len(arcs) == len(plan.hops)
+    assert len(arcs) == len(plan.edges)
     for arc in arcs:
         _, left, base, _, _, rise, _, _, _, right, _ = arc.get("d").split()
         assert 0 <= float(left) < float(right) <= width

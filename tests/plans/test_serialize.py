@@ -65,7 +65,7 @@ def test_another_batch_size_gets_the_same_decisions(tmp_path):
     hzo.save_plan(hzo.plan(small(3), noise=1e-3, target_cosine=0.99), tmp_path / "plan.json")
     loaded = hzo.load_plan(small(9), tmp_path / "plan.json")
     assert loaded.batch == 9
-    assert loaded.hops == hzo.plan(small(3), noise=1e-3, target_cosine=0.99).hops
+    assert loaded.edges == hzo.plan(small(3), noise=1e-3, target_cosine=0.99).edges
     assert loaded.activation_bytes == 3 * hzo.plan(small(3), noise=1e-3, target_cosine=0.99).activation_bytes
 
 
@@ -73,7 +73,7 @@ def test_the_file_is_small_and_has_totals_for_the_reader(tmp_path):
     plan = hzo.plan(small(), tree="bisect", assume="nothing", noise=1e-3)
     hzo.save_plan(plan, tmp_path / "plan.json")
     text = (tmp_path / "plan.json").read_text()
-    assert len(text.splitlines()) == 19 + len(plan.hops)
+    assert len(text.splitlines()) == 19 + len(plan.edges)
     assert '"where": "boundary 7"' in text
     summary = json.loads(text)["summary"]
     assert summary["queries"] == plan.queries
@@ -92,13 +92,13 @@ def changed(**fields):
     return lambda values: values.update(fields)
 
 
-def hop(index, **fields):
-    return lambda values: values["hops"][index].update(fields)
+def edge(index, **fields):
+    return lambda values: values["edges"][index].update(fields)
 
 
 def first(name, value):
     def change(values):
-        errors = values["hops"][0]["errors"]
+        errors = values["edges"][0]["errors"]
         errors[next(iter(errors)) if name is None else name] = value
 
     return change
@@ -125,19 +125,19 @@ TAMPERED = {
     "noise below zero": (changed(noise={"readout": -1, "process": 0}), "standard deviation"),
     "noise as text": (changed(noise={"readout": "1", "process": 0}), "numbers"),
     "noise of other stages": (changed(noise={"readout": [0.1], "process": 0}), "9 stages"),
-    "hops": (changed(hops={}), "to be a list"),
-    "no hops": (changed(hops=[]), "no hop estimates boundary"),
-    "hop": (changed(hops=[3]), r"hops\[0\] to be a JSON object"),
-    "repeats": (hop(1, repeats=-2), r"hops\[1\], repeats: expected a whole number from 1 on, got -2"),
-    "half repeats": (hop(1, repeats=1.5), "whole number"),
-    "true repeats": (hop(1, repeats=True), "whole number"),
-    "backwards": (hop(0, source=1), "target < source"),
-    "beyond the end": (hop(0, source=99), "target < source ≤ 14"),
-    "unknown source": (hop(0, source=8, target=5), "no hop before it"),
-    "twice": (hop(1, target=11, source=14), "same target"),
-    "hop step": (hop(0, step=0), "step"),
-    "hop field": (hop(0, colour="red"), "unknown field 'colour'"),
-    "hop without errors": (lambda values: values["hops"][0].pop("errors"), "'errors' is missing"),
+    "edges": (changed(edges={}), "to be a list"),
+    "no edges": (changed(edges=[]), "no edge estimates boundary"),
+    "edge": (changed(edges=[3]), r"edges\[0\] to be a JSON object"),
+    "repeats": (edge(1, repeats=-2), r"edges\[1\], repeats: expected a whole number from 1 on, got -2"),
+    "half repeats": (edge(1, repeats=1.5), "whole number"),
+    "true repeats": (edge(1, repeats=True), "whole number"),
+    "backwards": (edge(0, source=1), "target < source"),
+    "beyond the end": (edge(0, source=99), "target < source ≤ 14"),
+    "unknown source": (edge(0, source=8, target=5), "no edge before it"),
+    "twice": (edge(1, target=11, source=14), "same target"),
+    "edge step": (edge(0, relative_step=0), "relative_step"),
+    "edge field": (edge(0, colour="red"), "unknown field 'colour'"),
+    "edge without errors": (lambda values: values["edges"][0].pop("errors"), "'errors' is missing"),
     "errors of others": (first("77", 0.1), "errors are not those"),
     "error below zero": (first(None, -0.1), "from 0 on"),
     "error as text": (first(None, "small"), "from 0 on"),
@@ -202,7 +202,7 @@ def test_a_description_tells_what_is_expected():
     assert f"lowest cosine {plan.expected.cosine:.4f}" in text
     assert "all stored" in text
     for node in plan.nodes:
-        assert f"step {node.step:.3g}" in text
+        assert f"step {node.relative_step:.3g}" in text
         assert f"{node.repeats} repeat" in text
         assert f"cosine {plan.expected.cosine_of((node.target, node.value)):.4f}" in text
     assert plan == hzo.plan(small(), tree="bisect", assume="nothing", noise=1e-3, target_cosine=0.9999)

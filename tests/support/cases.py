@@ -91,7 +91,7 @@ def residual_mlp():
 
 @case()
 def deep_blocks():
-    """Stages whose parameters lie deep inside: several hops within a stage."""
+    """Stages whose parameters lie deep inside: several edges within a stage."""
     inner = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Sequential(nn.Linear(6, 4), nn.SiLU()))
     return nn.Sequential(inner, Residual(nn.Linear(4, 4), nn.Sigmoid(), nn.Linear(4, 4)), nn.Linear(4, 3)), normal(4)
 

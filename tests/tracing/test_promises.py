@@ -151,7 +151,7 @@ def test_declared_is_all_that_is_assumed():
     assert sum(probe.elements for probe in plan.perturbed) == 12
     hzo.declare(other, "affine")
     plan = hzo.plan(hzo.trace(model, torch.randn(2, 3, dtype=torch.float64)))
-    assert [node.probe.kind for node in plan.nodes] == ["adjoint"]
+    assert [str(node.estimator) for node in plan.nodes] == ["adjoint (affine)"]
 
 
 def test_declaring_anew_traces_anew():

@@ -17,7 +17,7 @@ from torch import Tensor
 from hzo.finite_differences.coloring import Coloring
 from hzo.finite_differences.sparsity import Pattern, dense, windows
 
-Kind = Literal["coordinate", "elementwise", "colored", "adjoint"]
+Kind = Literal["coordinate", "elementwise", "colored"]
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,10 @@ class Probe:
     ``elementwise``: all elements at once, an output element belongs to the input element of the same place.
     ``colored``: all elements of a color at once, an output element belongs to the one of them on which it may depend.
     With a spacing several may claim an output: random signs, and the mean of ``draws`` of them.
-    ``adjoint``: no perturbation; the structure of a single operation, given by ``promise``, carries the cotangent.
     """
 
     kind: Kind
     elements: int  # of one sample
-    promise: str = ""
     coloring: Coloring | None = None
     draws: int = 1
 
@@ -42,7 +40,7 @@ class Probe:
         """Perturbations that the probe needs, each of all samples."""
         if self.coloring is not None:
             return self.coloring.directions * self.draws
-        return {"coordinate": self.elements, "elementwise": 1}.get(self.kind, 0)
+        return 1 if self.kind == "elementwise" else self.elements
 
 
 class States:

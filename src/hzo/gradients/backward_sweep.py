@@ -7,9 +7,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from hzo._seeds import derive
 from hzo.declared import call_of, find_adjoint
 from hzo.execution import Activations, counting, read, run_again, run_slice
 from hzo.finite_differences import (
+    Probe,
     accumulation_dtype,
     directions_per_chunk,
     narrowest,
@@ -113,28 +115,34 @@ def estimate_node(state: Sweep, node: Node, at_source: dict[int, Tensor]) -> Ten
     if not outputs:
         return None
     base = None
-    if state.plan.scheme == "forward" and node.probe.kind != "adjoint":
+    if state.plan.scheme == "forward" and node.probe is not None:
         # Read once, as it is stored once: repeats of a query do not make this reading any better.
         stage, activations = graph.stage_of[node.source - 1], state.activations
         base = [values[v].rows(read(graph, activations.tensor(v), stage), activations.batch) for v in outputs]
-    total = _estimate(state, node, at_source, outputs, base)
+    cotangents = {v: at_source[v] for v in outputs}
+
+    def once(draw: int) -> Tensor:
+        if node.probe is None:
+            return _apply_rule(state, node, cotangents)
+        return _by_differences(state, node, node.probe, cotangents, base, draw)
+
+    total = once(0)
     for draw in range(1, node.repeats):
-        total = total + _estimate(state, node, at_source, outputs, base, draw)
+        total = total + once(draw)
     return total / node.repeats if node.repeats > 1 else total
 
 
-def _estimate(
-    state: Sweep,
-    node: Node,
-    at_source: dict[int, Tensor],
-    outputs: list[int],
-    base: list[Tensor] | None,
-    draw: int = 0,
+def _by_differences(
+    state: Sweep, node: Node, probe: Probe, at_source: dict[int, Tensor], base: list[Tensor] | None, draw: int
 ) -> Tensor:
+    """One measurement of a node: the cotangent of its value by finite differences of its operations.
+
+    Args:
+        at_source: cotangents of those of the node's outputs that have one. base: their unperturbed rows, for forward
+            differences. draw: which of the node's repeats this is; each has random numbers of its own.
+    """
     graph, activations, batch = state.graph, state.activations, state.activations.batch
-    if node.probe.kind == "adjoint":
-        return _apply_adjoint(state, node, {v: at_source[v] for v in outputs})
-    values = graph.values
+    values, outputs = graph.values, list(at_source)
     value = values[node.value]
     rows = value.rows(activations.tensor(node.value), batch)
     if state.plan.mu is not None:
@@ -145,7 +153,7 @@ def _estimate(
         results = run_slice(graph, node.operations, activations, moved, outputs, copies)
         return [values[v].copies_to_rows(t, batch) for v, t in zip(outputs, results, strict=True)]
 
-    probe = node.probe
+    draws = probe.draws
     if probe.coloring is not None:
         probe = replace(probe, coloring=probe.coloring.for_outputs([node.outputs.index(v) for v in outputs]), draws=1)
     cotangents = [values[v].rows(at_source[v], batch) for v in outputs]
@@ -154,9 +162,11 @@ def _estimate(
     precision = narrowest(
         [value.dtype, *(values[v].dtype for k in node.operations for v in graph.operations[k].writes)]
     )
-    step: float | Tensor | None = node.distance or state.plan.step or state.plan.mu
-    if node.distance is None and node.step is not None:
-        step = scaled_step(rows, node.step, where, precision)
+    step: float | Tensor | None = node.declared_step
+    if step is None and node.relative_step is not None:
+        step = scaled_step(rows, node.relative_step, where, precision)
+    elif step is None:
+        step = state.plan.step or state.plan.mu
 
     def estimate(signs: Tensor | None = None) -> Tensor:
         """In coordinates flipped by the signs, in which every element moves up."""
@@ -179,7 +189,7 @@ def _estimate(
     found = over_signs(
         estimate,
         rows,
-        draws=node.probe.draws,
+        draws=draws,
         seed=_seed(state, node, draw),
         where=graph.describe(node.target),
         coloring=str(probe.coloring),
@@ -188,7 +198,7 @@ def _estimate(
 
 
 def _seed(state: Sweep, node: Node, draw: int) -> int:
-    return hash((state.seed, node.value, node.target, node.source, draw)) % 2**63
+    return derive(state.seed, node.value, node.target, node.source, draw)
 
 
 def _smoothing(mu: float, rows: Tensor, seed: int) -> Tensor:
@@ -199,7 +209,7 @@ def _smoothing(mu: float, rows: Tensor, seed: int) -> Tensor:
     return (rows + mu * drawn).to(rows.dtype)
 
 
-def _apply_adjoint(state: Sweep, node: Node, cotangents: dict[int, Tensor]) -> Tensor:
+def _apply_rule(state: Sweep, node: Node, cotangents: dict[int, Tensor]) -> Tensor:
     """Carry a cotangent back through one operation by its rule, or by what was declared of it."""
     graph, activations = state.graph, state.activations
     op = graph.operations[node.operations[0]]

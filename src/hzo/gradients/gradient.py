@@ -203,8 +203,8 @@ def _processes(
         yield lambda gradients, loss: (averaged(model, gradients), loss)
         return
     module = model.model if isinstance(model, Chain) else model
-    decided = "" if plan is None else repr((plan.fingerprint, plan.hops, plan.scheme, plan.step, plan.mu, plan.spacing))
-    same = f"{decided} {sorted(task.options.items())}"
+    made = () if plan is None else (plan.fingerprint, plan.edges, plan.scheme, plan.step, plan.mu, plan.spacing)
+    same = f"{made} {sorted(task.options.items())}"
     with shared(mesh, module, task.x, task.y, same, timeout) as (here, weight):
         yield lambda gradients, loss: here.finish(module, gradients, loss, weight)
 

@@ -54,7 +54,7 @@ def prepare(
             )
         operations = chain.traced.operations
         for node in plan.nodes:
-            if node.probe.kind != "adjoint" and any(operations[k].coupled for k in node.operations):
+            if node.probe is not None and any(operations[k].coupled for k in node.operations):
                 raise PlanError(
                     "this plan was made in another mode (train or eval) and would perturb samples that now influence "
                     "each other; make one for this: chain = hzo.trace(model, x); plan = hzo.plan(chain)"

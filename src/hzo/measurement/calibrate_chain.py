@@ -1,6 +1,6 @@
 """``calibrate``: what the error model needs to know of a chain, measured by forward passes.
 
-One base pass; identical queries, whose scatter is the noise; and a sweep from hop to hop, in which every hop is
+One base pass; identical queries, whose scatter is the noise; and a sweep from edge to edge, in which every edge is
 estimated at several steps: one shows rounding, a ladder of large ones the curvature. All of it is timed.
 """
 
@@ -19,10 +19,10 @@ from hzo.execution import Activations, as_checks, contained
 from hzo.finite_differences import Scheme, accumulation_dtype, check_scheme, scale_of
 from hzo.gradients import at_the_end, base_pass, loss_pass, traced_for
 from hzo.measurement import noise_split as scatter
-from hzo.measurement.hops import Hops
+from hzo.measurement.edge_measurements import EdgeMeasurements
 from hzo.measurement.timing import timed
 from hzo.planner import Calibration, points_of, tree_edges, unitary
-from hzo.plans import Allowed, Hop, Plan, Wanted, plan_without_nodes, wanted_by, with_hops
+from hzo.plans import Allowed, Plan, PlannedEdge, Wanted, plan_without_nodes, wanted_by, with_edges
 from hzo.structure import Assume, check_assume
 from hzo.tracing import Chain, Graph
 
@@ -48,7 +48,7 @@ def calibrate(
         loss_fn, y: as for ``hzo.backward``; the gains are those of this loss's cotangents. None takes random ones.
         cotangent: of the output, in place of a loss; shaped like it, None for a part that has none.
         assume, scheme: of the plans to be made. Cost grows with what may not be assumed.
-        repeats: the most estimates of a hop whose mean is taken, where the chain is noisy.
+        repeats: the most estimates of an edge whose mean is taken, where the chain is noisy.
         seconds: measure times, too.
 
     Returns a frozen record for ``hzo.plan(calibration=...)``. Parameters, buffers, gradients and the random state are
@@ -77,27 +77,27 @@ def calibrate(
         total = scatter.of_stages(graph, activations)
         allowed = Allowed(assume, scheme)
         reference = _reference(graph, allowed)
-        hops = Hops(graph, activations, at_end, allowed, reference, total, repeats, seconds)
+        edges = EdgeMeasurements(graph, activations, at_end, allowed, reference, total, repeats, seconds)
         for target, source in hops_of(graph, wanted_by(graph, "all"), allowed):
-            hops.measure(target, source)
-        noise = None if total is None else scatter.split(graph, activations, total, hops.cotangents)
+            edges.measure(target, source)
+        noise = None if total is None else scatter.split(graph, activations, total, edges.cotangents)
         return Calibration(
             fingerprint=graph.fingerprint,
-            norms=hops.norms,
-            transport=hops.transport,
+            norms=edges.norms,
+            transport=edges.transport,
             scales={v.index: scale_of(activations.tensor(v.index)) for v in graph.values if v.batched and v.floating},
-            bends=hops.bends,
+            bends=edges.bends,
             noise=noise,
-            rounding=hops.rounding_of_stages() if total is None else unitary(graph, scheme).rounding,
-            parameters=hops.parameters,
-            seconds=hops.seconds(min(first, timed(lambda: _base(chain, x, loss_fn, y, cotangent))[0]))
+            rounding=edges.rounding_of_stages() if total is None else unitary(graph, scheme).rounding,
+            parameters=edges.parameters,
+            seconds=edges.seconds(min(first, timed(lambda: _base(chain, x, loss_fn, y, cotangent))[0]))
             if seconds
             else None,
         )
 
 
 def _reference(graph: Graph, allowed: Allowed) -> Plan:
-    """The plan whose hops are measured: what parameters need, along the cheapest path."""
+    """The plan whose edges are measured: what parameters need, along the cheapest path."""
     made = plan_without_nodes(
         graph,
         tree="planned",
@@ -109,7 +109,7 @@ def _reference(graph: Graph, allowed: Allowed) -> Plan:
         spacing=None,
     )
     edges = tree_edges(graph, "planned", wanted_by(graph, "needed"), allowed)
-    return with_hops(graph, made, [Hop(target, source) for target, source in edges])
+    return with_edges(graph, made, [PlannedEdge(target, source) for target, source in edges])
 
 
 def hops_of(graph: Graph, wanted: Wanted, allowed: Allowed) -> list[tuple[int, int]]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from hzo.declared import impulse_size
-from hzo.finite_differences import Scheme
+from hzo.finite_differences import Probe, Scheme
 from hzo.noise import Noise
 from hzo.planner.calibration import Calibration
 from hzo.plans import Node
@@ -34,7 +34,7 @@ class Targets:
 
     Attributes:
         position: of the boundary. size: squared norm of the cotangents. scale: root mean square of the activations.
-        bend, power: what curvature adds to a hop from there, at any source from ``reach`` on.
+        bend, power: what curvature adds to an edge from there, at any source from ``reach`` on.
     """
 
     position: Tensor
@@ -187,8 +187,8 @@ def spreads(graph: Graph, node: Node) -> tuple[float, float]:
     An impulse of height s shows a row of the Jacobian with twice the noise of a reading over s², and there are
     n of them.
     """
-    if node.probe.kind != "adjoint":
-        return float(node.probe.directions), 0.0
+    if isinstance(node.estimator, Probe):
+        return float(node.estimator.directions), 0.0
     height = impulse_size(graph.values[node.value].dtype)
     once = node.cost.measurements // max(node.repeats, 1)
     return 0.0, 2.0 * once / height**2
@@ -200,9 +200,12 @@ def node_error(model: ErrorModel, graph: Graph, node: Node, step: float | None) 
     target, source = model.targets(graph, [(node.target, (node.value,))]), torch.tensor([node.source])
     if not spread:
         return float(model.by_measured_adjoint(target, source, measured)) / node.repeats
-    if node.step is None and step is None:
+    if node.relative_step is not None:
+        h = target.scale * node.relative_step
+    elif step is not None:
+        h = torch.full_like(target.scale, step)
+    else:
         raise AssertionError("a node of a plan for a noise has a step")
-    h = target.scale * node.step if node.step is not None else torch.full_like(target.scale, step or 0.0)
     norms = model.calibration.norms
     read = sum(norms.get((node.source, v), 0.0) for v in node.outputs) / float(model.gain[node.source])
     lasting = model.lasting(target, source, spread, h, read or 1.0) + model.bends(target, h)[0, node.source]

@@ -17,7 +17,7 @@ from hzo.tracing import Graph
 
 @dataclass(frozen=True)
 class Bend:
-    """How the squared relative error of one hop grows with the step h: ``size · h**power`` (4 where smooth).
+    """How the squared relative error of one edge grows with the step h: ``size · h**power`` (4 where smooth).
 
     ``reach``: the source that it was measured from; a part of that way is taken to be linear.
     """
@@ -32,13 +32,13 @@ class Seconds:
     """Measured times.
 
     Attributes:
-        hops: of the estimate of a value at a target from the nearest source, for the batch, by target, source, value.
+        edges: of the estimate of a value at a target from the nearest source, for the batch, by target, source, value.
         operations: of every operation inside a query, for one sample.
         decoding: of one element of a result that a query returns: differences, products and sums.
         rules: of all parameter rules. fixed: of the base pass, the loss and what else does not depend on the plan.
     """
 
-    hops: dict[tuple[int, int, int], float]
+    edges: dict[tuple[int, int, int], float]
     operations: tuple[float, ...]
     decoding: float
     rules: float
@@ -55,7 +55,7 @@ class Calibration:
         transport: by position, how much more the error of an estimate has grown on its way from the output than the
             cotangent itself (squared).
         scales: root mean square of the activation, by value.
-        bends: by position and value, of the hop to there from the next position that was measured.
+        bends: by position and value, of the edge to there from the next position that was measured.
         noise: measured, for each stage. None: every query repeats.
         rounding: standard deviation of what rounding adds to the results of each stage.
         parameters: by name, how much larger the squared relative error of the parameter's gradient is than that of the

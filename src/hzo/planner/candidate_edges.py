@@ -88,7 +88,7 @@ def _spanned(
             if not possible(graph, node):
                 return
             yield (node_price(graph, node.cost), *spreads(graph, node))
-            plain = node.probe.kind == "coordinate" and len(node.operations) > 1
+            plain = node.probe is not None and node.probe.kind == "coordinate" and len(node.operations) > 1
             continue
         if coupled or not all(graph.values[v].finite for v in reached if v in graph.live[source]):
             return

@@ -17,7 +17,7 @@ from hzo.planner.joint_search import Balance, Repeats, affordable, balance, keep
 from hzo.planner.nested_trees import TREES
 from hzo.planner.seconds import seconds_of
 from hzo.planner.tree_search import single, tree_edges
-from hzo.plans import Allowed, Edge, Expected, Hop, Plan, Wanted
+from hzo.plans import Allowed, Edge, Expected, Plan, PlannedEdge, Wanted
 from hzo.tracing import Graph
 
 _IMPOSSIBLE = (
@@ -68,9 +68,9 @@ def check_aim(aim: Aim, calibration: Calibration | None, spacing: int | None) ->
 
 
 def decide(
-    graph: Graph, model: ErrorModel, choice: Balance, aim: Aim, with_hops: Callable[[list[Hop]], Plan]
-) -> list[Hop]:
-    """The hops that an aim asks for; without one those of the smallest error with one repeat each.
+    graph: Graph, model: ErrorModel, choice: Balance, aim: Aim, with_edges: Callable[[list[PlannedEdge]], Plan]
+) -> list[PlannedEdge]:
+    """The edges that an aim asks for; without one those of the smallest error with one repeat each.
 
     Raises:
         PlanError: the target cannot be reached, or the budget pays for no plan.
@@ -78,24 +78,24 @@ def decide(
     if not aim.given:
         return steadiest_steps(choice)
     if aim.target_cosine is not None:
-        hops = keeping(choice, path_error(aim.target_cosine))
-        if hops is None:
+        planned = keeping(choice, path_error(aim.target_cosine))
+        if planned is None:
             raise PlanError(_unreachable(choice, aim.target_cosine))
-        return hops
+        return planned
     (limit,) = aim.given.values()
 
-    def spent(hops: list[Hop]) -> float:
-        made, known = with_hops(hops), model.calibration.seconds
+    def spent(edges: list[PlannedEdge]) -> float:
+        made, known = with_edges(edges), model.calibration.seconds
         return made.forward_equivalents if aim.seconds is None or known is None else seconds_of(graph, made, known)
 
-    hops = affordable(choice, lambda hops: spent(hops) <= limit)
-    if hops is None:
+    planned = affordable(choice, lambda edges: spent(edges) <= limit)
+    if planned is None:
         cheapest = keeping(choice, inf, programme=False)
         if cheapest is None:
             raise PlanError(_IMPOSSIBLE)
         unit = "forward equivalents" if aim.seconds is None else "seconds"
         raise PlanError(f"the cheapest plan takes {spent(cheapest):.3g} {unit}, more than {limit:.3g}; give more")
-    return hops
+    return planned
 
 
 def choices(

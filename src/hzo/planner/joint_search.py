@@ -21,7 +21,7 @@ from hzo.planner.candidate_edges import CandidateEdges
 from hzo.planner.edge_table import EdgeTable, price_of
 from hzo.planner.nested_trees import optimum
 from hzo.planner.repeats import repeats_optimal, repeats_uniform
-from hzo.plans import Edge, Hop
+from hzo.plans import Edge, PlannedEdge
 from hzo.tracing import Graph
 
 Repeats = Literal["optimal", "uniform"]
@@ -96,15 +96,15 @@ def balance(
     return Balance(found, torch.stack(noise), torch.stack(lasting), steps, placed, free, repeats, highest)
 
 
-def steadiest_steps(choice: Balance) -> list[Hop]:
+def steadiest_steps(choice: Balance) -> list[PlannedEdge]:
     """A given tree, each node asked once, with the step of the smallest error."""
     best = (choice.noise + choice.lasting).argmin(0)
     points = choice.candidates.points
-    return [Hop(points[k], points[j], 1, choice.steps[int(best[k, j])]) for k, j in choice.trees[0]]
+    return [PlannedEdge(points[k], points[j], 1, choice.steps[int(best[k, j])]) for k, j in choice.trees[0]]
 
 
-def keeping(choice: Balance, error: float, programme: bool = True) -> list[Hop] | None:
-    """The cheapest hops whose errors stay below ``error`` along every path; None where no repeats can keep it.
+def keeping(choice: Balance, error: float, programme: bool = True) -> list[PlannedEdge] | None:
+    """The cheapest edges whose errors stay below ``error`` along every path; None where no repeats can keep it.
 
     Args:
         programme: look for whole repeats and tree together, too, and not only for the best repeats on some trees.
@@ -122,8 +122,8 @@ def keeping(choice: Balance, error: float, programme: bool = True) -> list[Hop] 
     return best[1]
 
 
-def _for_share(choice: Balance, error: float, share: float, programme: bool) -> tuple[float, list[Hop]] | None:
-    """Price and hops where each node steps as is best if it may take ``share`` of the error."""
+def _for_share(choice: Balance, error: float, share: float, programme: bool) -> tuple[float, list[PlannedEdge]] | None:
+    """Price and edges where each node steps as is best if it may take ``share`` of the error."""
     room = share - choice.lasting
     score = torch.where(room > 0, choice.noise / room.clamp(min=1e-300), inf)
     hopeless = (score == inf).all(0)
@@ -134,11 +134,11 @@ def _for_share(choice: Balance, error: float, share: float, programme: bool) -> 
         return None
     edges, repeats = result
     points = choice.candidates.points
-    hops = []
+    planned = []
     for (k, j), r in zip(edges, repeats, strict=True):
         fewest, at = (r, int(best[k, j])) if choice.repeats == "uniform" else _fewest(choice, k, j, r, int(best[k, j]))
-        hops.append(Hop(points[k], points[j], fewest, choice.steps[at]))
-    return price_of(table, edges, [hop.repeats for hop in hops]), hops
+        planned.append(PlannedEdge(points[k], points[j], fewest, choice.steps[at]))
+    return price_of(table, edges, [edge.repeats for edge in planned]), planned
 
 
 def _fewest(choice: Balance, k: int, j: int, repeats: int, at: int) -> tuple[int, int]:
@@ -171,8 +171,8 @@ def _edge_table(choice: Balance, best: Tensor) -> EdgeTable:
     )
 
 
-def affordable(choice: Balance, fits: Callable[[list[Hop]], bool]) -> list[Hop] | None:
-    """The hops of the smallest error that still fit a budget; None where not even one query each does."""
+def affordable(choice: Balance, fits: Callable[[list[PlannedEdge]], bool]) -> list[PlannedEdge] | None:
+    """The edges of the smallest error that still fit a budget; None where not even one query each does."""
     best = keeping(choice, _ANY, programme=False)
     if best is None or not fits(best):
         return None
@@ -187,8 +187,13 @@ _ANY = 1e6  # an error that every plan keeps
 
 
 def _lowest(
-    choice: Balance, fits: Callable[[list[Hop]], bool], best: list[Hop], low: float, high: float, programme: bool
-) -> tuple[list[Hop], float]:
+    choice: Balance,
+    fits: Callable[[list[PlannedEdge]], bool],
+    best: list[PlannedEdge],
+    low: float,
+    high: float,
+    programme: bool,
+) -> tuple[list[PlannedEdge], float]:
     """Halve, on a logarithmic scale, between an error that nobody can pay and one that ``best`` keeps."""
     while high / low > 1.03:
         middle = (low * high) ** 0.5

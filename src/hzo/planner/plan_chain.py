@@ -1,7 +1,7 @@
 """``plan``: which boundaries are estimated from which, by which probe, with what step, and how often.
 
 The boundaries that parameters need; a tree over them, fixed or the cheapest one; where a noise or a target is given,
-steps and repeats by the error model; and for every hop of the tree the tensors whose cotangents it must give.
+steps and repeats by the error model; and for every edge of the tree the tensors whose cotangents it must give.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from hzo.planner.tree_search import tree_edges
 from hzo.plans import (
     Allowed,
     Boundaries,
-    Hop,
     Plan,
+    PlannedEdge,
     Tree,
     check_boundaries,
     check_spacing,
     check_tree,
     plan_without_nodes,
     wanted_by,
-    with_hops,
+    with_edges,
     with_storage,
 )
 from hzo.structure import Assume, check_assume
@@ -134,11 +134,11 @@ def plan(
         draws=draws,
     )
 
-    def planned(hops: list[Hop]) -> Plan:
-        return with_hops(graph, made, hops)
+    def planned(decided: list[PlannedEdge]) -> Plan:
+        return with_edges(graph, made, decided)
 
     edges = tree_edges(graph, tree, wanted, allowed) if tree != "planned" or not aim.given else None
-    found = planned([Hop(target, source) for target, source in edges or ()])  # raises where samples are coupled
+    found = planned([PlannedEdge(target, source) for target, source in edges or ()])  # raises where samples are coupled
     if modelled:
         _check_no_declared_steps(graph)
         model = error_model(graph, calibration or unitary(graph, scheme), declared, scheme)

@@ -19,8 +19,8 @@ def seconds_of(graph: Graph, plan: Plan, known: Seconds) -> float:
         return cost.queries * batch * (sum(known.operations[k] for k in operations) + known.decoding * elements)
 
     for node in plan.nodes:
-        hop = known.hops.get((node.target, node.source, node.value))
-        total += queries(node.cost, node.operations, node.outputs) if hop is None else node.repeats * hop
+        edge = known.edges.get((node.target, node.source, node.value))
+        total += queries(node.cost, node.operations, node.outputs) if edge is None else node.repeats * edge
     for probe in plan.perturbed:
         total += queries(probe.cost, [probe.operation], graph.operations[probe.operation].writes)
     return total

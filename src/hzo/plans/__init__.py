@@ -12,9 +12,19 @@ from hzo.plans.nodes import (
     plan_without_nodes,
     possible,
     wanted_by,
-    with_hops,
+    with_edges,
 )
-from hzo.plans.plan import Boundaries, Cost, Expected, Hop, Node, ParameterProbe, Plan, check_boundaries, expectation
+from hzo.plans.plan import (
+    Boundaries,
+    Cost,
+    Expected,
+    Node,
+    ParameterProbe,
+    Plan,
+    PlannedEdge,
+    check_boundaries,
+    expectation,
+)
 from hzo.plans.serialize import load_plan, save_plan
 from hzo.plans.trees import (
     FIXED,
@@ -38,10 +48,10 @@ __all__ = [
     "Cost",
     "Edge",
     "Expected",
-    "Hop",
     "Node",
     "ParameterProbe",
     "Plan",
+    "PlannedEdge",
     "Schedule",
     "Tree",
     "Wanted",
@@ -65,6 +75,6 @@ __all__ = [
     "stagewise",
     "total_length",
     "wanted_by",
-    "with_hops",
+    "with_edges",
     "with_storage",
 ]

@@ -1,4 +1,4 @@
-"""Which probe a node gets: the cheapest that is allowed."""
+"""How a node's cotangent is found: by the rule of one operation, or by the cheapest probe that is allowed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hzo.errors import PlanError
 from hzo.finite_differences import DRAWS, Probe, Scheme, color, thin
 from hzo.locality import slice_locality
 from hzo.plans.cost import adjoint_cost, node_cost, rule_cost
-from hzo.plans.plan import Cost
+from hzo.plans.plan import Cost, Estimator, Rule
 from hzo.structure import Assume, elementwise_slice
 from hzo.tracing import Graph, Operation
 
@@ -35,19 +35,19 @@ def check_spacing(spacing: int | None, assume: Assume) -> int | None:
     return spacing
 
 
-def choose_probe(
+def choose_estimator(
     graph: Graph, value: int, operations: tuple[int, ...], outputs: Sequence[int], allowed: Allowed
-) -> tuple[Probe, Cost]:
-    """The cheapest probe that what is assumed allows, and its cost."""
+) -> tuple[Estimator, Cost]:
+    """A rule, or the cheapest probe that what is assumed allows; and its cost."""
     elements = graph.values[value].per_sample
     if allowed.assume == "structure" and len(operations) == 1:
         op = graph.operations[operations[0]]
         if has_adjoint(op):
-            return Probe("adjoint", elements, op.rule), rule_cost(graph, op, value)
+            return Rule(op.rule), rule_cost(graph, op, value)
         declared = find_adjoint(graph, op, value)
         if declared is not None:
             shapes = declared.probes(graph, op, value)
-            return Probe("adjoint", elements, declared.promise), adjoint_cost(graph, operations[0], value, shapes)
+            return Rule(declared.promise), adjoint_cost(graph, operations[0], value, shapes)
     probe = Probe("coordinate", elements)
     apart = all(graph.values[v].batch_dim is not None for v in (value, *outputs))
     if operations and allowed.assume != "nothing" and apart:

@@ -98,10 +98,11 @@ def _decoding(node: Node, batch: int) -> int:
     """What one direction of a coloring takes to decode: sums over places, twice, and the owners of the places; or the
     sums for every element, twice.
     """
-    coloring = node.probe.coloring
-    if coloring is None:
+    probe = node.probe
+    if probe is None or probe.coloring is None:
         return 0
+    coloring = probe.coloring
     places = sum(prod(pattern.output[axis] for axis in pattern.keyed) for pattern in coloring.patterns)
     if coloring.spacing is None:
         return 8 * places * (2 * batch + 3)
-    return 8 * batch * (places + 2 * node.probe.elements)
+    return 8 * batch * (places + 2 * probe.elements)

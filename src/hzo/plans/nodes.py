@@ -8,9 +8,9 @@ from dataclasses import replace
 from hzo.errors import CoupledSamplesError, PlanError
 from hzo.finite_differences import Scheme
 from hzo.noise import Noise
-from hzo.plans.choice import Allowed, choose_probe, has_adjoint
+from hzo.plans.choice import Allowed, choose_estimator, has_adjoint
 from hzo.plans.cost import parameter_cost, rule_cost
-from hzo.plans.plan import Boundaries, Hop, Node, ParameterProbe, Plan
+from hzo.plans.plan import Boundaries, Node, ParameterProbe, Plan, PlannedEdge
 from hzo.plans.trees import Tree
 from hzo.structure import Assume
 from hzo.tracing import Graph, Operation, declared_step
@@ -52,7 +52,7 @@ def plan_without_nodes(
     mu: float | None = None,
     draws: int = 1,
 ) -> Plan:
-    """All of a plan that does not depend on its hops."""
+    """All of a plan that does not depend on its edges."""
     return Plan(
         fingerprint=graph.fingerprint,
         tree=tree,
@@ -72,17 +72,17 @@ def plan_without_nodes(
     )
 
 
-def with_hops(graph: Graph, plan: Plan, hops: Sequence[Hop]) -> Plan:
-    """The plan with these hops and the nodes that follow from them.
+def with_edges(graph: Graph, plan: Plan, edges: Sequence[PlannedEdge]) -> Plan:
+    """The plan with these edges and the nodes that follow from them.
 
     Raises:
         CoupledSamplesError: a query would run a stage in which samples influence each other.
         PlanError: a query would run a custom Function, which has a backward of its own.
     """
     allowed = Allowed(plan.assume, plan.scheme, plan.spacing)
-    smoothed = [replace(hop, repeats=plan.draws) for hop in hops] if plan.mu is not None else hops
+    smoothed = [replace(edge, repeats=plan.draws) for edge in edges] if plan.mu is not None else edges
     nodes = nodes_of(graph, smoothed, wanted_by(graph, plan.boundaries), allowed, everything=plan.boundaries == "all")
-    return replace(plan, hops=tuple(hops), nodes=nodes)
+    return replace(plan, edges=tuple(edges), nodes=nodes)
 
 
 def wanted_by(graph: Graph, boundaries: Boundaries) -> Wanted:
@@ -101,41 +101,43 @@ def make_node(
     carried = value in alive
     if not operations and not carried:
         return None
-    probe, cost = choose_probe(graph, value, operations, outputs, allowed)
-    return Node(value, target, source, operations, outputs, carried, probe, cost)
+    estimator, cost = choose_estimator(graph, value, operations, outputs, allowed)
+    return Node(value, target, source, operations, outputs, carried, estimator, cost)
 
 
-def nodes_of(graph: Graph, hops: Sequence[Hop], wanted: Wanted, allowed: Allowed, everything: bool) -> tuple[Node, ...]:
-    """For every hop the values to estimate: what is asked for at its target, and what hops from there need."""
+def nodes_of(
+    graph: Graph, edges: Sequence[PlannedEdge], wanted: Wanted, allowed: Allowed, everything: bool
+) -> tuple[Node, ...]:
+    """For every edge the values to estimate: what is asked for at its target, and what edges from there need."""
     need: Wanted = {position: set(values) for position, values in wanted.items()}
     nodes: list[Node] = []
-    for hop in reversed(hops):  # leftmost first: by then all that a target must give is known
-        for value in sorted(need.get(hop.target, ())):
-            node = make_node(graph, value, hop.target, hop.source, allowed, everything)
+    for edge in reversed(edges):  # leftmost first: by then all that a target must give is known
+        for value in sorted(need.get(edge.target, ())):
+            node = make_node(graph, value, edge.target, edge.source, allowed, everything)
             if node is None:
                 continue
             check_queries(graph, node)
-            need.setdefault(hop.source, set()).update(node.outputs, {value} if node.carried else ())
-            nodes.append(_decided(graph, node, hop))
+            need.setdefault(edge.source, set()).update(node.outputs, {value} if node.carried else ())
+            nodes.append(_decided(graph, node, edge))
     return tuple(reversed(nodes))
 
 
-def _decided(graph: Graph, node: Node, hop: Hop) -> Node:
-    """A node as its hop was decided; an adjoint takes no step, and what asks no query is not asked twice."""
+def _decided(graph: Graph, node: Node, edge: PlannedEdge) -> Node:
+    """A node as its edge was decided; an adjoint takes no step, and what asks no query is not asked twice."""
     if not node.operations:
         return node
-    differences = node.probe.kind != "adjoint"
-    repeats = hop.repeats if differences or node.cost.measurements else 1
+    differences = node.probe is not None
+    repeats = edge.repeats if differences or node.cost.measurements else 1
     return replace(
         node,
         repeats=repeats,
-        step=hop.step if differences else None,
-        distance=_declared_distance(graph, node) if differences else None,
+        relative_step=edge.relative_step if differences else None,
+        declared_step=_declared_step(graph, node) if differences else None,
         cost=node.cost * repeats,
     )
 
 
-def _declared_distance(graph: Graph, node: Node) -> float | None:
+def _declared_step(graph: Graph, node: Node) -> float | None:
     """The widest step declared for what goes into an operation that reads the perturbed value."""
     readers = (graph.operations[k] for k in node.operations if node.value in graph.operations[k].reads)
     found = [step for op in readers if (step := declared_step(op.module)) is not None]
@@ -144,7 +146,7 @@ def _declared_distance(graph: Graph, node: Node) -> float | None:
 
 def possible(graph: Graph, node: Node) -> bool:
     """Whether a node's queries mean anything: samples kept apart, and nothing infinite to take a difference of."""
-    if node.probe.kind == "adjoint" or not node.operations:
+    if node.probe is None:
         return True
     finite = all(graph.values[v].finite for v in (node.value, *node.outputs))
     return finite and not any(graph.operations[k].coupled or graph.operations[k].own_backward for k in node.operations)
@@ -156,7 +158,9 @@ def check_queries(graph: Graph, node: Node) -> None:
     Raises:
         CoupledSamplesError: samples influence each other. PlanError: a custom Function says what its gradient is.
     """
-    for k in node.operations if node.probe.kind != "adjoint" else ():
+    if node.probe is None:
+        return
+    for k in node.operations:
         op = graph.operations[k]
         if op.own_backward:
             raise PlanError(

@@ -28,16 +28,33 @@ def check_boundaries(boundaries: str) -> Boundaries:
 
 
 @dataclass(frozen=True)
-class Hop:
+class PlannedEdge:
     """An edge of a tree with what was decided about it: ``target`` takes its cotangents from ``source``.
 
-    ``step`` in units of the activation's root mean square; None for that of the plan.
+    ``relative_step`` in units of the activation's root mean square; None for the step of the plan.
     """
 
     target: int
     source: int
     repeats: int = 1
-    step: float | None = None
+    relative_step: float | None = None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The VJP rule of a single operation: it carries the cotangent, and nothing is perturbed.
+
+    ``name`` says which: "closed", "decomposition", "slope", or what ``hzo.declare`` was told of a module.
+    """
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"adjoint ({self.name})" if self.name else "adjoint"
+
+
+Estimator = Probe | Rule
+"""How a node's cotangent is found: by finite differences of a slice, or by the rule of one operation."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +64,8 @@ class Node:
     ``operations`` are what a query runs, ``outputs`` the values at ``source`` that they change; ``carried`` says that
     the value itself is alive at ``source`` too, so that its cotangent there is carried over. A node without
     operations costs nothing. The estimate is the mean of ``repeats`` measurements, whose price ``cost``
-    includes; ``step`` is the distance h of its differences in units of the activation's root mean square, None for that
-    of the plan; ``distance`` the one that was declared of what it perturbs, which goes before both.
+    includes. ``relative_step`` is the step h of its differences in units of the activation's root mean square, None for
+    the plan's; ``declared_step`` the one that the user declared of what it perturbs, which goes before both.
     """
 
     value: int
@@ -57,11 +74,21 @@ class Node:
     operations: tuple[int, ...]
     outputs: tuple[int, ...]
     carried: bool
-    probe: Probe
+    estimator: Estimator
     cost: Cost
     repeats: int = 1
-    step: float | None = None
-    distance: float | None = None
+    relative_step: float | None = None
+    declared_step: float | None = None
+
+    @property
+    def probe(self) -> Probe | None:
+        """What its queries perturb; None where it asks none: a rule carries the cotangent, or nothing lies between."""
+        return self.estimator if self.operations and isinstance(self.estimator, Probe) else None
+
+    @property
+    def directions(self) -> int:
+        """Directions that its queries perturb, each in all samples."""
+        return 0 if self.probe is None else self.probe.directions
 
 
 @dataclass(frozen=True)
@@ -134,8 +161,8 @@ class Plan:
 
     Attributes:
         fingerprint: of the chain that it was made for.
-        hops: the tree's edges, from the output to the input, with what was decided about each.
-        nodes: what follows from the hops, in the order in which they run.
+        edges: the tree's edges, from the output to the input, with what was decided about each.
+        nodes: what follows from the edges, in the order in which they run.
         perturbed: parameters without a closed rule.
         trainable: names of the parameters that get a gradient.
         batch: batch size that the totals below refer to, that of the trace.
@@ -161,7 +188,7 @@ class Plan:
     activation_bytes: int = 0
     recomputed: int = 0
     expected: Expected | None = None
-    hops: tuple[Hop, ...] = ()
+    edges: tuple[PlannedEdge, ...] = ()
     boundaries: Boundaries = "needed"
     spacing: int | None = None
     mu: float | None = None
@@ -177,7 +204,8 @@ class Plan:
     def random(self) -> bool:
         """Whether a gradient draws random numbers of its own: for smoothing, or for approximate colorings."""
         return self.mu is not None or any(
-            node.probe.coloring is not None and node.probe.coloring.spacing is not None for node in self.nodes
+            node.probe is not None and node.probe.coloring is not None and node.probe.coloring.spacing is not None
+            for node in self.nodes
         )
 
     @property
@@ -211,7 +239,7 @@ class Plan:
 
     def _repr_html_(self) -> str:
         repeats = {node.target: node.repeats for node in self.nodes if node.operations}
-        arcs = [(hop.target, hop.source, repeats.get(hop.target, 1)) for hop in self.hops]
+        arcs = [(edge.target, edge.source, repeats.get(edge.target, 1)) for edge in self.edges]
         return tree_as_html(arcs, self.labels, describe(self, rows=12))
 
 
@@ -238,40 +266,40 @@ def describe(plan: Plan, rows: int = 40, width: int = 120) -> str:
     ]
     if plan.expected is not None:
         lines.append(expectation(plan))
-    by_probe: dict[str, Cost] = {}
+    by_estimator: dict[str, Cost] = {}
     for node in plan.nodes:
         if node.operations:
-            name = f"{node.probe.kind} ({node.probe.promise})" if node.probe.promise else node.probe.kind
-            by_probe[name] = by_probe.get(name, Cost()) + node.cost
-    lines += [f"  {name} probes: {price(cost, ' forward equivalents')}" for name, cost in by_probe.items()]
+            name = str(node.estimator) if node.probe is None else f"{node.probe.kind} probes"
+            by_estimator[name] = by_estimator.get(name, Cost()) + node.cost
+    lines += [f"  {name}: {price(cost, ' forward equivalents')}" for name, cost in by_estimator.items()]
     costly = costly_nodes(plan)
     if costly or plan.perturbed:
         lines.append("what is perturbed, with forward equivalents and their share:")
-    for node in costly[:rows]:
+    for node, probe in costly[:rows]:
         parts = []
         if plan.expected is not None:
             parts.append(f"{node.repeats:,} repeat" + ("s" if node.repeats != 1 else ""))
-            parts += [] if node.step is None else [f"step {node.step:.3g}"]
+            parts += [] if node.relative_step is None else [f"step {node.relative_step:.3g}"]
             parts.append(f"cosine {plan.expected.cosine_of((node.target, node.value)):.4f}")
         rest = ", ".join((f" × {evaluations(plan.scheme)}", *parts, price(node.cost)))
-        lines.append(_row(plan, node, rest, width))
+        lines.append(_row(plan, node, probe, rest, width))
     if len(costly) > rows:
-        others = sum((node.cost for node in costly[rows:]), start=Cost())
+        others = sum((node.cost for node, _ in costly[rows:]), start=Cost())
         lines.append(f"  … and {len(costly) - rows} more nodes, {price(others)}")
-    for probe in plan.perturbed:
+    for parameter in plan.perturbed:
         lines.append(
-            f"  parameters of {plan.labels[probe.operation]}: {probe.elements} elements × "
-            f"{evaluations(plan.scheme)}, {price(probe.cost)}"
+            f"  parameters of {plan.labels[parameter.operation]}: {parameter.elements} elements × "
+            f"{evaluations(plan.scheme)}, {price(parameter.cost)}"
         )
     return "\n".join(lines)
 
 
-def _row(plan: Plan, node: Node, rest: str, width: int) -> str:
+def _row(plan: Plan, node: Node, probe: Probe, rest: str, width: int) -> str:
     """A node's line; where it would be too long, first without its coloring, then with labels cut."""
     target, source = plan.labels[node.target], plan.labels[node.source]
-    text = f"{node.probe.kind} probe, {directions(node)}{rest}"
+    text = f"{probe.kind} probe, {directions(probe)}{rest}"
     if len(f"  {target} from {source}: {text}") > width and plan.expected is not None:
-        text = f"{node.probe.kind} probe, {node.probe.directions} directions{rest}"
+        text = f"{probe.kind} probe, {probe.directions} directions{rest}"
     room = width - len(f"   from : {text}")
     target = _cut(target, max(room - len(source), room // 2))
     return f"  {target} from {_cut(source, room - len(target))}: {text}"
@@ -282,14 +310,13 @@ def _cut(label: str, width: int) -> str:
     return label if len(label) <= width else label[: width - 1] + "…"
 
 
-def costly_nodes(plan: Plan) -> list[Node]:
-    """The nodes that perturb something."""
-    return [node for node in plan.nodes if node.probe.kind != "adjoint" and node.operations]
+def costly_nodes(plan: Plan) -> list[tuple[Node, Probe]]:
+    """The nodes that perturb something, each with its probe."""
+    return [(node, node.probe) for node in plan.nodes if node.probe is not None]
 
 
-def directions(node: Node) -> str:
-    """How many directions a node perturbs, and from what coloring, in words."""
-    probe = node.probe
+def directions(probe: Probe) -> str:
+    """How many directions a probe perturbs, and from what coloring, in words."""
     if probe.coloring is None:
         return f"{probe.directions} directions"
     draws = f", {probe.draws} draws" if probe.draws > 1 else ""

@@ -1,6 +1,6 @@
 """Plans as files: decisions as JSON that people can read, from which a plan is made again for its chain.
 
-A file holds what was decided (the tree's hops with their repeats and steps, and what may be assumed) and what is
+A file holds what was decided (the tree's edges with their repeats and steps, and what may be assumed) and what is
 expected of it. Nodes, probes and costs follow from those and the chain. Ours.
 """
 
@@ -22,15 +22,15 @@ from hzo.finite_differences import check_scheme
 from hzo.noise import Level, Noise
 from hzo.plans.choice import check_spacing
 from hzo.plans.memory import stored
-from hzo.plans.nodes import plan_without_nodes, wanted_by, with_hops
-from hzo.plans.plan import Expected, Hop, Plan, check_boundaries
+from hzo.plans.nodes import plan_without_nodes, wanted_by, with_edges
+from hzo.plans.plan import Expected, Plan, PlannedEdge, check_boundaries
 from hzo.plans.storage import Storage
 from hzo.plans.trees import check_tree
 from hzo.structure import check_assume
 from hzo.tracing import Chain, Graph
 
 FORMAT = "hzo plan"
-VERSION = 3  # whose positions count calls of PyTorch's operators (ATen)
+VERSION = 4  # positions count calls of PyTorch's operators (ATen); edges have relative steps
 _MOST = 10**15  # of anything that is counted; what is beyond it is no plan
 _AGAIN = "restore the file, or make the plan again with hzo.plan and save it with hzo.save_plan"
 
@@ -96,10 +96,10 @@ def load_plan(chain: Chain, path: str | PathLike[str]) -> Plan:
     if mu is None and draws != 1:
         raise PlanError(f"{path}: {draws} draws of no smoothing; {_AGAIN}")
     storage: Storage = values.take("storage", _storage)
-    rows = values.rows("hops")
-    hops = [_hop(row) for row in rows]
-    _check_tree(graph, made, hops, str(path))
-    planned = stored(graph, with_hops(graph, made, hops), storage)
+    rows = values.rows("edges")
+    edges = [_planned_edge(row) for row in rows]
+    _check_tree(graph, made, edges, str(path))
+    planned = stored(graph, with_edges(graph, made, edges), storage)
     expected = values.take("expected")
     if expected is not None:
         planned = replace(planned, expected=_expected(_Fields(expected, f"{path}, expected"), rows, planned, str(path)))
@@ -110,14 +110,14 @@ def load_plan(chain: Chain, path: str | PathLike[str]) -> Plan:
 
 
 def _text(plan: Plan) -> str:
-    """JSON with one line for every field, and one for every hop."""
+    """JSON with one line for every field, and one for every edge."""
     errors: dict[int, dict[str, float]] = {}
     for (position, value), error in ({} if plan.expected is None else plan.expected.errors).items():
         errors.setdefault(position, {})[str(value)] = error
-    hops = []
-    for hop in plan.hops:
-        row = {"where": plan.labels[hop.target], **asdict(hop)}
-        hops.append("    " + _json(row if plan.expected is None else {**row, "errors": errors.get(hop.target, {})}))
+    edges = []
+    for edge in plan.edges:
+        row = {"where": plan.labels[edge.target], **asdict(edge)}
+        edges.append("    " + _json(row if plan.expected is None else {**row, "errors": errors.get(edge.target, {})}))
     expected = None
     if plan.expected is not None:
         expected = {"seconds": plan.expected.seconds, "parameters": plan.expected.parameters}
@@ -135,7 +135,7 @@ def _text(plan: Plan) -> str:
         "summary": _summary(plan),
     }
     lines = [f"  {_json(name)}: {_json(value)}" for name, value in fields.items()]
-    lines.append('  "hops": [' + ("\n" + ",\n".join(hops) + "\n  ]" if hops else "]"))
+    lines.append('  "edges": [' + ("\n" + ",\n".join(edges) + "\n  ]" if edges else "]"))
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
@@ -254,42 +254,42 @@ def _noise(graph: Graph, value: Any) -> Noise | None:
     return Noise(**levels).for_stages(len(graph.stages))
 
 
-def _hop(row: _Fields) -> Hop:
+def _planned_edge(row: _Fields) -> PlannedEdge:
     row.take("where")
-    hop = Hop(row.take("target", _whole(0)), row.take("source", _whole(1)), row.take("repeats", _whole(1)))
-    return replace(hop, step=row.take("step", _positive))
+    edge = PlannedEdge(row.take("target", _whole(0)), row.take("source", _whole(1)), row.take("repeats", _whole(1)))
+    return replace(edge, relative_step=row.take("relative_step", _positive))
 
 
-def _check_tree(graph: Graph, made: Plan, hops: list[Hop], source: str) -> None:
-    """Whether every hop starts from what is known by then, and all that the plan must estimate is a target.
+def _check_tree(graph: Graph, made: Plan, edges: list[PlannedEdge], source: str) -> None:
+    """Whether every edge starts from what is known by then, and all that the plan must estimate is a target.
 
     Raises:
-        PlanError: says which hop is at fault, or what is missing.
+        PlanError: says which edge is at fault, or what is missing.
     """
     end = len(graph.operations)
     known = {end}
-    for k, hop in enumerate(hops):
-        where = f"{source}, hops[{k}] (target {hop.target}, source {hop.source})"
-        if hop.target >= hop.source or hop.source > end:
+    for k, edge in enumerate(edges):
+        where = f"{source}, edges[{k}] (target {edge.target}, source {edge.source})"
+        if edge.target >= edge.source or edge.source > end:
             raise PlanError(f"{where}: expected target < source ≤ {end}, the chain's end; {_AGAIN}")
-        if hop.source not in known:
-            raise PlanError(f"{where}: no hop before it has its source as target; {_AGAIN}")
-        if hop.target in known:
-            raise PlanError(f"{where}: another hop has the same target; {_AGAIN}")
-        known.add(hop.target)
+        if edge.source not in known:
+            raise PlanError(f"{where}: no edge before it has its source as target; {_AGAIN}")
+        if edge.target in known:
+            raise PlanError(f"{where}: another edge has the same target; {_AGAIN}")
+        known.add(edge.target)
     missing = [p for p, values in wanted_by(graph, made.boundaries).items() if values and p not in known]
     if missing:
         names = ", ".join(graph.describe(p) for p in missing[:3]) + (", …" if len(missing) > 3 else "")
-        raise PlanError(f"{source}: no hop estimates {names}; {_AGAIN}")
+        raise PlanError(f"{source}: no edge estimates {names}; {_AGAIN}")
 
 
 def _expected(values: _Fields, rows: list[_Fields], plan: Plan, source: str) -> Expected:
-    """The errors of every node, from the hops; of every parameter, and the time."""
+    """The errors of every node, from the edges; of every parameter, and the time."""
     asked = {(node.target, node.value) for node in plan.nodes}
     found: dict[tuple[int, int], float] = {}
-    for row, hop in zip(rows, plan.hops, strict=True):
+    for row, edge in zip(rows, plan.edges, strict=True):
         errors = row.take("errors", _errors)
-        found.update({(hop.target, int(value)): error for value, error in errors.items() if value.isdecimal()})
+        found.update({(edge.target, int(value)): error for value, error in errors.items() if value.isdecimal()})
     if set(found) != asked:
         position, value = min(asked ^ set(found))
         raise PlanError(

@@ -40,10 +40,10 @@ def check_coloring(chain: Chain, x: Any, plan: Plan, *, step: float = 1e-2, elem
     with torch.no_grad(), contained(modules):
         activations, _ = base_pass(chain, x)
         for node in plan.nodes:
-            if node.probe.coloring is not None:
+            if node.probe is not None and node.probe.coloring is not None:
                 where = f"{graph.describe(node.target)} from {graph.describe(node.source)}"
                 check_orthogonality(node.probe.coloring, where)
-                _check_coverage(graph, activations, node, step, elements, where)
+                _check_coverage(graph, activations, node, node.probe.coloring, step, elements, where)
 
 
 def check_orthogonality(coloring: Coloring, where: str = "a coloring") -> None:
@@ -85,11 +85,15 @@ def _indices(shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
 
 
 def _check_coverage(
-    graph: Graph, activations: Activations, node: Node, step: float, elements: int | None, where: str
+    graph: Graph,
+    activations: Activations,
+    node: Node,
+    coloring: Coloring,
+    step: float,
+    elements: int | None,
+    where: str,
 ) -> None:
     """Move single elements, and look which outputs change in any sample."""
-    coloring = node.probe.coloring
-    assert coloring is not None
     value, batch = graph.values[node.value], activations.batch
     rows = value.rows(activations.tensor(node.value), batch)
     count = rows.shape[1]

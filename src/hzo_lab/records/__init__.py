@@ -1,5 +1,6 @@
 """What a run leaves on disk, and what makes it repeatable: files, seeds, and where a number comes from."""
 
+from hzo._seeds import derive
 from hzo_lab.records.files import (
     CONFIG,
     CURVES,
@@ -14,7 +15,6 @@ from hzo_lab.records.files import (
 )
 from hzo_lab.records.provenance import commit, environment
 from hzo_lab.records.seeds import (
-    derive,
     generator,
     generator_states,
     restore_generators,

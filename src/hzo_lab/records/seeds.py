@@ -7,7 +7,6 @@ estimators draw from them.
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,11 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-
-def derive(seed: int, *labels: object) -> int:
-    """A seed for one stream of a run. Hashed, so that neighbouring runs, epochs and batches share nothing."""
-    text = "/".join(str(part) for part in (seed, *labels))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+from hzo._seeds import derive
 
 
 def generator(seed: int, *labels: object) -> torch.Generator:

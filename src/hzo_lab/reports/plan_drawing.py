@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 import hzo
 from hzo.errors import InputError
-from hzo.plans import Hop
+from hzo.plans import PlannedEdge
 from hzo_lab.training import STYLE, save
 
 SUFFIXES = (".svg", ".png")
@@ -71,15 +71,15 @@ def _title(plan: hzo.Plan) -> str:
 
 def _draw_tree(figure: Figure, axes: Axes, plan: hzo.Plan, places: Sequence[float]) -> None:
     asked = {node.target: node.repeats for node in plan.nodes if node.operations}
-    hops = sorted(plan.hops, key=lambda hop: hop.source - hop.target)
-    repeats = [asked.get(hop.target, 1) for hop in hops]
+    edges = sorted(plan.edges, key=lambda edge: edge.source - edge.target)
+    repeats = [asked.get(edge.target, 1) for edge in edges]
     low, high = min(repeats, default=1), max(repeats, default=1)
     scale = LogNorm(low, high) if high > 8 * low else Normalize(low, max(high, low + 1))
     angle = np.linspace(0, np.pi, 90)
-    many = len(hops) > 40
+    many = len(edges) > 40
     highest = 0.4 * places[-1] ** RISE  # a row of small arcs is not blown up
-    for hop, count in zip(hops, repeats, strict=True):
-        left, right = places[hop.target], places[hop.source]
+    for edge, count in zip(edges, repeats, strict=True):
+        left, right = places[edge.target], places[edge.source]
         height = (right - left) ** RISE
         highest = max(highest, height)
         axes.plot(
@@ -90,7 +90,7 @@ def _draw_tree(figure: Figure, axes: Axes, plan: hzo.Plan, places: Sequence[floa
             solid_capstyle="round",
         )
     inner = [place for place in places if place != int(place)]
-    targets = {hop.target for hop in hops}
+    targets = {edge.target for edge in edges}
     axes.plot(inner, [0] * len(inner), "|", color="#999999", markersize=4, zorder=3)
     size = 3.5 if len(places) > 150 else 6
     for k in range(int(places[-1]) + 1):
@@ -103,8 +103,8 @@ def _draw_tree(figure: Figure, axes: Axes, plan: hzo.Plan, places: Sequence[floa
     for side in ("left", "bottom"):
         axes.spines[side].set_visible(False)
     axes.tick_params(axis="x", length=0)
-    if high > low or any(hop.step is not None for hop in hops):
-        _label(axes, list(zip(hops, repeats, strict=True))[::-1], places, highest)
+    if high > low or any(edge.relative_step is not None for edge in edges):
+        _label(axes, list(zip(edges, repeats, strict=True))[::-1], places, highest)
     if high > low:
         bar = figure.colorbar(ScalarMappable(scale, COLORS), ax=axes, fraction=0.03, pad=0.01, label="repeats")
         bar.outline.set_visible(False)
@@ -119,18 +119,18 @@ def _draw_tree(figure: Figure, axes: Axes, plan: hzo.Plan, places: Sequence[floa
         axes.set_title(f"{low:,} repeat{'s' if low > 1 else ''} of every node", loc="right", fontsize=9)
 
 
-def _label(axes: Axes, hops: Sequence[tuple[Hop, int]], places: Sequence[float], highest: float) -> None:
+def _label(axes: Axes, edges: Sequence[tuple[PlannedEdge, int]], places: Sequence[float], highest: float) -> None:
     """Repeats and step at the top of an arc, the longest first, where there is room; in a fan of the longest alone."""
     across, up = 0.115 * places[-1] * 7.2 / np.clip(4.5 + 0.16 * places[-1], 7.2, 14.0), 0.085 * highest
     taken: list[tuple[float, float]] = []
-    for hop, count in hops:
-        left, right = places[hop.target], places[hop.source]
+    for edge, count in edges:
+        left, right = places[edge.target], places[edge.source]
         x, y = (left + right) / 2, (right - left) ** RISE
         crowded = any(abs(x - a) < across and abs(y - b) < up for a, b in taken)
         taken.append((x, y))
         if crowded or right - left < 0.9 * across:
             continue
-        text = f"{count:,}×" if hop.step is None else f"{count:,}×, h {hop.step:.2g}"
+        text = f"{count:,}×" if edge.relative_step is None else f"{count:,}×, h {edge.relative_step:.2g}"
         axes.text(x, y + 0.012 * highest, text, ha="center", va="bottom", fontsize=8, color="#333333", bbox=_CLEAR)
 
 

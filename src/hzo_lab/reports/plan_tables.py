@@ -54,15 +54,15 @@ def _place(label: str) -> str:
 
 
 def _cells(plan: hzo.Plan, node: Node) -> tuple[str, ...]:
-    adjoint = node.probe.kind == "adjoint"
-    step = plan.step if node.step is None else node.step
+    probe = node.probe
+    step = plan.step if node.relative_step is None else node.relative_step
     return (
         _place(plan.labels[node.target]),
         _place(plan.labels[node.source]),
-        f"{node.probe.kind} ({node.probe.promise})" if node.probe.promise else node.probe.kind,
-        "-" if adjoint else f"{node.probe.directions:,} × {evaluations(plan.scheme)}",
+        str(node.estimator) if probe is None else probe.kind,
+        "-" if probe is None else f"{probe.directions:,} × {evaluations(plan.scheme)}",
         f"{node.repeats:,}",
-        "-" if adjoint else "auto" if step is None else f"{step:.3g}",
+        "-" if probe is None else "auto" if step is None else f"{step:.3g}",
         *_price(plan, node.cost),
         *([] if plan.expected is None else [f"{plan.expected.cosine_of((node.target, node.value)):.4f}"]),
     )

@@ -64,8 +64,8 @@ def test_a_plan_is_saved_loaded_and_drawn(command):
     code, out, _ = command(*SMALL, *NOISE, "--save", "a.json", "--draw", "a.svg")
     assert code == 0
     assert Path("a.svg").read_text().startswith("<?xml")
-    hops = json.loads(Path("a.json").read_text())["hops"]
-    assert len(hops) == 8
+    edges = json.loads(Path("a.json").read_text())["edges"]
+    assert len(edges) == 8
     again = command(*SMALL, "--load", "a.json", "--save", "b.json", "--draw", "b.svg")
     assert again[0] == 0
     assert Path("a.json").read_bytes() == Path("b.json").read_bytes()

@@ -104,8 +104,8 @@ def paths(chain: hzo.Chain, plan: hzo.Plan) -> list[int]:
     """How many estimates the cotangent of each stage boundary is composed of."""
     graph = chain.traced
     length: dict[int, int] = {}
-    for hop in plan.hops:  # from the output to the input
-        length[hop.target] = length.get(hop.source, 0) + 1
+    for edge in plan.edges:  # from the output to the input
+        length[edge.target] = length.get(edge.source, 0) + 1
     return [length[position] for position in graph.boundaries[:-1]]
 
 

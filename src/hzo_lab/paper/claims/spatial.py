@@ -77,7 +77,7 @@ def measure(seed: int, depth: int, side: int, assume: Assume, device: torch.devi
     return {
         "seed": seed, "depth": depth, "assume": assume,
         "formula": CHANNELS * min(2 * depth + 1, side) ** 2 if assume == "locality" else elements,
-        "directions": sum(node.probe.directions for node in plan.nodes if node.operations),
+        "directions": sum(node.directions for node in plan.nodes),
         "queries": counted.queries // BATCH, "stage_evaluations": counted.stage_evaluations // BATCH,
         "forward_equivalents": counted.forward_equivalents,
         "error": max(relative_error(found[name], exact[name]) for name in exact),

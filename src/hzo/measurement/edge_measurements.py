@@ -1,4 +1,4 @@
-"""Measuring a chain hop by hop: every point's cotangents from the next point's, at several steps."""
+"""Measuring a chain edge by edge: every point's cotangents from the next point's, at several steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hzo.tracing import Graph, Operation
 
 LADDER = (1.0, 0.25, 0.0625, 0.015625)  # steps at which curvature is seen, in units of the activation
 SMALL, NOISY, LARGEST = 0.25, 0.5, 1.0  # those of a noisy chain: smaller ones drown
-_HOP_ERROR = 0.01  # squared relative error of one hop that repeats are to reach in a noisy chain
+_EDGE_ERROR = 0.01  # squared relative error of one edge that repeats are to reach in a noisy chain
 _RESOLVED = 3.0  # times what rounding explains, from which on a difference is taken for curvature
 _UNSURE = 0.1  # of what noise explains: a difference below is not told from none
 
@@ -43,7 +43,7 @@ def _square(tensor: Tensor) -> float:
     return float(tensor.double().square().sum())
 
 
-class Hops:
+class EdgeMeasurements:
     """What has been measured so far, from the end to the left.
 
     In a noisy chain two independent sweeps run side by side: the product of the two has no noise of its own to square,
@@ -61,7 +61,7 @@ class Hops:
         repeats: int,
         clocked: bool,
     ) -> None:
-        """``reference``: whose scheme and perturbed parameters hold. ``clocked``: whether hops are timed, too."""
+        """``reference``: whose scheme and perturbed parameters hold. ``clocked``: whether edges are timed, too."""
         self.graph, self.activations, self.allowed = graph, activations, allowed
         self.reference, self.noise, self.repeats = reference, noise, repeats
         self.clocked = clocked and noise is None
@@ -73,7 +73,7 @@ class Hops:
         self.bends: dict[tuple[int, int], Bend] = {}
         self.parameters: dict[str, float] = {}
         self._rounding = [0.0] * len(graph.stages)
-        self._hops: dict[tuple[int, int, int], float] = {}
+        self._edges: dict[tuple[int, int, int], float] = {}
         self._rules = 0.0
         self._plain: list[tuple[Node, float]] = []
         self._rules_of(end)
@@ -112,8 +112,8 @@ class Hops:
         """Estimate a node's value in every sweep; what curvature adds, in squared size (not relative yet)."""
         found: list[Tensor] = []
         bend = None
-        differences = bool(node.operations) and node.probe.kind != "adjoint"
-        asked = replace(node, step=NOISY, repeats=self._repeats(node)) if self.noise is not None else node
+        differences = node.probe is not None
+        asked = replace(node, relative_step=NOISY, repeats=self._repeats(node)) if self.noise is not None else node
         asked = asked if differences else replace(node, repeats=1 if self.noise is None else self.repeats // 2)
         for sweep in self.sweeps:
             at_source = sweep.cotangents.get(node.source, {})
@@ -125,7 +125,7 @@ class Hops:
 
                 taken, total = timed(once) if self.clocked else (0.0, once())
                 if taken:
-                    self._hops[node.target, node.source, node.value] = taken
+                    self._edges[node.target, node.source, node.value] = taken
                 if differences and not found and total is not None:
                     self._plain.append((node, taken))
                     bend = self._bend(sweep, asked, at_source, total)
@@ -140,10 +140,10 @@ class Hops:
         return bend
 
     def _repeats(self, node: Node) -> int:
-        """As many as bring the noise of one hop down to what is needed, within bounds."""
+        """As many as bring the noise of one edge down to what is needed, within bounds."""
         relative = self._explained(node, NOISY, self.cotangents.get(node.source, {}))
         size = sum(_square(g) for g in self.cotangents.get(node.source, {}).values())
-        return max(1, min(self.repeats, round(relative / size / _HOP_ERROR))) if size > 0 else 1
+        return max(1, min(self.repeats, round(relative / size / _EDGE_ERROR))) if size > 0 else 1
 
     def _explained(self, node: Node, step: float, at_source: dict[int, Tensor]) -> float:
         """Squared error that the noise of one measurement leaves in an estimate with this step."""
@@ -151,7 +151,7 @@ class Hops:
         rows = self._rows(node)
         variance = self.noise[self.graph.stage_of[node.source - 1]] ** 2 * sum(_square(g) for g in at_source.values())
         height = float(torch.as_tensor(scaled_step(rows, step)).double().square().mean())
-        return share(self.allowed.scheme) * node.probe.directions * variance / height
+        return share(self.allowed.scheme) * node.directions * variance / height
 
     def _rows(self, node: Node) -> Tensor:
         return self.graph.values[node.value].rows(self.activations.tensor(node.value), self.activations.batch)
@@ -196,7 +196,7 @@ class Hops:
             shown = _square(self._at(sweep, node, at_source, seen) - self._at(sweep, node, at_source, 0.93 * seen)) / 2
         fade = {step: self._inverse_square(rows, step) for step in (seen, *LADDER)}
         stage = self.graph.stage_before(node.source)
-        self._rounding[stage] += shown / (share(self.allowed.scheme) * node.probe.directions * fade[seen])
+        self._rounding[stage] += shown / (share(self.allowed.scheme) * node.directions * fade[seen])
         found = {step: self._at(sweep, node, at_source, step) for step in LADDER}
         apart, floor = [], []
         for above, below in pairwise(LADDER):
@@ -211,7 +211,7 @@ class Hops:
 
     def _at(self, sweep: Sweep, node: Node, at_source: dict[int, Tensor], step: float) -> Tensor:
         """The estimate with another step, in float64."""
-        found = estimate_node(sweep, replace(node, step=step), at_source)
+        found = estimate_node(sweep, replace(node, relative_step=step), at_source)
         assert found is not None
         return found.double()
 
@@ -222,11 +222,11 @@ class Hops:
         return float(heights.square().reciprocal().mean())
 
     def _carry(self, nodes: list[Node], target: int, source: int) -> None:
-        """Carry the random error over a hop; see how it grows beside the cotangent; add what the hop itself adds."""
+        """Carry the random error over an edge; see how it grows beside the cotangent; add what the edge itself adds."""
         before, after = self._error.cotangents.get(source, {}), 0.0
         carried: dict[int, Tensor] = {}
         for node in nodes:
-            asked = node if self.noise is None or node.probe.kind == "adjoint" else replace(node, step=NOISY)
+            asked = node if self.noise is None or node.probe is None else replace(node, relative_step=NOISY)
             parts = [estimate_node(self._error, asked, before) for _ in self.sweeps] if node.operations else [None]
             sums = [with_carried(node, part, before) for part in parts]
             if sums[0] is None or sums[-1] is None:
@@ -237,9 +237,9 @@ class Hops:
         if errors > 0 and gains > 0 and after > 0 and self._norm(target) > 0:
             grown = (after / errors) / (self._norm(target) / gains)
             self.transport[target] = self.transport.get(source, 1.0) * grown
-        hops = len(self.transport)
+        edges = len(self.transport)
         for value, error in carried.items():
-            fresh = self._scattered(value, error) / hops**0.5
+            fresh = self._scattered(value, error) / edges**0.5
             self._error.cotangents.setdefault(target, {})[value] = error + fresh
 
     def _rules_of(self, position: int) -> None:
@@ -297,7 +297,7 @@ class Hops:
         operations = operation_seconds(graph, self.activations)
         spent = elements = 0.0
         for node, taken in self._plain:
-            queries = node.probe.directions * evaluations(self.allowed.scheme) * self.activations.batch
+            queries = node.directions * evaluations(self.allowed.scheme) * self.activations.batch
             spent += max(0.0, taken - queries * sum(operations[k] for k in node.operations))
             elements += queries * sum(graph.values[v].per_sample for v in node.outputs)
-        return Seconds(self._hops, operations, spent / elements if elements else 0.0, self._rules, fixed)
+        return Seconds(self._edges, operations, spent / elements if elements else 0.0, self._rules, fixed)
