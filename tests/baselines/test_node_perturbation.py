@@ -13,6 +13,7 @@ from hzo.baselines import _evaluate as ev
 from hzo.baselines import node_perturbation
 from hzo.errors import CoupledSamplesError, InputError, StepError
 from hzo.execution.counting import count_queries
+from hzo.tape.marks import Marks
 from hzo.tracing.recorder import trace
 
 SIGMAS = 4.5
@@ -210,7 +211,7 @@ def test_what_it_does_not_take():
     node_perturbation(normalized.eval(), F.mse_loss, x, y)
 
     class Own(nn.Module):
-        hzo_opaque = True
+        hzo_marks = Marks()
 
         def __init__(self) -> None:
             super().__init__()

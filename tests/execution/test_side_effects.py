@@ -12,6 +12,7 @@ from torch import nn
 
 import hzo
 from hzo.execution.side_effects import contained
+from hzo.tape.marks import Marks
 from support import oracles
 from support.cases import CASES
 from support.oracles import normal
@@ -97,7 +98,7 @@ def test_queries_see_the_buffers_of_the_base_pass(assume):
     """A layer whose result depends on a buffer that every call moves: all queries start from one state."""
 
     class Counting(nn.Module):
-        hzo_opaque = True
+        hzo_marks = Marks()
 
         def __init__(self):
             super().__init__()
@@ -152,7 +153,7 @@ class TestErrors:
                     raise OverflowError("out of ink")
             return torch.tanh(x)
 
-    Failing.hzo_opaque = True
+    Failing.hzo_marks = Marks()
 
     @pytest.mark.parametrize("calls", [0, 1, 2, 5])
     def test_in_the_base_pass_and_in_queries(self, calls):

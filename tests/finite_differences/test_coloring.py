@@ -14,6 +14,7 @@ from hzo.errors import ColoringError, PlanError
 from hzo.finite_differences.coloring import Coloring, color, thin
 from hzo.finite_differences.sparsity import Pattern, bits, compose, identity, matrix_of
 from hzo.locality import slice_locality
+from hzo.tape.marks import Marks
 from hzo.verification.coloring import check_orthogonality
 from support.networks import Residual
 
@@ -149,7 +150,7 @@ def test_what_nobody_knows_is_dense():
     hooked = conv(2, 2)
     hooked.register_forward_hook(lambda module, args, output: output.flip(-1))
     for model in (Own(2, 2, 3, padding=1), hooked, nn.utils.parametrizations.weight_norm(conv(2, 2))):
-        model.hzo_opaque = True  # one operation
+        model.hzo_marks = Marks()  # one operation
         assert color(locality_of(model, 2, 4, 4, batch=1).patterns).directions == 32
 
 

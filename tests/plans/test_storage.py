@@ -18,6 +18,7 @@ from hzo.execution.operation import Activations
 from hzo.plans.activation_schedule import schedule
 from hzo.plans.memory import activation_bytes
 from hzo.plans.storage import Event, Pass, last_uses, passes, run_again
+from hzo.tape.marks import Marks
 from support import oracles
 from support.architectures import NETWORKS
 from support.cases import CASES, Problem
@@ -132,7 +133,7 @@ def test_architectures_in_training_mode(name):
 class Counting(nn.Module):
     """A layer whose result depends on a buffer that every call moves."""
 
-    hzo_opaque = True
+    hzo_marks = Marks()
 
     def __init__(self):
         super().__init__()

@@ -5,6 +5,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hzo.tape.marks import Marks
+
 
 class Hardware(TorchFunctionMode):
     """Inside, functions of these names return what ``changes[name](function, *args, **kwargs)`` does."""
@@ -22,7 +24,7 @@ class Hardware(TorchFunctionMode):
 class Opaque(nn.Module):
     """A function of the user's own, seen as one operation."""
 
-    hzo_opaque = True
+    hzo_marks = Marks()
 
     def __init__(self, function):
         super().__init__()

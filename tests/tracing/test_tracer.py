@@ -8,6 +8,7 @@ from torch import nn
 
 import hzo
 from hzo.errors import CoupledSamplesError, NondeterministicError, PlanError, TraceError
+from hzo.tape.marks import Marks
 from support import oracles
 from support.networks import Calls
 from support.oracles import normal
@@ -111,7 +112,7 @@ def test_opaque_random_stage_that_couples_is_seen():
     """Its queries run copy by copy, so that no larger batch would show it."""
 
     class Odd(nn.Module):
-        hzo_opaque = True
+        hzo_marks = Marks()
 
         def forward(self, x):
             return F.dropout(x, 0.5) - x.mean(0, keepdim=True)
@@ -127,7 +128,7 @@ def test_noise_that_is_recorded_repeats():
     noisy = Calls(lambda h: h + 1e-3 * torch.randn(h.shape, generator=generator, dtype=h.dtype))
     x = normal(3, 4)
     hzo.plan(hzo.trace(nn.Sequential(nn.Linear(4, 4).double(), noisy), x))
-    noisy.hzo_opaque = True
+    noisy.hzo_marks = Marks()
     chain = hzo.trace(nn.Sequential(nn.Linear(4, 4).double(), noisy), x)
     with pytest.raises(NondeterministicError, match=r"gave two results for the same input.*noise="):
         hzo.plan(chain)
@@ -146,7 +147,7 @@ class TestOpaqueStages:
     """Stages that look at values: one operation each, whose parameters are perturbed."""
 
     class Branching(nn.Module):
-        hzo_opaque = True
+        hzo_marks = Marks()
 
         def __init__(self):
             super().__init__()

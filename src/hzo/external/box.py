@@ -342,7 +342,7 @@ class BlackBox(nn.Module):
             [*(f"input {names[k]}" for k in positions), *(f"parameter {name}" for name in parameters)],
             tuple(parameters),
             known=self._known,
-            watched=not guard.hzo_ignores_parameters,
+            watched=not guard.ignores_parameters,
         )
         return call, [leaves[k] for k in positions], list(parameters.values())
 
@@ -414,7 +414,7 @@ class BlackBox(nn.Module):
             chain = traced_for(self.stages, x, strict=False)
             plan = planned(chain, self.options)
             return ChainPlan(
-                name=", ".join(part.hzo_box for part in self.stages.modules() if isinstance(part, Guarded)),
+                name=", ".join(part.name for part in self.stages.modules() if isinstance(part, Guarded)),
                 plan=plan,
                 elements=sum(t[0].numel() for t in x if t.is_floating_point()),
                 parts=len(chain.traced.operations),

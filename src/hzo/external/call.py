@@ -469,7 +469,7 @@ class Call:
                 if apart():
                     return
         raise CoupledSamplesError(
-            f"{self.guard.hzo_box} lets the samples of a batch influence each other: a sample's result changed with "
+            f"{self.guard.name} lets the samples of a batch influence each other: a sample's result changed with "
             "the samples around it, and queries perturb all samples at once. Put it into eval mode if it is a "
             "BatchNorm or the like; keep samples apart inside; or say that the part has no batch: hzo.blackbox(f, "
             "batch_dim=None), which perturbs every element of every sample by itself"
@@ -609,7 +609,7 @@ class Call:
     def _two_results(self) -> NondeterministicError:
         guard = self.guard
         return NondeterministicError(
-            f"the black box {guard.hzo_box} gave two results for the same input, and differences of its results would "
+            f"the black box {guard.name} gave two results for the same input, and differences of its results would "
             "mean nothing. Does it keep a state that hzo cannot see (in another process, a library, a global "
             "variable)? Give the state to it and have it returned, f(x, state) -> (y, state), or say how it is saved "
             "and put back: hzo.blackbox(f, state=(save, load)). Only where results differ by the noise of a "

@@ -131,7 +131,7 @@ def plan_of_call(call: Call, leaves: Sequence[Tensor], wanted: Sequence[bool]) -
     samples = sum(site.queries for site in sites) + call.layout.batch
     per_sample = seconds / call.layout.batch
     # What is folded into one call takes less than that where the part computes samples at once.
-    return BoxPlan(guard.hzo_box, call.layout.batch, tuple(sites), calls, per_sample * samples)
+    return BoxPlan(guard.name, call.layout.batch, tuple(sites), calls, per_sample * samples)
 
 
 def _words(method: Method) -> str:

@@ -27,6 +27,7 @@ from hzo.external.pool import Pool
 from hzo.external.scratch import counters_matter, scratch
 from hzo.external.signature import flatten
 from hzo.external.state import Found, Key, Saved, State, state_of
+from hzo.tape.marks import Marks
 
 _seeds = count(0x9E3779B9)  # one for every part: no two of them draw the same noise
 
@@ -65,8 +66,6 @@ class Guarded(nn.Module):
         pool: runs the calls elsewhere, several at a time.
     """
 
-    hzo_opaque: bool | str = True
-
     def __init__(
         self,
         f: Callable[..., Any],
@@ -86,8 +85,7 @@ class Guarded(nn.Module):
             self._held = (f,)  # in a tuple, where nn.Module does not find its parameters
         else:
             self.f = f
-        self.hzo_ignores_parameters = ignores
-        self.hzo_box = name
+        self.hzo_marks = Marks(box=name, ignores_parameters=ignores)
         self.numpy = numpy
         self.batched = batched
         self.timeout = timeout
@@ -103,9 +101,19 @@ class Guarded(nn.Module):
         _ = self.state  # a state that cannot be read is found out at once
 
     @property
+    def name(self) -> str:
+        """What messages and counts call it."""
+        return self.hzo_marks.box or type(self).__name__
+
+    @property
+    def ignores_parameters(self) -> bool:
+        """Whether the trainable tensors that it uses get no gradient."""
+        return self.hzo_marks.ignores_parameters
+
+    @property
     def callable(self) -> Callable[..., Any]:
         """What the user gave."""
-        found: Callable[..., Any] = self._held[0] if self.hzo_ignores_parameters else self.f
+        found: Callable[..., Any] = self._held[0] if self.ignores_parameters else self.f
         return found
 
     @property
@@ -121,7 +129,7 @@ class Guarded(nn.Module):
     # -- as one operation of a chain: tensors with the batch first, in and out ---
 
     def extra_repr(self) -> str:
-        return self.hzo_box
+        return self.name
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         samples = inputs[0].shape[0]
@@ -359,7 +367,7 @@ class Guarded(nn.Module):
         return {**kept, "_shapes": {}, "_stream": {}, "remembers": Memory(counters=self.noisy)}
 
     def __str__(self) -> str:
-        return f"the black box {self.hzo_box}"
+        return f"the black box {self.name}"
 
 
 def _kind(result: Any) -> str:

@@ -88,7 +88,7 @@ class Sweep:
             queries=counting_rows,
             stage_evaluations=counting_rows,
             forward_equivalents=copies if sample is None else 0,
-            boxes=[call.guard.hzo_box],
+            boxes=[call.guard.name],
         )
         if sample is not None:
             results = self._run_rows(site, moved, sample)

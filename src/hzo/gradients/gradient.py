@@ -29,6 +29,7 @@ from hzo.gradients.trace_cache import made_with, prepare
 from hzo.plans import Plan, schedule
 from hzo.reverse import accumulate, gradients_of, hooked, named, one_by_one
 from hzo.tape import Ref
+from hzo.tape.marks import marks_of
 from hzo.tracing import Chain, Graph, batch_size, call_arguments
 
 if TYPE_CHECKING:
@@ -216,7 +217,7 @@ def _on_tape(task: _Task) -> bool:
         return False
     if any(options.get(name, default) != default for name, default in _DEFAULTS.items()) or options.keys() - _DEFAULTS:
         return False
-    return not any(hasattr(m, "hzo_promises") or hasattr(m, "hzo_opaque") for m in model.modules())
+    return not any(marks_of(m) is not None for m in model.modules())
 
 
 _DEFAULTS = {"tree": "planned", "assume": "structure"}

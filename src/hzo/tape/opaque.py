@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from hzo.errors import TapeError
+from hzo.tape.marks import ignores_parameters
 from hzo.tape.memory import storage_of
 from hzo.tape.operations import ref
 from hzo.tape.state import State, random_state
@@ -87,7 +88,7 @@ class Opaque:
 
     def parameters(self) -> list[nn.Parameter]:
         """The trainable parameters of its module, that it answers for."""
-        if not isinstance(self.function, nn.Module) or getattr(self.function, "hzo_ignores_parameters", False):
+        if not isinstance(self.function, nn.Module) or ignores_parameters(self.function):
             return []
         return [p for p in self.function.parameters() if p.requires_grad]
 
@@ -175,7 +176,7 @@ def call_opaque(
 
 def _check_touched(recorder: Recorder, target: Opaque, parameters: list[nn.Parameter]) -> None:
     """Trainable tensors inside that the operation does not answer for would lose their gradient."""
-    if getattr(target.function, "hzo_ignores_parameters", False):
+    if ignores_parameters(target.function):
         return
     known = {id(p) for p in parameters}
     for key, tensor in recorder.touched.items():

@@ -22,6 +22,7 @@ from torch.nn.modules import module
 from hzo.distributed import kind_of_wrapper, sharded
 from hzo.errors import TapeError
 from hzo.tape.custom import CustomFunction, NodeHooks
+from hzo.tape.marks import is_declared
 from hzo.tape.opaque import call_opaque, hooks_allowed
 from hzo.tape.record import Recorder, current_recorder
 
@@ -197,7 +198,7 @@ def _called(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             name = recorder.opaque(self)
             if name is not None:
                 return call_opaque(recorder, self, name, args, kwargs)
-        elif torch.is_grad_enabled() and hasattr(self, "hzo_promises"):
+        elif torch.is_grad_enabled() and is_declared(self):
             raise TapeError(
                 f"{type(self).__name__} was declared as one operation (hzo.declare), which hzo.record() does not know; "
                 "call hzo.backward(model, loss_fn, x, y), which plans for it, or make it a black box: hzo.blackbox"

@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 from hzo.noise import NoiseSource
 from hzo.tape import Ref
+from hzo.tape.marks import marks_of
 from hzo.tape.opaque import Opaque
 from hzo.tracing.arguments import leaves
+from hzo.tracing.promises import declared
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,7 @@ class Operation:
         options = "" if module is None else module.extra_repr()
         constants = [leaf for leaf in leaves((self.args, self.kwargs)) if type(leaf) in (bool, str)]
         uses = [(use.name, use.value) for use in self.parameters]
-        promises = getattr(module, "hzo_promises", None)
+        promises = declared(module)
         learned = (self.random, self.deterministic, self.coupled)
         return (self.name, str(self.target), options, constants, self.reads, self.writes, uses, repr(promises), learned)
 
@@ -321,8 +323,8 @@ class Graph:
 
     def boxes_in(self, operations: Sequence[int]) -> tuple[str, ...]:
         """The names of the black boxes among these operations."""
-        names = (getattr(self.operations[k].module, "hzo_box", None) for k in operations)
-        return tuple(name for name in names if name is not None)
+        marks = (marks_of(self.operations[k].module) for k in operations)
+        return tuple(m.box for m in marks if m is not None and m.box is not None)
 
     @cached_property
     def opaque_modules(self) -> tuple[nn.Module, ...]:

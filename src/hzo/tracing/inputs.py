@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from hzo.errors import InputError
+from hzo.tape.marks import marks_of
 from hzo.tracing.arguments import tensors_in
 from hzo.tracing.promises import untouched
 
@@ -60,7 +61,8 @@ def signature(module: nn.Module, x: Any) -> tuple[Any, ...]:
     )
     # What a forward pass branches on in Python is recorded as it was; whole numbers are left out, as calls are counted.
     modules = tuple(
-        (id(m), untouched(m), *((k, v) for k, v in vars(m).items() if type(v) in _OPTIONS)) for m in module.modules()
+        (id(m), untouched(m), marks_of(m), *((k, v) for k, v in vars(m).items() if type(v) in _OPTIONS))
+        for m in module.modules()
     )
     # Which parameters are one and the same matters, not which tensors hold their values: those may be swapped.
     first: dict[int, int] = {}

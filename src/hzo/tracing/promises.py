@@ -8,16 +8,17 @@ runs in hardware that is not what its type says. Its parameters have no closed r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import ceil, floor
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 from torch import nn
 from torch.nn.modules import module as _module_globals
 
 from hzo._options import positive
 from hzo.errors import InputError
+from hzo.tape.marks import ATTRIBUTE, Marks, marks_of
 
 PROMISES = {
     "elementwise": "an output element depends on the input element of the same place alone",
@@ -93,11 +94,8 @@ def declare(module: Module, *promises: Promise, step: float | None = None) -> Mo
         elif promise not in PROMISES:
             raise InputError(f"expected promises out of {', '.join(PROMISES)} and hzo.Local(axis, …), got {promise!r}")
     length = None if step is None else positive("step", step, "leave it out for the plan's own")
-    given: Any = module
-    given.hzo_promises = tuple(dict.fromkeys(promises))
-    given.hzo_step = length
-    # A traced chain is recognized by the options of its modules, of which this line is one: declaring anew traces anew.
-    given.hzo_opaque = f"declared: {', '.join(map(str, promises)) or 'a black box'}"
+    known = marks_of(module) or Marks()
+    setattr(module, ATTRIBUTE, replace(known, promises=tuple(dict.fromkeys(promises)), step=length))
     return module
 
 
@@ -110,14 +108,14 @@ def _check_local(promise: Local) -> None:
 
 def declared(module: nn.Module | None) -> tuple[Promise, ...] | None:
     """What was declared of a module; None where nothing was, so that its type speaks for it."""
-    found: tuple[Promise, ...] | None = vars(module).get("hzo_promises") if module is not None else None
-    return found
+    marks = marks_of(module)
+    return None if marks is None else cast("tuple[Promise, ...] | None", marks.promises)
 
 
 def declared_step(module: nn.Module | None) -> float | None:
     """The step that was declared for what goes into a module."""
-    found: float | None = vars(module).get("hzo_step") if module is not None else None
-    return found
+    marks = marks_of(module)
+    return None if marks is None else marks.step
 
 
 def local_along(promises: Sequence[Promise], dims: int) -> dict[int, Local]:

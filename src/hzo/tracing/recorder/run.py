@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from hzo.errors import InputError, TapeError, TraceError
 from hzo.tape import Recorder, Tape, ref
+from hzo.tape.marks import marks_of
 from hzo.tape.opaque import call_opaque
 from hzo.tape.surroundings import recording
 from hzo.tracing import Stages, requires_gradient, tensors_in, untouched
@@ -110,10 +111,11 @@ def _input(recorder: Recorder, tensor: Tensor, copy: Tensor) -> int:
 
 def _opaque_name(module: nn.Module, names: dict[int, str], opaque: frozenset[int]) -> str | None:
     """The name of a module that is one operation: declared, marked, or one that had to be; None for any other."""
-    marked = getattr(module, "hzo_opaque", False) or id(module) in opaque
-    if not marked:
+    marks = marks_of(module)
+    if marks is None and id(module) not in opaque:
         return None
-    return getattr(module, "hzo_box", None) or names.get(id(module)) or type(module).__name__
+    box = None if marks is None else marks.box
+    return box or names.get(id(module)) or type(module).__name__
 
 
 def stages_of(module: nn.Module) -> list[tuple[str, Callable[..., Any]]] | None:
