@@ -53,7 +53,7 @@ def test_a_prompt_shows_a_line_that_helps():
     plan = hzo.plan(chain)
     assert repr(plan).startswith("<Plan: tree planned, assume structure, ")
     assert repr(chain) == "<Chain of 4 stages, traced for a batch of 6; print() lists them>"
-    assert "every query repeats" in repr(hzo.calibrate(chain, X, mse_loss, Y))
+    assert "every query is deterministic" in repr(hzo.calibrate(chain, X, mse_loss, Y))
     assert "readout noise up to" in repr(hzo.calibrate(hzo.noisy(chain, readout=1e-3), X, mse_loss, Y))
     with hzo.record() as step:
         loss = chain.model(X).sum()

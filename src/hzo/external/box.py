@@ -32,8 +32,7 @@ from hzo.external.steps import Bounds, Steps
 from hzo.finite_differences import Scheme, check_scheme
 from hzo.gradients import traced_for
 from hzo.noise import Noise
-from hzo.planner import check_smoothing
-from hzo.plans import Tree
+from hzo.plans import Tree, check_not_modelled, check_smoothing
 from hzo.structure import Assume
 from hzo.tape import current_recorder
 from hzo.tracing import Chain, Local, Promise, Stages, batch_size, declare, declared, declared_links, declared_step
@@ -143,7 +142,8 @@ def blackbox(
         StepError: the error estimate exceeds ``max_error``, or a step is lost in rounding.
         PlanError: a target that cannot be reached. Parameters and buffers are as before.
     """
-    check_smoothing(mu, draws, check_scheme(scheme), modelled=noise is not None)
+    check_smoothing(mu, draws, check_scheme(scheme))
+    check_not_modelled(mu, modelled=noise is not None)
     _check_options(timeout, batched, parameters, noise, max_error)
     _one_of("on_failure", on_failure, ("pass", "raise", "zero"))
     _one_of("integers", integers, ("floating", "kept"))

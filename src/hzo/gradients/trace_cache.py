@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,7 +16,7 @@ from hzo.tracing import Chain, batch_size, call_arguments, signature
 from hzo.tracing.recorder import trace
 
 _KEPT = 8  # traces a module: shapes and modes that alternate (train and eval, the last smaller batch) stay
-_plans: WeakKeyDictionary[Chain, dict[str, Plan]] = WeakKeyDictionary()
+_plans: WeakKeyDictionary[Chain, dict[frozenset[tuple[str, Any]], Plan]] = WeakKeyDictionary()
 
 
 class _Kept(dict[tuple[Any, ...], Chain]):
@@ -71,14 +71,15 @@ def made_with(plan: Plan) -> dict[str, Any]:
     """
     if plan.expected is not None:
         raise PlanError("PyTorch runs other calls for one sample than this plan was made for; plan that by itself")
-    names = ("tree", "assume", "scheme", "step", "boundaries", "spacing", "mu", "draws")
-    return {name: getattr(plan, name) for name in names}
+    return plan.given
 
 
 def plan_of(chain: Chain, options: Mapping[str, Any]) -> Plan:
     """The plan of a traced chain with these options of ``hzo.plan``, made once."""
+    if not all(isinstance(value, Hashable) for value in options.values()):
+        return make_plan(chain, **options)  # which says what is wrong with it
     kept = _plans.setdefault(chain, {})
-    key = repr(sorted(options.items()))
+    key = frozenset(options.items())
     if key not in kept:
         kept[key] = make_plan(chain, **options)
     return kept[key]

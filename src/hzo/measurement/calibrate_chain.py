@@ -16,14 +16,14 @@ from torch import Tensor
 
 from hzo.errors import InputError
 from hzo.execution import Activations, as_checks, contained
-from hzo.finite_differences import Scheme, accumulation_dtype, check_scheme, scale_of
+from hzo.finite_differences import Scheme, accumulation_dtype, scale_of
 from hzo.gradients import at_the_end, base_pass, loss_pass, traced_for
 from hzo.measurement import noise_split as scatter
 from hzo.measurement.edge_measurements import EdgeMeasurements
 from hzo.measurement.timing import timed
 from hzo.planner import Calibration, points_of, tree_edges, unitary
-from hzo.plans import Allowed, Plan, PlannedEdge, Wanted, plan_without_nodes, wanted_by, with_edges
-from hzo.structure import Assume, check_assume
+from hzo.plans import Allowed, Plan, PlannedEdge, PlanOptions, Wanted, plan_without_nodes, wanted_by, with_edges
+from hzo.structure import Assume
 from hzo.tracing import Chain, Graph
 
 
@@ -64,7 +64,7 @@ def calibrate(
     """
     if not isinstance(chain, Chain):
         raise InputError(f"expected a traced chain, got a {type(chain).__name__}: chain = hzo.trace(model, x)")
-    check_assume(assume), check_scheme(scheme)
+    options = PlanOptions(assume=assume, scheme=scheme)
     if repeats < 2:
         raise InputError(f"expected 2 repeats or more, to see how far two estimates lie apart; got {repeats}")
     graph = chain.traced
@@ -76,9 +76,9 @@ def calibrate(
         first = perf_counter() - began
         total = scatter.of_stages(graph, activations)
         allowed = Allowed(assume, scheme)
-        reference = _reference(graph, allowed)
+        reference = _reference(graph, options, allowed)
         edges = EdgeMeasurements(graph, activations, at_end, allowed, reference, total, repeats, seconds)
-        for target, source in hops_of(graph, wanted_by(graph, "all"), allowed):
+        for target, source in edges_of(graph, wanted_by(graph, "all"), allowed):
             edges.measure(target, source)
         noise = None if total is None else scatter.split(graph, activations, total, edges.cotangents)
         return Calibration(
@@ -96,23 +96,14 @@ def calibrate(
         )
 
 
-def _reference(graph: Graph, allowed: Allowed) -> Plan:
+def _reference(graph: Graph, options: PlanOptions, allowed: Allowed) -> Plan:
     """The plan whose edges are measured: what parameters need, along the cheapest path."""
-    made = plan_without_nodes(
-        graph,
-        tree="planned",
-        assume=allowed.assume,
-        scheme=allowed.scheme,
-        step=None,
-        noise=None,
-        boundaries="needed",
-        spacing=None,
-    )
+    made = plan_without_nodes(graph, options)
     edges = tree_edges(graph, "planned", wanted_by(graph, "needed"), allowed)
     return with_edges(graph, made, [PlannedEdge(target, source) for target, source in edges])
 
 
-def hops_of(graph: Graph, wanted: Wanted, allowed: Allowed) -> list[tuple[int, int]]:
+def edges_of(graph: Graph, wanted: Wanted, allowed: Allowed) -> list[tuple[int, int]]:
     """What is measured from what, from the end to the left: single operations where those have adjoints of their own,
     else each stage as a whole and what is asked for inside it."""
     if allowed.assume == "structure":

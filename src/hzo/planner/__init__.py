@@ -3,14 +3,13 @@
 from hzo.planner.accuracy import error_model, expected_errors, share
 from hzo.planner.calibration import Bend, Calibration, Seconds, unitary
 from hzo.planner.goal import points_of
-from hzo.planner.plan_chain import check_smoothing, plan
+from hzo.planner.plan_chain import plan
 from hzo.planner.tree_search import tree_edges
 
 __all__ = [
     "Bend",
     "Calibration",
     "Seconds",
-    "check_smoothing",
     "error_model",
     "expected_errors",
     "plan",

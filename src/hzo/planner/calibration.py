@@ -56,7 +56,7 @@ class Calibration:
             cotangent itself (squared).
         scales: root mean square of the activation, by value.
         bends: by position and value, of the edge to there from the next position that was measured.
-        noise: measured, for each stage. None: every query repeats.
+        noise: measured, for each stage. None: every query is deterministic.
         rounding: standard deviation of what rounding adds to the results of each stage.
         parameters: by name, how much larger the squared relative error of the parameter's gradient is than that of the
             cotangent which it is made of (samples whose errors are independent average out, or their signals do).
@@ -73,10 +73,14 @@ class Calibration:
     parameters: dict[str, float] = field(default_factory=dict)
     seconds: Seconds | None = None
 
+    def __hash__(self) -> int:
+        # Equal ones are equal in all fields; the dicts among them have no hash of their own.
+        return hash((self.fingerprint, self.rounding))
+
     def __repr__(self) -> str:
         sizes = [norm**0.5 for (position, _), norm in self.norms.items() if position > 0]
         low, high = (min(sizes), max(sizes)) if sizes else (1.0, 1.0)
-        noise = "every query repeats"
+        noise = "every query is deterministic"
         if self.noise is not None:
             stages = range(len(self.rounding))
             readout = max(self.noise.readout_of(k) for k in stages)

@@ -6,9 +6,8 @@ steps and repeats by the error model; and for every edge of the tree the tensors
 
 from __future__ import annotations
 
-from hzo._options import positive, whole
 from hzo.errors import InputError, NondeterministicError, PlanError
-from hzo.finite_differences import Scheme, check_scheme, check_step
+from hzo.finite_differences import Scheme
 from hzo.noise import Noise, as_noise
 from hzo.planner.accuracy import error_model
 from hzo.planner.calibration import Calibration, unitary
@@ -20,16 +19,15 @@ from hzo.plans import (
     Boundaries,
     Plan,
     PlannedEdge,
+    PlanOptions,
     Tree,
-    check_boundaries,
-    check_spacing,
-    check_tree,
+    check_not_modelled,
     plan_without_nodes,
     wanted_by,
     with_edges,
     with_storage,
 )
-from hzo.structure import Assume, check_assume
+from hzo.structure import Assume
 from hzo.tracing import Chain, Graph, declared_step
 
 
@@ -105,24 +103,9 @@ def plan(
             f"expected a traced chain, got a {type(chain).__name__}: chain = hzo.trace(model, x), then hzo.plan(chain)"
         )
     graph = chain.traced
-    check_tree(tree), check_assume(assume), check_scheme(scheme), check_step(step), check_repeats(repeats)
-    check_boundaries(boundaries)
+    check_repeats(repeats)
     declared = as_noise(noise)
-    if declared is not None:
-        declared.for_stages(len(graph.stages))
-    aim = check_aim(Aim(target_cosine, budget, seconds), calibration, spacing)
-    modelled = declared is not None or calibration is not None or bool(aim.given)
-    check_smoothing(mu, draws, scheme, modelled)
-    if calibration is not None and calibration.fingerprint != graph.fingerprint:
-        raise PlanError("this calibration was made for another chain, input shape or dtype; calibrate this one")
-    _check_repeats(graph, declared or (None if calibration is None else calibration.noise))
-    trainable = any(use.name for op in graph.operations for use in op.parameters) or graph.differentiated
-    if boundaries == "needed" and not trainable:
-        raise PlanError("no parameter of this chain requires a gradient; set requires_grad=True on those to train")
-    _check_codes(graph)
-    wanted, allowed = wanted_by(graph, boundaries), Allowed(assume, scheme, check_spacing(spacing, assume))
-    made = plan_without_nodes(
-        graph,
+    options = PlanOptions(
         tree=tree,
         assume=assume,
         scheme=scheme,
@@ -133,6 +116,20 @@ def plan(
         mu=mu,
         draws=draws,
     )
+    if declared is not None:
+        declared.for_stages(len(graph.stages))
+    aim = check_aim(Aim(target_cosine, budget, seconds), calibration, spacing)
+    modelled = declared is not None or calibration is not None or bool(aim.given)
+    check_not_modelled(mu, modelled)
+    if calibration is not None and calibration.fingerprint != graph.fingerprint:
+        raise PlanError("this calibration was made for another chain, input shape or dtype; calibrate this one")
+    _check_repeats(graph, declared or (None if calibration is None else calibration.noise))
+    trainable = any(use.name for op in graph.operations for use in op.parameters) or graph.differentiated
+    if boundaries == "needed" and not trainable:
+        raise PlanError("no parameter of this chain requires a gradient; set requires_grad=True on those to train")
+    _check_codes(graph)
+    wanted, allowed = wanted_by(graph, boundaries), Allowed(assume, scheme, spacing)
+    made = plan_without_nodes(graph, options)
 
     def planned(decided: list[PlannedEdge]) -> Plan:
         return with_edges(graph, made, decided)
@@ -145,23 +142,6 @@ def plan(
         choice = choices(graph, model, step, edges, wanted, allowed, repeats)
         found = expecting(graph, planned(decide(graph, model, choice, aim, planned)), model)
     return with_storage(graph, found, memory)
-
-
-def check_smoothing(mu: float | None, draws: int, scheme: Scheme, modelled: bool = False) -> None:
-    """Raises InputError where a number is out of range, PlanError where smoothing cannot be had as asked."""
-    whole("draws", draws)
-    if mu is None:
-        if draws != 1:
-            raise PlanError(f"draws={draws} are points of a smoothing: give its width, too, mu=")
-        return
-    positive("width mu", mu, "None takes no smoothing")
-    if scheme != "central":
-        raise PlanError(
-            "smoothing moves the point at which differences are taken, where no result is stored for "
-            "forward ones: leave out mu, or take scheme='central'"
-        )
-    if modelled:
-        raise PlanError("the error model knows nothing of smoothing: leave out mu, or noise, calibration and target")
 
 
 def _check_no_declared_steps(graph: Graph) -> None:

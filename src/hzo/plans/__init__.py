@@ -1,7 +1,7 @@
 """What a plan is: a tree of nodes, their probes and price, and which activations are stored; plans as files."""
 
 from hzo.plans.activation_schedule import Schedule, schedule
-from hzo.plans.choice import Allowed, check_spacing
+from hzo.plans.choice import Allowed
 from hzo.plans.cost import bytes_per_direction
 from hzo.plans.memory import with_storage
 from hzo.plans.nodes import (
@@ -14,17 +14,8 @@ from hzo.plans.nodes import (
     wanted_by,
     with_edges,
 )
-from hzo.plans.plan import (
-    Boundaries,
-    Cost,
-    Expected,
-    Node,
-    ParameterProbe,
-    Plan,
-    PlannedEdge,
-    check_boundaries,
-    expectation,
-)
+from hzo.plans.options import Boundaries, PlanOptions, check_boundaries, check_not_modelled, check_smoothing
+from hzo.plans.plan import Cost, Expected, Node, ParameterProbe, Plan, PlannedEdge, expectation
 from hzo.plans.serialize import load_plan, save_plan
 from hzo.plans.trees import (
     FIXED,
@@ -51,6 +42,7 @@ __all__ = [
     "Node",
     "ParameterProbe",
     "Plan",
+    "PlanOptions",
     "PlannedEdge",
     "Schedule",
     "Tree",
@@ -58,8 +50,9 @@ __all__ = [
     "b_ary",
     "bytes_per_direction",
     "check_boundaries",
+    "check_not_modelled",
     "check_queries",
-    "check_spacing",
+    "check_smoothing",
     "check_tree",
     "expectation",
     "fixed_tree",

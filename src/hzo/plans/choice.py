@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hzo._options import whole
 from hzo.declared import find_adjoint
-from hzo.errors import PlanError
 from hzo.finite_differences import DRAWS, Probe, Scheme, color, thin
 from hzo.locality import slice_locality
 from hzo.plans.cost import adjoint_cost, node_cost, rule_cost
@@ -23,16 +21,6 @@ class Allowed:
     assume: Assume
     scheme: Scheme
     spacing: int | None = None
-
-
-def check_spacing(spacing: int | None, assume: Assume) -> int | None:
-    """A spacing that may be used: a whole number from 1 on, where locality is assumed; or None for exact colorings."""
-    if spacing is None:
-        return None
-    whole("spacing", spacing, "None takes exact colorings")
-    if assume == "nothing":
-        raise PlanError("spacing thins colorings, which assume='nothing' has none of; assume 'locality' or 'structure'")
-    return spacing
 
 
 def choose_estimator(

@@ -7,12 +7,10 @@ from dataclasses import replace
 
 from hzo.errors import CoupledSamplesError, PlanError
 from hzo.finite_differences import Scheme
-from hzo.noise import Noise
 from hzo.plans.choice import Allowed, choose_estimator, has_adjoint
 from hzo.plans.cost import parameter_cost, rule_cost
-from hzo.plans.plan import Boundaries, Node, ParameterProbe, Plan, PlannedEdge
-from hzo.plans.trees import Tree
-from hzo.structure import Assume
+from hzo.plans.options import Boundaries, PlanOptions
+from hzo.plans.plan import Node, ParameterProbe, Plan, PlannedEdge
 from hzo.tracing import Graph, Operation, declared_step
 
 Wanted = dict[int, set[int]]
@@ -39,36 +37,16 @@ def wanted_everywhere(graph: Graph, wanted: Wanted) -> Wanted:
     return result
 
 
-def plan_without_nodes(
-    graph: Graph,
-    *,
-    tree: Tree,
-    assume: Assume,
-    scheme: Scheme,
-    step: float | None,
-    noise: Noise | None,
-    boundaries: Boundaries,
-    spacing: int | None,
-    mu: float | None = None,
-    draws: int = 1,
-) -> Plan:
+def plan_without_nodes(graph: Graph, options: PlanOptions) -> Plan:
     """All of a plan that does not depend on its edges."""
     return Plan(
+        **options.given,
         fingerprint=graph.fingerprint,
-        tree=tree,
-        assume=assume,
-        scheme=scheme,
-        step=step,
-        noise=noise,
         nodes=(),
-        perturbed=tuple(perturbed_parameters(graph, scheme)),
+        perturbed=tuple(perturbed_parameters(graph, options.scheme)),
         trainable=tuple(dict.fromkeys(use.name for op in graph.operations for use in op.parameters if use.name)),
         batch=graph.nominal_batch,
         labels=tuple(graph.describe(position) for position in range(len(graph.operations) + 1)),
-        boundaries=boundaries,
-        spacing=spacing,
-        mu=mu,
-        draws=draws,
     )
 
 

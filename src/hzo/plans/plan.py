@@ -7,24 +7,11 @@ from __future__ import annotations
 
 from dataclasses import astuple, dataclass, field
 from fractions import Fraction
-from typing import Literal, get_args
 
-from hzo.errors import PlanError
-from hzo.finite_differences import Probe, Scheme, evaluations
-from hzo.noise import Noise
+from hzo.finite_differences import Probe, evaluations
+from hzo.plans.options import PlanOptions
 from hzo.plans.picture import tree_as_html
 from hzo.plans.storage import Storage
-from hzo.plans.trees import Tree
-from hzo.structure import Assume
-
-Boundaries = Literal["needed", "all"]
-
-
-def check_boundaries(boundaries: str) -> Boundaries:
-    """Which boundaries are estimated, or an error that lists the ways."""
-    if boundaries not in get_args(Boundaries):
-        raise PlanError(f"expected boundaries 'needed' or 'all', got {boundaries!r}")
-    return boundaries  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -155,8 +142,8 @@ class Expected:
         return float((1 + max(self.errors[estimate] for estimate in estimates)) ** -0.5)
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, kw_only=True)
+class Plan(PlanOptions):
     """How one gradient is estimated. Made by ``hzo.plan``; valid for any batch size of the traced chain.
 
     Attributes:
@@ -170,15 +157,10 @@ class Plan:
         activation_bytes: the most that activations and pending cotangents take at once, in one gradient of the batch
             traced. recomputed: stages run again in it, on one sample each; counted with the base evaluations.
         expected: errors and time, where a noise, a calibration or a target was given.
-        boundaries, spacing, mu, draws: as ``hzo.plan`` took them.
+        tree, assume, scheme, step, noise, boundaries, spacing, mu, draws: as ``hzo.plan`` took them.
     """
 
     fingerprint: str
-    tree: Tree
-    assume: Assume
-    scheme: Scheme
-    step: float | None
-    noise: Noise | None
     nodes: tuple[Node, ...]
     perturbed: tuple[ParameterProbe, ...]
     trainable: tuple[str, ...]
@@ -189,10 +171,6 @@ class Plan:
     recomputed: int = 0
     expected: Expected | None = None
     edges: tuple[PlannedEdge, ...] = ()
-    boundaries: Boundaries = "needed"
-    spacing: int | None = None
-    mu: float | None = None
-    draws: int = 1
 
     @property
     def cost(self) -> Cost:

@@ -20,10 +20,10 @@ from hzo._options import positive
 from hzo.errors import HzoError, InputError, PlanError
 from hzo.finite_differences import check_scheme
 from hzo.noise import Level, Noise
-from hzo.plans.choice import check_spacing
 from hzo.plans.memory import stored
 from hzo.plans.nodes import plan_without_nodes, wanted_by, with_edges
-from hzo.plans.plan import Expected, Plan, PlannedEdge, check_boundaries
+from hzo.plans.options import PlanOptions, check_boundaries, check_spacing
+from hzo.plans.plan import Expected, Plan, PlannedEdge
 from hzo.plans.storage import Storage
 from hzo.plans.trees import check_tree
 from hzo.structure import check_assume
@@ -80,21 +80,7 @@ def load_plan(chain: Chain, path: str | PathLike[str]) -> Plan:
             f"{found!r}, this chain's is {graph.fingerprint!r}); load it for its own, or make one for this: "
             "plan = hzo.plan(chain)"
         )
-    assume = values.take("assume", check_assume)
-    made = plan_without_nodes(
-        graph,
-        tree=values.take("tree", check_tree),
-        assume=assume,
-        scheme=values.take("scheme", check_scheme),
-        step=values.take("step", _positive),
-        noise=values.take("noise", lambda noise: _noise(graph, noise)),
-        boundaries=values.take("boundaries", check_boundaries),
-        spacing=values.take("spacing", lambda spacing: check_spacing(spacing, assume)),
-        mu=(mu := values.take("mu", _positive)),
-        draws=(draws := values.take("draws", _whole(1))),
-    )
-    if mu is None and draws != 1:
-        raise PlanError(f"{path}: {draws} draws of no smoothing; {_AGAIN}")
+    made = plan_without_nodes(graph, _options(graph, values, str(path)))
     storage: Storage = values.take("storage", _storage)
     rows = values.rows("edges")
     edges = [_planned_edge(row) for row in rows]
@@ -125,10 +111,7 @@ def _text(plan: Plan) -> str:
         "format": FORMAT,
         "version": VERSION,
         "fingerprint": plan.fingerprint,
-        **{
-            name: getattr(plan, name)
-            for name in ("tree", "assume", "scheme", "step", "boundaries", "spacing", "mu", "draws")
-        },
+        **plan.given,
         "noise": None if plan.noise is None else asdict(plan.noise),
         "storage": plan.storage,
         "expected": expected,
@@ -252,6 +235,25 @@ def _noise(graph: Graph, value: Any) -> Noise | None:
     if any(isinstance(level, str) for level in levels.values()):
         raise PlanError(f"expected noise as numbers, got {_short(value)}")
     return Noise(**levels).for_stages(len(graph.stages))
+
+
+def _options(graph: Graph, values: _Fields, source: str) -> PlanOptions:
+    assume = values.take("assume", check_assume)
+    found = {
+        "tree": values.take("tree", check_tree),
+        "assume": assume,
+        "scheme": values.take("scheme", check_scheme),
+        "step": values.take("step", _positive),
+        "noise": values.take("noise", lambda noise: _noise(graph, noise)),
+        "boundaries": values.take("boundaries", check_boundaries),
+        "spacing": values.take("spacing", lambda spacing: check_spacing(spacing, assume)),
+        "mu": values.take("mu", _positive),
+        "draws": values.take("draws", _whole(1)),
+    }
+    try:
+        return PlanOptions(**found)
+    except PlanError as error:
+        raise PlanError(f"{source}: {error}; {_AGAIN}") from error
 
 
 def _planned_edge(row: _Fields) -> PlannedEdge:
