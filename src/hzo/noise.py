@@ -47,7 +47,7 @@ class Noise:
         return _of(self.process, stage)
 
     @property
-    def any(self) -> bool:
+    def present(self) -> bool:
         """Whether there is any noise at all."""
         return any(
             std > 0

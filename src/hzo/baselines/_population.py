@@ -73,7 +73,8 @@ def ask(
     try:
         return pool.ask(_answer, [((job, member), {}) for member in members])
     except HzoError as error:
-        raise type(error)(f"a query of the population: {error}") from error
+        error.args = (f"a query of the population: {error}",)
+        raise
     finally:
         if pool is not executor:
             pool.close()

@@ -203,7 +203,8 @@ class Guarded(nn.Module):
                 f"{self}, in {counting.being_done()} ({_counted(samples)} in the call): {error}"
             ) from error
         except HzoError as error:
-            raise type(error)(f"{self}, in {counting.being_done()}: {error}") from error
+            error.args = (f"{self}, in {counting.being_done()}: {error}",)
+            raise
         except Exception as error:
             samples = calls[min(at, len(calls) - 1)][2]
             raise QueryError(

@@ -261,10 +261,9 @@ class Sweep:
                 ways = [("up", partial(up, start, stop, upper))]
                 ways += [] if one_place else [("down", partial(down, start, stop, lower))]
                 above, below = self._asked(site, asked, ways, sample, wide)
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                if stop - start == 1 or not (
-                    isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-                ):
+            except RuntimeError as error:
+                out_of_memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+                if stop - start == 1 or not out_of_memory:
                     raise
                 chunk = (stop - start) // 2  # the work of this chunk is done again in halves
                 up, down = (_states(site, method, t) for t in (rows, rows))

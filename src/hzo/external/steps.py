@@ -124,12 +124,15 @@ class Bounds:
     given: Any = None
 
     def __post_init__(self) -> None:
-        pairs = self.given.values() if isinstance(self.given, Mapping) else self.given
         if self.given is None:
             return
         if not isinstance(self.given, (list, tuple, Mapping)):
             raise InputError(f"expected bounds to be a pair (low, high), or one for each input, got {self.given!r}")
-        for pair in [self.given] if self._one(self.given) else pairs:
+        if self._one(self.given):
+            pairs = [self.given]
+        else:
+            pairs = list(self.given.values() if isinstance(self.given, Mapping) else self.given)
+        for pair in pairs:
             if pair is None:
                 continue
             if not self._one(pair):

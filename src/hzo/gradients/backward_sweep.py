@@ -90,8 +90,9 @@ def sweep(
             op = graph.operations[position]
             add_gradients(local, op, found.get(position + 1, {}), state.derived, state.gradients)
         activations.release(graph, steps.activations[position])
-        for source in steps.cotangents[position] if not keep else ():
-            found.pop(source, None)
+        if not keep:
+            for source in steps.cotangents[position]:
+                found.pop(source, None)
     return state
 
 

@@ -163,8 +163,8 @@ def error_model(graph: Graph, calibration: Calibration, noise: Noise | None, sch
         stages[k + 1] = stages[k] + calibration.rounding[k] ** 2 * gain[stage.stop]
         for value in graph.live[stage.start]:
             if (found := calibration.bends.get((stage.start, value))) is not None:
-                share = calibration.norms.get((stage.start, value), 0.0) / gain[stage.start]
-                bend[stage.start] += share * found.size
+                own = calibration.norms.get((stage.start, value), 0.0) / gain[stage.start]
+                bend[stage.start] += own * found.size
                 power[stage.start] = found.power
     return ErrorModel(
         scheme=scheme,

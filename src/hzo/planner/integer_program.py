@@ -12,7 +12,7 @@ that repeats can leave at a point; if they are too many, they are rounded down t
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -38,6 +38,7 @@ class _Programme:
     limit: float
     levels: int | None
     choices: int | None
+    tried: dict[Edge, list[float]] = field(default_factory=dict)  # what ``repeats`` found so far
 
     @cached_property
     def before(self) -> list[int]:
@@ -71,17 +72,13 @@ class _Programme:
     def entry(self, name: str, target: int, source: int) -> float:
         return self.entries[name][target][source]
 
-    @cached_property
-    def tried(self) -> dict[Edge, list[float]]:
-        return {}
-
     def repeats(self, k: int, j: int) -> list[float]:
         """Repeats to try on an edge whose target is a source: those that fit the budget and the limit."""
         if (k, j) not in self.tried:
-            self.tried[k, j] = self.repeats_of(k, j)
+            self.tried[k, j] = self._repeats(k, j)
         return self.tried[k, j]
 
-    def repeats_of(self, k: int, j: int) -> list[float]:
+    def _repeats(self, k: int, j: int) -> list[float]:
         price, noise, fixed = (self.entry(name, k, j) for name in ("relay", "noise", "fixed"))
         if not math.isfinite(price + noise + fixed):
             return []
@@ -190,19 +187,20 @@ class _Programme:
         leaves = self.leaves(j)
         leaves = torch.where(leaves.isfinite(), leaves * self.table.cost[:j, j, None], math.inf)
         relays = self.relays(j)
-        where = {k: at for at, k in enumerate(relays)}
-        served = leaves.isfinite().any(1).tolist()
+        tried: dict[int, tuple[Tensor, Tensor]] = {}  # for every relay the price of each number of repeats, and places
         if relays:
             r, place = self.steps(j, relays)
-            price = (r * self.table.relay[relays, j][:, None]).unbind()
-            flat = place.flatten(1).unbind()
+            prices = (r * self.table.relay[relays, j][:, None]).unbind()
+            tried = dict(zip(relays, zip(prices, place.flatten(1).unbind(), strict=True), strict=True))
+        served = leaves.isfinite().any(1).tolist()
         for k in range(j - 1, -1, -1):
-            if k not in where and not (served[k] and self.table.wanted[k]):
+            if k not in tried and not (served[k] and self.table.wanted[k]):
                 continue
             low = self.before[k] + 1  # i below that leave something wanted in (i, k)
-            if k in where:
-                cost = price[where[k]][:, None, None]
-                below = value[k][:, :low].index_select(0, flat[where[k]]).view(len(cost), size, low)
+            if k in tried:
+                price, places = tried[k]
+                cost = price[:, None, None]
+                below = value[k][:, :low].index_select(0, places).view(len(cost), size, low)
                 block = (below + cost).amin(0) if len(cost) > 1 else below[0] + cost[0]
             else:
                 block = torch.full((size, low), math.inf, dtype=torch.float64)

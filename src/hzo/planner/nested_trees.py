@@ -89,13 +89,18 @@ def _best(
         s[row[lost], j[lost]] = math.inf
     if not math.isfinite(float(s[0, n] + p[0, n])):
         return None
-    edges, found, open_ranges = [], split.tolist(), [(0, n)]
+    return _edges_of(split.tolist(), n)
+
+
+def _edges_of(split: list[list[int]], n: int) -> list[Edge]:
+    """The edges that the best splits lead to, from the output down; −1 is a range without one."""
+    edges, open_ranges = [], [(0, n)]
     while open_ranges:
-        row_, j_ = open_ranges.pop()
-        k_ = found[row_][j_]
-        if k_ >= 0:
-            edges.append((k_, j_))
-            open_ranges += [(row_, k_), (k_ + 1, j_)]
+        row, source = open_ranges.pop()
+        target = split[row][source]
+        if target >= 0:
+            edges.append((target, source))
+            open_ranges += [(row, target), (target + 1, source)]
     return sorted(edges, reverse=True)
 
 

@@ -74,7 +74,7 @@ def make_node(
 ) -> Node | None:
     """The estimate of one value at ``target`` from ``source``; None where it has no influence there."""
     alive = [v for v in graph.live[source] if graph.values[v].floating and (everything or graph.requires[v])]
-    operations = graph.slice(value, target, source, [v for v in alive if v != value])
+    operations = graph.operations_between(value, target, source, [v for v in alive if v != value])
     outputs = graph.reached(value, operations, alive)
     carried = value in alive
     if not operations and not carried:

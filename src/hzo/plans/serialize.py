@@ -97,16 +97,16 @@ def load_plan(chain: Chain, path: str | PathLike[str]) -> Plan:
 
 def _text(plan: Plan) -> str:
     """JSON with one line for every field, and one for every edge."""
-    errors: dict[int, dict[str, float]] = {}
-    for (position, value), error in ({} if plan.expected is None else plan.expected.errors).items():
-        errors.setdefault(position, {})[str(value)] = error
-    edges = []
-    for edge in plan.edges:
-        row = {"where": plan.labels[edge.target], **asdict(edge)}
-        edges.append("    " + _json(row if plan.expected is None else {**row, "errors": errors.get(edge.target, {})}))
+    rows: list[dict[str, Any]] = [{"where": plan.labels[edge.target], **asdict(edge)} for edge in plan.edges]
     expected = None
     if plan.expected is not None:
         expected = {"seconds": plan.expected.seconds, "parameters": plan.expected.parameters}
+        errors: dict[int, dict[str, float]] = {edge.target: {} for edge in plan.edges}
+        for (position, value), error in plan.expected.errors.items():
+            errors[position][str(value)] = error
+        for row in rows:
+            row["errors"] = errors[row["target"]]
+    edges = ["    " + _json(row) for row in rows]
     fields = {
         "format": FORMAT,
         "version": VERSION,

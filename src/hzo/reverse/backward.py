@@ -58,7 +58,8 @@ def check_step(model: Any, loss_fn: Any, x: Any) -> None:
     """
     function("the model", model)
     function("loss_fn", loss_fn)
-    for name, parameter in model.named_parameters() if isinstance(model, nn.Module) else ():
+    parameters = model.named_parameters() if isinstance(model, nn.Module) else []
+    for name, parameter in parameters:
         if nn.parameter.is_lazy(parameter):
             continue  # gets its shape in the first call
         if parameter.is_meta:

@@ -32,7 +32,8 @@ def _operators(names: str) -> Iterator[Any]:
     """The overloads of operators of these names that return something of their own."""
     for name in names.split():
         packet = getattr(aten, name, None)
-        for overload in packet.overloads() if packet is not None else ():
+        overloads = [] if packet is None else packet.overloads()
+        for overload in overloads:
             if "out" not in overload and isinstance(getattr(packet, overload), torch._ops.OpOverload):
                 yield getattr(packet, overload)
 

@@ -296,7 +296,7 @@ class Graph:
                 needed[value] = upstream and self.values[value].floating
         return tuple(needed)
 
-    def slice(self, value: int, start: int, stop: int, outputs: Sequence[int]) -> tuple[int, ...]:
+    def operations_between(self, value: int, start: int, stop: int, outputs: Sequence[int]) -> tuple[int, ...]:
         """The operations in [start, stop) through which ``value`` influences ``outputs``: what a query must run."""
         reached = {value}
         forward = []

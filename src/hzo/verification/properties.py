@@ -159,8 +159,10 @@ def within(run: Run, rows: Tensor, pattern: Pattern, output: int, generator: tor
     worst, tests = Finding(0.0, 0.0, 0), 0
     for axis, link in enumerate(pattern.links):
         size = pattern.value[axis]
+        if not link:
+            continue
         chosen = range(size) if size <= _PLACES else torch.randperm(size, generator=generator)[:_PLACES].tolist()
-        for i in chosen if link else ():
+        for i in chosen:
             here = _slab(pattern.value, axis, i).to(rows.device)
             reached = _reached(pattern, axis, i).to(rows.device)
             change = gap(target, run(torch.where(here, other, rows))[output]) * ~reached

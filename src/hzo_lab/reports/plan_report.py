@@ -140,7 +140,7 @@ def measured(
     if (guess := pass_seconds * plan.forward_equivalents) > longest:
         return replace(outcome, reason=f"not run: would take about {guess:,.0f} s")
     chain, noise = given.chain, noise or plan.noise
-    if noise is not None and noise.any:
+    if noise is not None and noise.present:
         chain = hzo.noisy(chain, readout=noise.readout, process=noise.process, seed=given.config.seed + 1)
     memory = CHUNK_BYTES.get(given.x.device.type, CHUNK_BYTES["cpu"])
     seconds = inf
