@@ -20,7 +20,9 @@ Level = float | tuple[float, ...]
 
 @dataclass(frozen=True)
 class Noise:
-    """Standard deviations of additive noise, in units of the activations: one for all stages, or one for each.
+    """How noisy the hardware or simulator behind a network is, so that plans can average the noise away.
+
+    Standard deviations of additive noise, in units of the activations: one for all stages, or one for each.
 
     Raises:
         InputError: a level that is negative or not finite.

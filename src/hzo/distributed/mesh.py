@@ -29,7 +29,7 @@ Gradients = Sequence[tuple[Tensor, Tensor]]
 
 
 class Shares:
-    """What of one gradient is this process's: the samples that it was given, and every so-manieth query.
+    """What of one gradient is this process's: the samples that it was given, and every k-th query.
 
     Args:
         mesh: a ``torch.distributed.DeviceMesh`` with a dimension ``"sample"``, ``"query"``, or both.

@@ -251,8 +251,11 @@ def _name(f: Any) -> str:
 
 
 class BlackBox(nn.Module):
-    """Made by ``hzo.blackbox``. In an hzo chain its parts are operations of the chain: what was promised of them and
-    their step hold there, and the chain's plan decides all else."""
+    """An ``nn.Module`` around a callable, made by ``hzo.blackbox``: call it as the callable, differentiate through it.
+
+    In a network that hzo plans for, its parts are operations of the network: what was promised of them and their step
+    hold there, and that plan decides all else.
+    """
 
     def __init__(
         self,

@@ -43,7 +43,10 @@ class NodeCrossTalk:
 
 @dataclass
 class CrossTalk:
-    """The approximate nodes of all gradients estimated while the report was open."""
+    """How far off the gradients were that perturb, at once, elements which share outputs (``hzo.plan(spacing=k)``).
+
+    One entry for each tensor perturbed so, of all gradients that were taken while ``hzo.report_crosstalk`` was open.
+    """
 
     nodes: list[NodeCrossTalk] = field(default_factory=list)
 
@@ -66,7 +69,11 @@ _open: ContextVar[tuple[CrossTalk, ...]] = ContextVar("hzo_open_cross_talk", def
 
 @contextmanager
 def report_crosstalk() -> Iterator[CrossTalk]:
-    """Collect, inside the ``with`` block, what approximate nodes (``hzo.plan(..., spacing=k)``) show of their error."""
+    """Measure, inside the ``with`` block, what gradients lose where plans save queries by ``spacing=k``.
+
+    There, elements are perturbed together although they share outputs, and random signs keep the estimate unbiased;
+    how far estimates of different signs lie apart tells their error. Cost: no query more. Source: ours.
+    """
     report = CrossTalk()
     token = _open.set((*_open.get(), report))
     try:

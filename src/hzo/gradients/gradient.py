@@ -124,7 +124,9 @@ def cotangents(
     memory: int | None = None,
     **options: Any,
 ) -> list[Tensor | tuple[Tensor | None, ...] | None]:
-    """The cotangent of every stage boundary 0..L: a tensor, a tuple of the live ones, or None.
+    """The gradient of the mean loss by the activations at every stage boundary 0..L, their cotangents.
+
+    Each a tensor, a tuple where several are alive, or None. Parameters and ``.grad`` are left alone.
 
     Without a plan all boundaries are estimated, the input's included; with one, those that it estimates, and None
     elsewhere (``hzo.plan(chain, boundaries="all")`` estimates all). Integer tensors have None.

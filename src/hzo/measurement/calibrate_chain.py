@@ -41,7 +41,9 @@ def calibrate(
     repeats: int = 32,
     seconds: bool = True,
 ) -> Calibration:
-    """Measure gains, scales, curvature, noise, rounding and times of a traced chain on one batch.
+    """Measure a traced network on one batch, so that plans can predict their errors and seconds.
+
+    Measured are gains, scales, curvature, noise, rounding and times.
 
     Args:
         x: a batch of the traced shape; the more samples, the better noise and gains are known.

@@ -47,7 +47,7 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What planner and error model need to know of a chain, measured on one batch.
+    """What ``hzo.calibrate`` measured of a network on one batch, from which plans predict their errors and seconds.
 
     Attributes:
         fingerprint: of the chain.

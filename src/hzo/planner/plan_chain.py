@@ -50,7 +50,7 @@ def plan(
     seconds: float | None = None,
     memory: int | None = None,
 ) -> Plan:
-    """Plan the gradient of a traced chain.
+    """Decide how the gradient of a traced network is estimated: what is perturbed, by what step, how often.
 
     Args:
         chain: traced, ``hzo.trace(model, x)``.

@@ -90,7 +90,7 @@ class ParameterProbe:
 
 @dataclass(frozen=True)
 class Cost:
-    """What queries cost: those that every sample needs, and those that measure an operation once for the batch.
+    """What a gradient costs in forward passes: queries of every sample, and those that measure a layer once a batch.
 
     Attributes:
         queries, stage_evaluations: of one sample.
@@ -144,7 +144,9 @@ class Expected:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(PlanOptions):
-    """How one gradient is estimated. Made by ``hzo.plan``; valid for any batch size of the traced chain.
+    """How one gradient will be estimated: what is perturbed, how often, and what that costs; ``print`` shows it.
+
+    Made by ``hzo.plan``; valid for any batch size of the traced chain.
 
     Attributes:
         fingerprint: of the chain that it was made for.

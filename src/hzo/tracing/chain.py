@@ -33,7 +33,9 @@ class Stages(nn.Module):
 
 @dataclass(frozen=True, eq=False, init=False)
 class Chain:
-    """A network as stages: by hand from callables, ``Chain([f1, f2, ...])``, or traced, ``hzo.trace(model, x)``.
+    """A network as a row of stages, between which gradients are estimated.
+
+    By hand from callables, ``Chain([f1, f2, ...])``, or traced from a module, ``hzo.trace(model, x)``.
 
     A stage maps a tensor (or a tuple of tensors) to the next; what one returns is what the next is called with. A
     chain made by hand has no graph until it has seen an input: ``hzo.trace(chain, x)`` gives the traced chain, and
@@ -92,7 +94,7 @@ class Chain:
 
 
 def noisy(chain: Chain, readout: Level = 0.0, process: Level = 0.0, seed: int = 0) -> Chain:
-    """The same chain, with noise added to whatever runs it: for experiments on the effect of noise.
+    """A copy of a chain that adds Gaussian noise to whatever runs it, to try out how training bears noisy hardware.
 
     Args:
         chain: traced. The model itself stays as it is; called directly it adds no noise.

@@ -36,7 +36,9 @@ Module = TypeVar("Module", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Local:
-    """Along ``axis`` output place o depends on input places o·stride + low … o·stride + high alone.
+    """A promise for ``hzo.declare``: along one axis an output sees a window of the input, as in a convolution.
+
+    Along ``axis`` output place o depends on input places o·stride + low … o·stride + high alone.
 
     Axes are those of the whole tensor, the batch is axis 0; a negative one counts from the end. ``Local(axis)`` says
     that places along the axis do not mix. An upsampling by two has ``stride=Fraction(1, 2)``.
@@ -69,7 +71,9 @@ def _written(number: Number) -> str:
 
 
 def declare(module: Module, *promises: Promise, step: float | None = None) -> Module:
-    """Declare what holds of a module's Jacobian, and that nothing else may be assumed; returns the module.
+    """Tell hzo what holds of a module of your own, so that its gradient takes fewer queries; returns the module.
+
+    What is declared (elementwise, affine, local, …) holds of its Jacobian, and nothing else is assumed of it.
 
     Args:
         module: your own, from one tensor with the batch in dimension 0 to one alike. Only this instance (and copies of

@@ -18,7 +18,7 @@ from hzo.tracing import Chain, Graph
 
 
 def check_coloring(chain: Chain, x: Any, plan: Plan, *, step: float = 1e-2, elements: int | None = None) -> None:
-    """Test every colored node of a plan by brute force.
+    """Test, element by element, that what a plan perturbs at once does not meet in one output.
 
     Structural orthogonality: for every output and every color, over all elements one by one, at most one element of
     the color may influence that output (approximate colorings are excused). Coverage: each element by itself is moved

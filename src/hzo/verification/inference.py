@@ -51,7 +51,9 @@ class InferredStructure:
 
 @torch.no_grad()
 def infer_structure(module: nn.Module, x: Tensor, *, seed: int = 0) -> InferredStructure:
-    """Propose promises for a module from what it does near ``x``, at random points and at moved places.
+    """Find out by experiments what holds of a module's Jacobian (elementwise, affine, local, …), for ``hzo.declare``.
+
+    The module runs near ``x``, at random points and at shifted ones; what they do not contradict is proposed.
 
     Args:
         module: from one tensor with the batch in dimension 0 to one alike. Its type, code and weights are not looked

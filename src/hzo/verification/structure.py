@@ -74,7 +74,7 @@ class _Task:
 
 @torch.no_grad()
 def check_structure(model: Chain | nn.Module, x: Any, *, coordinates: int = 16, seed: int = 0) -> StructureReport:
-    """Test every promise that plans may use for this chain, at the activations that ``x`` gives it.
+    """Test by perturbation, at a given input, what hzo assumes about each operation of a model.
 
     Tested of every operation: that it repeats, keeps samples apart (where it is not known to couple them), is
     elementwise, affine or local where that is promised, that its adjoint rule is the adjoint of what it computes, and

@@ -44,7 +44,7 @@ BY_HAND = "give the stages by hand: hzo.Chain([f1, f2, ...]), each a callable fr
 
 
 def trace(model: nn.Module | Chain | Callable[..., Any], x: Any, *, samples: int | None = None) -> Chain:
-    """Record how ``model`` computes, as a chain of stages.
+    """Run a model on a batch and record its operations as a chain of stages, for which ``hzo.plan`` can plan.
 
     The children of an ``nn.Sequential`` and the callables of a ``hzo.Chain`` are the stages, and are looked into.
     Any other module is cut at every boundary where a single tensor is alive. A stage that looks at values (NumPy)
