@@ -178,7 +178,7 @@ def test_cost():
     with hzo.count_queries() as count:
         gradients(model, x, y)
     assert count.queries == 2 * 4 * 5
-    assert count.base_evaluations == 5 + 5  # the forward pass, and that it repeats
+    assert count.base_evaluations == 5 + 5  # the forward pass, and the test that it is deterministic
     assert count.boxes == {"physics": count.queries}
     with hzo.count_queries() as count:
         gradients(*problem(First))
@@ -255,10 +255,10 @@ class TestErrors:
         "exception": (lambda x: 1 / 0, QueryError, "ZeroDivisionError: division by zero"),
         "hanging": (lambda x: time.sleep(10), QueryTimeoutError, "no answer within 0.2 seconds; allow more"),
     }
-    # What a step calls for: the forward pass, the test that it repeats, and two queries.
+    # What a step calls for: the forward pass, the test that it is deterministic, and two queries.
     ASKED: ClassVar = [
         "a forward pass",
-        "the test that it repeats",
+        "the test that it is deterministic",
         "queries 1 to 4 of 4 .* up",
         "queries 1 to 4 of 4 .* down",
     ]

@@ -50,7 +50,7 @@ class TestTheRestOfTorch:
         gradients(model, x, y)
         once = len(runs)
         F.cross_entropy(functional_call(model, {n: 2 * p for n, p in model.named_parameters()}, (x,)), y).backward()
-        assert len(runs) - once == 4  # forward, the test that it repeats, and differences up and down
+        assert len(runs) - once == 4  # forward, the test that it is deterministic, and differences up and down
 
     def test_distributed_data_parallel(self):
         from torch.nn.parallel import DistributedDataParallel

@@ -457,14 +457,14 @@ class Call:
                 if flag
             )
 
-        def repeats() -> bool:
+        def deterministic() -> bool:
             return all(_close(a, b, 1e-4) for a, b in zip(ask(leaves, batch), outputs, strict=True))
 
         with counting.doing("the test that samples are apart"), self.queries(leaves):
             if apart():
                 return
-            if not repeats():
-                if not (self._count_on() and repeats()):
+            if not deterministic():
+                if not (self._count_on() and deterministic()):
                     raise self._two_results()
                 if apart():
                     return
@@ -580,7 +580,7 @@ class Call:
         """
         counting.add(base_evaluations=self.layout.batch)
         guard = self.guard
-        with counting.doing("the test that it repeats"):
+        with counting.doing("the test that it is deterministic"):
             again = self.evaluate(leaves)
             if self._as_before(again):
                 return

@@ -37,7 +37,7 @@ class BoxPlan:
 
     Attributes:
         name: of the box. batch: samples of the forward pass; 1 for a part without a batch.
-        sites: the inputs. calls: of the callable, the test that it repeats included. seconds: for all of it, from the
+        sites: the inputs. calls: of the callable, the test of determinism included. seconds: for all of it, from the
             time of one call here.
     """
 
@@ -75,7 +75,7 @@ class ChainPlan:
 
     Attributes:
         name: of its parts. plan: the tree that is followed, as of ``hzo.plan``. elements: of a sample of the inputs.
-        parts: operations of the chain. seconds: of queries and the test that it repeats, from the time of each part.
+        parts: operations of the chain. seconds: of queries and the test of determinism, from the time of each part.
     """
 
     name: str

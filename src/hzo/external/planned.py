@@ -202,7 +202,7 @@ def _check_same(this: Pass) -> None:
     """Run the stages once more: differences of a result that has changed since would mean nothing."""
     graph, first = this.chain.traced, this.activations
     again = first.again()
-    with counting.doing("the test that it repeats"):
+    with counting.doing("the test that it is deterministic"):
         run_again(graph, again, 0, len(graph.operations), len(graph.stages), [()] * len(graph.operations))
     for op in graph.operations:
         if not all(close(first.tensor(v), again.tensor(v)) for v in op.writes):

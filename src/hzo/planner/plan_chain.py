@@ -96,7 +96,7 @@ def plan(
         PlanError: an unknown option, a target that cannot be reached or a budget that pays for no plan, more memory
             needed than allowed, or a chain without anything to train.
         CoupledSamplesError: a query would run a stage in which samples influence each other (BatchNorm in train mode).
-        NondeterministicError: a stage that does not repeat, and no noise declared or measured.
+        NondeterministicError: a stage that is not deterministic, and no noise declared or measured.
     """
     if not isinstance(chain, Chain):
         raise InputError(
@@ -169,5 +169,5 @@ def _check_repeats(graph: Graph, noise: Noise | None) -> None:
         if not op.deterministic and noise is None:
             raise NondeterministicError(
                 f"{op.name} gave two results for the same input, with the same random state; differences of its "
-                "results would be noise. Make it repeat, or say how large its noise is: hzo.plan(chain, noise=...)"
+                "results would be noise. Make it deterministic, or say how large the noise is: hzo.plan(chain, noise=)"
             )

@@ -76,7 +76,7 @@ class _Task:
 def check_structure(model: Chain | nn.Module, x: Any, *, coordinates: int = 16, seed: int = 0) -> StructureReport:
     """Test by perturbation, at a given input, what hzo assumes about each operation of a model.
 
-    Tested of every operation: that it repeats, keeps samples apart (where it is not known to couple them), is
+    Tested of every operation: that it is deterministic, keeps samples apart (where it is not known to couple them), is
     elementwise, affine or local where that is promised, that its adjoint rule is the adjoint of what it computes, and
     that the closed parameter rules are those of what it computes.
 
@@ -102,7 +102,7 @@ def check_structure(model: Chain | nn.Module, x: Any, *, coordinates: int = 16, 
         checks = [
             Check(_stage(graph, op), op.name, promise, operand, finding)
             for op in graph.operations
-            if op.deterministic  # of what does not repeat nothing is assumed
+            if op.deterministic  # of others plans assume nothing
             for promise, operand, finding in (*_operand_checks(task, op), *_parameter_checks(task, op))
         ]
     broken = [check for check in checks if not check.finding.holds]

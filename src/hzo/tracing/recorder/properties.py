@@ -1,4 +1,4 @@
-"""What running each operation by itself tells: does it repeat, keep samples apart, move buffers, and what it costs."""
+"""What running each operation by itself tells: is it deterministic, are samples apart, what does it move and cost."""
 
 from __future__ import annotations
 
