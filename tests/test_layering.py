@@ -17,6 +17,7 @@ PACKAGES = (
     "hzo._seeds",
     "hzo.distributed",
     "hzo._files",
+    "hzo.pools",
     "hzo._version",
     "hzo.noise",
     "hzo.tape",
@@ -96,6 +97,16 @@ def test_imports_point_up(module):
     others = {package_of(name) for name in IMPORTS[module]} - {own}
     below = {name for name in others if PACKAGES.index(name) > PACKAGES.index(own)}
     assert not below, f"{own} stands above {sorted(below)}"
+
+
+def test_the_longest_chain_of_imports():
+    """Levels of packages, from the face of the library down: what a reader may have to follow."""
+    depth: dict[str, int] = {}
+    for package in PACKAGES:  # each behind all that it imports from
+        files = [module for module in MODULES.keys() - ENTRY if package_of(module) == package]
+        below = {package_of(name) for module in files for name in IMPORTS[module]} - {package}
+        depth[package] = 1 + max((depth[name] for name in below), default=0)
+    assert depth["hzo"] <= 14
 
 
 def test_every_package_is_listed():

@@ -8,13 +8,14 @@ from hzo import baselines, presets
 from hzo._version import __version__
 from hzo.baselines import GradientComparison, compare_gradients
 from hzo.execution import QueryCount, count_queries
-from hzo.external import BlackBox, blackbox, module, plain, ray_executor, simulator, smoothed
+from hzo.external import BlackBox, blackbox, module, plain, simulator, smoothed
 from hzo.finite_differences import CrossTalk, estimate_vjp, report_crosstalk, tolerate_rounding
 from hzo.gradients import backward, cotangents, grad_and_value
 from hzo.measurement import calibrate
 from hzo.noise import Noise
 from hzo.planner import Calibration, plan
 from hzo.plans import Plan, load_plan, save_plan
+from hzo.pools import ray_executor
 from hzo.progress import show_progress
 from hzo.reverse import RecordedStep, record
 from hzo.tracing import Chain, Local, declare, noisy

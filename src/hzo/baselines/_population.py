@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hzo.baselines import _evaluate as ev
 from hzo.errors import HzoError, InputError
-from hzo.external import Pool
+from hzo.pools import Pool
 
 
 @dataclass(frozen=True)

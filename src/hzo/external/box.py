@@ -25,7 +25,6 @@ from hzo.external.cost import BoxPlan, ChainPlan, plan_of_call
 from hzo.external.guard import Guarded, expect
 from hzo.external.history import History
 from hzo.external.planned import Pass, forget, in_dtype_of, planned, seconds_of_plan
-from hzo.external.pool import Pool
 from hzo.external.signature import flatten, names_of
 from hzo.external.state import floating
 from hzo.external.steps import Bounds, Steps
@@ -33,6 +32,7 @@ from hzo.finite_differences import Scheme, check_scheme
 from hzo.gradients import traced_for
 from hzo.noise import Noise
 from hzo.plans import Tree, check_not_modelled, check_smoothing
+from hzo.pools import Pool
 from hzo.structure import Assume
 from hzo.tape import current_recorder
 from hzo.tracing import Chain, Local, Promise, Stages, batch_size, declare, declared, declared_links, declared_step

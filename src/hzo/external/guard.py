@@ -23,10 +23,10 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from hzo.errors import HzoError, InputError, NonFiniteError, QueryError, QueryTimeoutError
 from hzo.execution import RandomState, counting, devices_of, random_state, set_random_state
-from hzo.external.pool import Pool
 from hzo.external.scratch import counters_matter, scratch
 from hzo.external.signature import flatten
 from hzo.external.state import Found, Key, Saved, State, state_of
+from hzo.pools import Pool
 from hzo.tape.marks import Marks
 
 _seeds = count(0x9E3779B9)  # one for every part: no two of them draw the same noise

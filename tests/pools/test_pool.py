@@ -14,7 +14,7 @@ import torch
 
 import hzo
 from hzo.errors import InputError, QueryError, QueryTimeoutError
-from hzo.external.pool import Pool
+from hzo.pools import Pool
 from support.boxes import TOLERANCE
 from support.oracles import normal
 

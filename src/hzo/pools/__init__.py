@@ -1,0 +1,6 @@
+"""Workers that answer queries: any executor, what becomes of calls that it loses, and Ray's actors as one."""
+
+from hzo.pools.pool import Pool
+from hzo.pools.ray_pool import ray_executor
+
+__all__ = ["Pool", "ray_executor"]
