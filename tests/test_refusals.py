@@ -3,7 +3,9 @@
 Errors of the user's own code pass through as they are.
 """
 
+import copy
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -187,6 +189,37 @@ def test_inside_transforms(transform):
 
     with pytest.raises(TapeError, match="inside of the block"):
         transform(step)(X)
+
+
+class Sparse(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 3))
+
+    def forward(self, x):
+        return torch.sparse.mm(x, self.weight)
+
+
+def test_sparse_inputs_go_without_a_plan():
+    model, x = Sparse(), X.to_sparse()
+    with pytest.raises(InputError, match="dense inputs"):
+        hzo.trace(model, x)
+    with pytest.raises(InputError, match="dense inputs"):
+        hzo.backward(model, cross_entropy, x, Y, **PLAN)
+    hzo.backward(model, cross_entropy, x, Y)
+    (exact,) = torch.autograd.grad(cross_entropy(model(x), Y), model.parameters())
+    torch.testing.assert_close(model.weight.grad, exact)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
+def test_recordings_are_not_copied(copied):
+    model = mlp()
+    with hzo.record() as tape:
+        loss = cross_entropy(model(X), Y)
+    with pytest.raises(TapeError, match="is not copied or saved; take its gradients first"):
+        copied(tape)
+    tape.backward(loss)
+    assert model[0].weight.grad is not None
 
 
 def test_packed_sequences_go_without_a_plan():

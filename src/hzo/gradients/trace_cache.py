@@ -12,7 +12,7 @@ from torch import nn
 from hzo.errors import InputError, PlanError
 from hzo.planner import plan as make_plan
 from hzo.plans import Plan
-from hzo.tracing import Chain, batch_size, call_arguments, signature
+from hzo.tracing import Chain, batch_size, call_arguments, check_dense, signature
 from hzo.tracing.recorder import trace
 
 _KEPT = 8  # traces a module: shapes and modes that alternate (train and eval, the last smaller batch) stay
@@ -90,6 +90,7 @@ def traced_for(model: Chain | nn.Module, x: Any, *, strict: bool, anew: bool = F
     module = model.model if isinstance(model, Chain) else model
     if not isinstance(module, nn.Module):
         raise InputError(f"expected an nn.Module or an hzo.Chain, got {type(model).__name__}; wrap it: hzo.Chain([f])")
+    check_dense(x)
     batch_size(*call_arguments(x))
     wanted = signature(module, x)
     if isinstance(model, Chain) and model.graph is not None and not anew:

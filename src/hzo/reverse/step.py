@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,13 @@ Gradients = list[tuple[Tensor, Tensor]]
 """Leaves with their gradients."""
 
 
+def _not_copied() -> TapeError:
+    return TapeError(
+        "a recording holds the tensors of a step that ran, and is not copied or saved; take its gradients first "
+        "(tape.backward(loss), retain_graph=True for more than one), and keep those"
+    )
+
+
 class RecordedStep:
     """A training step as it ran, from which gradients can be taken: what ``with hzo.record() as tape`` gives.
 
@@ -37,6 +45,12 @@ class RecordedStep:
     def __repr__(self) -> str:
         state = "swept and released" if self._swept else "to be swept by .backward(loss)"
         return f"<RecordedStep, {state}: {self.tape!r}>"
+
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        raise _not_copied()
+
+    def __reduce__(self) -> NoReturn:
+        raise _not_copied()
 
     @property
     def tape(self) -> Tape:

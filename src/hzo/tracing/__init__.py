@@ -3,7 +3,7 @@
 from hzo.tracing.arguments import leaves, map_arguments, tensors_in
 from hzo.tracing.chain import Chain, Stages, noisy
 from hzo.tracing.graph import Graph, Measured, Operation, ParameterUse, Stage, Value, apart
-from hzo.tracing.inputs import batch_size, call_arguments, requires_gradient, signature
+from hzo.tracing.inputs import batch_size, call_arguments, check_dense, requires_gradient, signature
 from hzo.tracing.promises import (
     PROMISES,
     Local,
@@ -31,6 +31,7 @@ __all__ = [
     "apart",
     "batch_size",
     "call_arguments",
+    "check_dense",
     "declare",
     "declared",
     "declared_links",

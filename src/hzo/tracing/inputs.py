@@ -51,6 +51,18 @@ def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     return int(size)
 
 
+def check_dense(x: Any) -> None:
+    """InputError where an input is sparse or nested: a plan moves single elements of every sample."""
+    tensors = tensors_in(call_arguments(x))
+    layouts = {t.layout for t in tensors} - {torch.strided}
+    if layouts or any(t.is_nested for t in tensors):
+        kind = str(layouts.pop()).removeprefix("torch.") if layouts else "nested tensor"
+        raise InputError(
+            f"expected dense inputs, whose samples a plan can move one by one, got a {kind} one; take the gradient "
+            "without a plan (hzo.backward(model, ...) or hzo.record()), or give x.to_dense()"
+        )
+
+
 def signature(module: nn.Module, x: Any) -> tuple[Any, ...]:
     """What a trace depends on: modules and their modes, trainable parameters, inputs but for their batch size."""
     args, kwargs = call_arguments(x)

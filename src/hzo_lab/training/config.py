@@ -93,6 +93,7 @@ _CHOICES = {
     "schedule": SCHEDULES,
     "dtype": DTYPES,
 }
+_DEEPEST = 10_000  # blocks: more take hours to build and to trace, and are a slip of the keyboard
 # Field: (lowest value, is that value itself allowed).
 _BOUNDS = {
     "image_size": (8, True),
@@ -134,6 +135,8 @@ def _check(config: TrainConfig) -> None:
             continue
         if not math.isfinite(value) or value < low or (value == low and not included):
             raise InputError(f"expected {name} to be {'at least' if included else 'more than'} {low}, got {value!r}.")
+    if config.depth is not None and config.depth > _DEEPEST:
+        raise InputError(f"expected depth to be at most {_DEEPEST:,}, got {config.depth!r}.")
     if isinstance(config.tree, str) and config.tree not in TREES:
         raise InputError(
             f"expected tree to be one of {', '.join(TREES)} or a whole number of parts (2 or more), "

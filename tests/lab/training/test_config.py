@@ -46,6 +46,7 @@ def test_unknown_fields_are_named():
         ("lr", float("nan"), "more than 0"),
         ("lr", "fast", "to be float"),
         ("seed", -1, "at least 0"),
+        ("depth", 100_000, "at most 10,000"),
         ("tree", "oak", "planned, flat"),
         ("tree", 1, "2 or more"),
         ("data_dir", 3, "str or null"),

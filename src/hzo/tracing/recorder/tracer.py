@@ -30,6 +30,7 @@ from hzo.tracing import (
     Value,
     batch_size,
     call_arguments,
+    check_dense,
     leaves,
     requires_gradient,
     signature,
@@ -73,6 +74,7 @@ def trace(model: nn.Module | Chain | Callable[..., Any], x: Any, *, samples: int
         "hzo.backward(model, loss_fn, x, y, plan=plan) averages",
     )
     check_tensors(module)
+    check_dense(x)
     nominal = batch_size(*call_arguments(x))
     trial = counting.doing(counting.TRIAL_RUN)
     with _ONE_AT_A_TIME, torch.inference_mode(False), torch.no_grad(), contained([module]), trial:
