@@ -59,3 +59,19 @@ def test_sparse_matrix_of_given_values(weights):
     check(function, leaves_of((indices.shape[1],), (4, 3)), weights=weights)
     repeated = torch.tensor([[0, 0, 1], [1, 1, 2]])
     check(lambda v, x: torch.sparse.mm(torch.sparse_coo_tensor(repeated, v, (4, 4)), x), leaves_of((3,), (4, 3)))
+
+
+@pytest.mark.parametrize("function", [torch.sparse.softmax, torch.sparse.log_softmax])
+def test_softmax_over_entries(function):
+    """Attention over the edges of a graph."""
+    indices = sparse_matrix().nonzero().t()
+
+    def weighed(values):
+        return function(torch.sparse_coo_tensor(indices, values, (4, 4)).coalesce(), 1).to_dense().nan_to_num()
+
+    check(weighed, leaves_of((indices.shape[1],)))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_made_sparse_and_dense_again():
+    check(lambda x: (torch.relu(x).to_sparse() * 1).to_dense() * x, leaves_of((4, 3)))

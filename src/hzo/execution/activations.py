@@ -53,6 +53,7 @@ class Activations:
         for value in values:
             tensor, about = self.tape.tensors[value], graph.values[value]
             if about.batched and tensor is not None:
-                integer = torch.iinfo(tensor.dtype).min if not about.floating and tensor.dtype != torch.bool else False
-                nothing = float("nan") if about.floating else integer
+                dtype = tensor.dtype
+                integer = dtype != torch.bool and not dtype.is_floating_point and not dtype.is_complex
+                nothing = torch.iinfo(dtype).min if integer else False if dtype == torch.bool else float("nan")
                 self.tape.tensors[value] = tensor.new_full((), nothing).expand(tensor.shape)

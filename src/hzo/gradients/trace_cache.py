@@ -13,7 +13,7 @@ from hzo.errors import InputError, PlanError
 from hzo.planner import plan as make_plan
 from hzo.plans import Plan
 from hzo.tracing import Chain, batch_size, call_arguments, check_dense, signature
-from hzo.tracing.recorder import trace
+from hzo.tracing.recorder import check_tensors, trace
 
 _KEPT = 8  # traces a module: shapes and modes that alternate (train and eval, the last smaller batch) stay
 _plans: WeakKeyDictionary[Chain, dict[frozenset[tuple[str, Any]], Plan]] = WeakKeyDictionary()
@@ -90,6 +90,7 @@ def traced_for(model: Chain | nn.Module, x: Any, *, strict: bool, anew: bool = F
     module = model.model if isinstance(model, Chain) else model
     if not isinstance(module, nn.Module):
         raise InputError(f"expected an nn.Module or an hzo.Chain, got {type(model).__name__}; wrap it: hzo.Chain([f])")
+    check_tensors(module)
     check_dense(x)
     batch_size(*call_arguments(x))
     wanted = signature(module, x)

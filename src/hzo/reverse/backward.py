@@ -78,10 +78,12 @@ def check_input(x: Any) -> None:
     """Whether an input holds numbers that a step can be taken from.
 
     Raises:
-        InputError: tensors without numbers, or nested ones. NonFiniteError: NaN or infinity.
+        InputError: tensors without numbers, or nested ones. NonFiniteError: NaN or infinity; where there are several
+            inputs, one may hold minus infinity, as masks do.
     """
-    for tensor in pytree.tree_leaves(x):
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+    tensors = [leaf for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor)]
+    for tensor in tensors:
+        if not tensor.is_floating_point():
             continue
         if tensor.is_nested:
             raise InputError(
@@ -91,7 +93,10 @@ def check_input(x: Any) -> None:
             raise InputError("the input x is on the meta device and holds no numbers; give real data")
         if tensor.layout != torch.strided:
             continue  # sparse: what comes of it is looked at in the loss
-        if not bool(tensor.isfinite().all()):
+        finite = tensor.isfinite()
+        if len(tensors) > 1:
+            finite |= tensor.isneginf()
+        if not bool(finite.all()):
             raise NonFiniteError("the input x holds NaN or infinity; clean the data before training on it")
 
 

@@ -102,7 +102,8 @@ class RecordedStep:
             self._recorder.release()
         # What autocast chose was recorded; the sweep's own products are taken as they are.
         with torch.no_grad(), torch.autocast(loss.device.type, enabled=False):
-            found = sweep(self.tape, seeds, hooks, free=not retain_graph)
+            # A hook may take a derivative of what was recorded, as implicit layers do.
+            found = sweep(self.tape, seeds, hooks, free=not retain_graph and not hooks)
         leaves: dict[int, tuple[Tensor, Tensor]] = {}
         for v, g in found.items():  # one tensor may stand for two leaves, where autograd was told to forget in between
             leaf = self.tape.leaves[v]
@@ -178,6 +179,11 @@ def _retained(tensor: Tensor, grad: Tensor) -> Tensor:
 def hooked(tensor: Tensor, grad: Tensor) -> Tensor:
     """What the hooks of a tensor make of its gradient."""
     for hook in tuple((tensor._backward_hooks or {}).values()):
+        if getattr(hook, "__globals__", {}).get("__name__") == "torch.autograd.graph":  # also where it wraps the user's
+            raise TapeError(
+                "a hook on several tensors (torch.autograd.graph.register_multi_grad_hook) waits for autograd's "
+                "engine, which never runs here; register one hook on each tensor (tensor.register_hook)"
+            )
         changed = hook(grad)
         grad = grad if changed is None else changed
     return grad

@@ -134,7 +134,8 @@ def _seen(tape: Tape, op: Operation, wanted: frozenset[int], kind: str) -> list[
 
 def _ones(tape: Tape, value: int | None) -> Tensor | None:
     tensor = None if value is None else tape.tensors[value]
-    return torch.ones_like(tensor) if tensor is not None and tensor.is_floating_point() else None
+    differentiable = tensor is not None and (tensor.is_floating_point() or tensor.is_complex())
+    return torch.ones_like(tensor) if differentiable else None  # type: ignore[arg-type]
 
 
 class _Walk:

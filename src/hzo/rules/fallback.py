@@ -116,6 +116,11 @@ def _by_queries(call: Call) -> Cotangents:
     if any(r is None and g is not None for r, g in zip(call.out, call.grads, strict=True)):
         raise TapeError(f"{call.op.name}: a result was overwritten in place before it was needed")
     for key, k, x in _operands(call):
+        if x.layout != torch.strided:
+            raise TapeError(
+                f"{call.op.name} of a sparse tensor has no rule; make the tensor dense before (x.to_dense()), or "
+                "compute with its indices and values"
+            )
         if x.device.type == "meta":
             raise TapeError(
                 f"{call.op.name} has no rule, and what it read was overwritten in place; replace the in-place call "

@@ -19,7 +19,7 @@ LOGIC = (
     "_is_all_true _is_any_true"
 )
 INDICES = "argmax argmin argsort count_nonzero histc histogram bincount multinomial one_hot _unique"
-VALUES = "_local_scalar_dense _assert_async _assert_scalar sym_size sym_numel hash_tensor"
+VALUES = "is_coalesced _local_scalar_dense _assert_async _assert_scalar sym_size sym_numel hash_tensor"
 FACTORIES = (
     "empty_like zeros_like ones_like full_like rand_like randn_like randint_like new_empty new_empty_strided new_zeros "
     "new_ones new_full _efficientzerotensor"

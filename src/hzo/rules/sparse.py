@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from hzo.rules.base import Call, Cotangents, vjp
 from hzo.rules.products import addend, adjoint, may_read, right_factor, scaled
@@ -31,6 +32,43 @@ def sparse_reduce(call: Call) -> Cotangents:
     mask = [call.needs(0), call.needs(1)]
     found = aten._sparse_mm_reduce_impl_backward(a, call.grad, b, reduce, call.out[1], mask)
     return {k: found[k] for k in (0, 1) if mask[k]}
+
+
+@vjp(aten._to_dense.default)
+def to_dense(call: Call) -> Cotangents:
+    """The cotangent at the entries that the sparse matrix has."""
+    a = call.args[0]
+    return {0: call.grad.sparse_mask(a.coalesce() if a.layout == torch.sparse_coo else a)}
+
+
+@vjp(aten._coalesce.default)
+def coalesce(call: Call) -> Cotangents:
+    """The same matrix, every entry stored once."""
+    return {0: call.grad}
+
+
+@vjp(aten._to_sparse.default, aten._to_sparse.sparse_dim)
+def to_sparse(call: Call) -> Cotangents:
+    """The entries of a dense matrix that are not zero."""
+    return {0: call.grad.to_dense()}
+
+
+@vjp(aten._sparse_softmax.default)
+def sparse_softmax(call: Call) -> Cotangents:
+    """Softmax over the entries of each row that a sparse matrix has."""
+    return {0: aten._sparse_softmax_backward_data(_sparse(call), call.result, call.args[1], call.args[0])}
+
+
+@vjp(aten._sparse_log_softmax.default)
+def sparse_log_softmax(call: Call) -> Cotangents:
+    """Its logarithm."""
+    return {0: aten._sparse_log_softmax_backward_data(_sparse(call), call.result, call.args[1], call.args[0])}
+
+
+def _sparse(call: Call) -> Tensor:
+    """The cotangent at the entries of the result."""
+    g = call.grad
+    return g if g.is_sparse else g.sparse_mask(call.result)
 
 
 @vjp(aten._sparse_coo_tensor_with_dims_and_tensors.default)

@@ -46,7 +46,7 @@ class CustomFunction:
     def __call__(self, *args: Any) -> tuple[Tensor, ...]:
         """The forward once more, on copies of these tensors: it may write to what it is given."""
         given = [a.clone() if isinstance(a, Tensor) else self.objects.get(k, a) for k, a in enumerate(args)]
-        return tuple(_tensors(self.function.apply(*given)))
+        return _results(self.function.apply(*given))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, CustomFunction) and other.function is self.function
@@ -57,7 +57,12 @@ class CustomFunction:
     def __repr__(self) -> str:
         return f"{self.function.__module__}.{self.function.__qualname__}"
 
-    def carry_back(self, cotangents: list[Tensor]) -> tuple[Any, ...]:
+    @property
+    def materializes(self) -> bool:
+        """Whether its backward is given zeros for results without a cotangent (``ctx.set_materialize_grads``)."""
+        return bool(getattr(self.node, "hzo_materialize", True))
+
+    def carry_back(self, cotangents: list[Tensor | None]) -> tuple[Any, ...]:
         """The user's backward, with the hooks that hang on it; no engine runs."""
         hooks: NodeHooks | None = self.node.metadata.get("hzo_hooks")
         given: Any = tuple(cotangents)
@@ -74,7 +79,8 @@ class CustomFunction:
     @staticmethod
     def record(recorder: Recorder, args: tuple[Any, ...], before: dict[int, int], result: Any) -> None:
         """Append the call whose results these are; ``before``: the values of the arguments when it was made."""
-        outputs = _tensors(result)
+        results = _results(result)
+        outputs = [t for t in results if isinstance(t, Tensor)]
         nodes = [t.grad_fn for t in outputs if t.grad_fn is not None and hasattr(t.grad_fn, "_forward_cls")]
         memory = recorder.memory
         written = {id(t): memory.before_declared_write(t) for t in outputs if any(t is a for a in args)}
@@ -97,7 +103,10 @@ class CustomFunction:
         objects = {k: a for k, a in enumerate(args) if not isinstance(a, (Tensor, *_PLAIN))}
         op = recorder.operation(CustomFunction(node, objects), refs, {})
         writes: list[int | None] = []
-        for tensor in outputs:
+        for tensor in results:
+            if not isinstance(tensor, Tensor):  # has a place among the cotangents, too
+                writes.append(None)
+                continue
             made = tensor.grad_fn is node
             recorder.settle(tensor)
             writes.append(recorder.new_value(tensor, made, op.index if made else -1, False))
@@ -114,5 +123,5 @@ def _plain(argument: Any) -> Any:
     return argument if isinstance(argument, _PLAIN) else type(argument).__name__
 
 
-def _tensors(result: Any) -> list[Tensor]:
-    return [t for t in (result if isinstance(result, (tuple, list)) else (result,)) if isinstance(t, Tensor)]
+def _results(result: Any) -> tuple[Any, ...]:
+    return tuple(result) if isinstance(result, (tuple, list)) else (result,)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from hzo.distributed import refuse_share
+from hzo.errors import TapeError
 from hzo.tape.aliases import geometry_of, overlaps_itself, pass_through, restride, restride_scatter
 from hzo.tape.foreach import on_lists, singles
 from hzo.tape.functions import OutOfPlace, out_of_place
@@ -43,6 +44,11 @@ _SHAPES_ALONE = frozenset(
         "new_zeros", "new_ones", "new_full", "new_empty_strided",
     )
 )  # fmt: skip
+
+NESTED = (
+    "a nested tensor carries a gradient, which hzo does not follow; pad it (x.to_padded_tensor(0.0)), or work on its "
+    "values and lengths"
+)
 
 _UNINITIALIZED = frozenset(
     f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
@@ -132,6 +138,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             else holds any more, is released while the recording runs.
     """
 
+    supports_higher_order_operators = True
+
     def __init__(self, keep: bool = False, lean: Collection[Any] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.tape = Tape()
@@ -181,6 +189,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def new_value(self, tensor: Tensor, requires: bool, producer: int, weight: bool) -> int:
         """A value for what ``tensor`` holds now."""
+        if tensor.is_nested:
+            raise TapeError(NESTED)
         tape = self.tape
         index = len(tape.values)
         if self.taint is not None and producer < 0 and storage_of(tensor) in self.taint:
@@ -311,7 +321,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        about = _OPERATORS.get(func) or _operator(func)
+        about = _OPERATORS.get(func)
+        if about is None:
+            if isinstance(func, torch._ops.HigherOrderOperator):  # inside of a Function, which is what is recorded
+                return func(*args, **kwargs)
+            about = _operator(func)
         if self.paused:
             self._touch(args)
             return func(*args, **kwargs)
@@ -753,8 +767,9 @@ def _unrecorded(tensor: Tensor) -> str:
     if custom is not None:
         name = custom.__qualname__
         return (
-            f"{function}, a custom Function that ran before the recording began, or whose apply was taken before "
-            f"(f = {name}.apply), which cannot be seen; write {name}.apply(...) where it is called"
+            f"{function}, the custom Function {name}, which ran before the recording began or in another thread; begin "
+            "the recording earlier (hzo.record around all that has a part in the loss), or detach the tensor where its "
+            "history does not matter"
         )
     return (
         f"{function}, which ran before the recording began, in another thread, or in code that PyTorch does not show; "

@@ -17,6 +17,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch._C._functorch import maybe_current_level
+from torch.autograd.function import FunctionCtx, _HookMixin, _SingleLevelFunction
 from torch.nn.modules import module
 
 from hzo.distributed import kind_of_wrapper, sharded
@@ -30,6 +31,7 @@ _lock = threading.RLock()
 _recording = [0]  # threads that record at the moment
 _originals: dict[str, Any] = {}
 _replaced: list[tuple[Any, str]] = []  # whose attributes have an original
+_INHERITED = object()  # stands for an attribute that a class has from another
 
 
 @contextlib.contextmanager
@@ -60,6 +62,7 @@ def _hooks(recorder: Recorder) -> tuple[Callable[[Tensor], Any], Callable[[Any],
             )
         return found.unpack(index)
 
+    pack.of_tape = True  # type: ignore[attr-defined]
     return pack, unpack
 
 
@@ -82,7 +85,11 @@ def _patched() -> Iterator[None]:
 def _replacements() -> list[tuple[Any, str, Any]]:
     """Whose attribute, its name, and what stands there while anybody records."""
     return [
-        (torch.autograd.Function, "apply", classmethod(_apply)),
+        # Beneath Function.apply, which may have been taken before: f = MyFunction.apply.
+        (_SingleLevelFunction, "apply", classmethod(_apply)),
+        (FunctionCtx, "set_materialize_grads", _set_materialize_grads),
+        (_HookMixin, "_register_hook", staticmethod(_refuse_hook_of_node)),
+        (torch._C._autograd, "_push_saved_tensors_default_hooks", _push_hooks),
         (torch.autograd.graph, "disable_saved_tensors_hooks", _without_hooks),
         (module, "BackwardHook", _recorded_hook(module.BackwardHook)),  # type: ignore[attr-defined]
         (Tensor, "register_hook", _register_hook),
@@ -90,13 +97,14 @@ def _replacements() -> list[tuple[Any, str, Any]]:
         (nn.parallel.DistributedDataParallel, "forward", _wrapped_forward),
         *((torch._VF, name, _step_by_step(name)) for name in _RECURRENT),
         (torch._C._nn, "pad", _pad),
+        (torch, "cond", _cond),
     ]
 
 
 def _replace() -> None:
     for owner, name, replacement in _replacements():
         _replaced.append((owner, name))
-        _originals[name] = vars(owner)[name] if isinstance(owner, type) else getattr(owner, name)
+        _originals[name] = vars(owner).get(name, _INHERITED) if isinstance(owner, type) else getattr(owner, name)
         setattr(owner, name, replacement)
     # TorchScript's executor would differentiate by itself what it has seen often enough.
     _originals["optimized"] = torch._C._get_graph_executor_optimize()
@@ -106,7 +114,10 @@ def _replace() -> None:
 def _put_back() -> None:
     while _replaced:
         owner, name = _replaced.pop()
-        setattr(owner, name, _originals[name])
+        if _originals[name] is _INHERITED:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, _originals[name])
     torch._C._set_graph_executor_optimize(_originals["optimized"])
 
 
@@ -132,19 +143,52 @@ def _own_casts() -> Iterator[None]:
 
 def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     """``Function.apply``: a custom Function is one operation, and its backward is its rule."""
-    original = _originals["apply"].__func__
+    apply = super(_SingleLevelFunction, cls).apply
     recorder = current_recorder()
-    if recorder is None:
-        return original(cls, *args, **kwargs)
+    if recorder is None or torch._C._are_functorch_transforms_active():  # transforms come by again beneath them
+        return apply(*args, **kwargs)
     if cls is torch.utils.checkpoint.CheckpointFunction:
-        return args[0](*args[2:])  # the tape needs no second run: run it as it is
+        return _checkpointed(args[0], *args[2:])
     if not torch.is_grad_enabled():
-        return original(cls, *args, **kwargs)
+        return apply(*args, **kwargs)
     before = {id(a): recorder.read(a) for a in args if isinstance(a, Tensor) and a.requires_grad}
-    result = original(cls, *args, **kwargs)
+    result = apply(*args, **kwargs)
     if before:
         CustomFunction.record(recorder, args, before, result)
     return result
+
+
+def _checkpointed(function: Callable[..., Any], *args: Any) -> Any:
+    """Reentrant checkpointing: the tape needs no second run. Where no input has a gradient, nothing inside has one."""
+    with torch.set_grad_enabled(any(isinstance(a, Tensor) and a.requires_grad for a in args)):
+        return function(*args)
+
+
+def _set_materialize_grads(self: Any, value: bool) -> None:
+    """A Function may want to see which of its results have no cotangent; PyTorch has no way to ask it back."""
+    _originals["set_materialize_grads"](self, value)
+    self.hzo_materialize = value
+
+
+def _refuse_hook_of_node(hooks: Any, hook: Callable[..., Any]) -> Any:
+    """``grad_fn.register_hook``: PyTorch hands the hook to autograd's engine, which never runs."""
+    if current_recorder() is not None:
+        name = getattr(hook, "__qualname__", type(hook).__name__)
+        raise TapeError(
+            f"the hook {name} hangs on a node of autograd (grad_fn.register_hook, or Module.register_backward_hook), "
+            "whose engine never runs here; register it on the tensor (tensor.register_hook), or by "
+            "Module.register_full_backward_hook"
+        )
+    return _originals["_register_hook"].__func__(hooks, hook)
+
+
+def _push_hooks(pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> None:
+    """Where saved tensors would go to another place or be computed again (``save_on_cpu``, checkpointing), the tape
+    keeps them as it keeps others: hooks of the user's that pack them are not asked."""
+    recorder = current_recorder()
+    if recorder is not None and not recorder.hooks_off and not hasattr(pack, "of_tape"):
+        pack, unpack = _hooks(recorder)
+    _originals["_push_saved_tensors_default_hooks"](pack, unpack)
 
 
 @contextlib.contextmanager
@@ -219,6 +263,13 @@ def _pad(x: Tensor, pad: Sequence[int], mode: str = "constant", value: float | N
         if before or behind:
             x = torch.cat([x.narrow(dim, size - before, before), x, x.narrow(dim, 0, behind)], dim)
     return x
+
+
+def _cond(pred: Any, true_fn: Callable[..., Any], false_fn: Callable[..., Any], operands: Any = ()) -> Any:
+    """``torch.cond`` runs as eager, too: PyTorch would compile it."""
+    if current_recorder() is None:
+        return _originals["cond"](pred, true_fn, false_fn, operands)
+    return true_fn(*operands) if pred else false_fn(*operands)
 
 
 _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")

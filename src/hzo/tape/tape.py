@@ -43,13 +43,14 @@ class Tape:
         """What a value held.
 
         Raises:
-            TapeError: its memory was overwritten in place, and nothing had asked to keep it.
+            TapeError: its memory was overwritten in place and nothing had asked to keep it, or it was released.
         """
         tensor = self.tensors[value]
         if tensor is None:
             raise TapeError(
-                f"value %{value} {self.values[value]!r} was overwritten in place before it was needed; please report "
-                "this, with the model: the tape should have kept it"
+                f"value %{value} {self.values[value]!r} is gone: the sweep released it, or code wrote over it in "
+                "place. Where a hook or a backward of yours takes a derivative of what was recorded, say "
+                "tape.backward(loss, retain_graph=True); otherwise please report this, with the model"
             )
         return tensor
 

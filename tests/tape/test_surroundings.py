@@ -1,0 +1,137 @@
+"""What surrounds a recording: hooks, checkpoints, derivatives that hooks take, what autograd's engine would do."""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import hzo
+from hzo.errors import TapeError
+from support.tape_oracle import check, leaves_of
+
+
+@pytest.mark.parametrize("how", ["grad_fn.register_hook", "grad_fn.register_prehook", "Module.register_backward_hook"])
+def test_hooks_of_nodes_are_refused_by_name(how):
+    """They would hang on an engine that never runs."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    if how.startswith("Module"):
+        model[1].register_backward_hook(lambda module, g_in, g_out: (g_in[0] * 2,))
+        run = model
+    else:
+
+        def run(x):
+            h = model[1](model[0](x))
+            getattr(h.grad_fn, how.partition(".")[2])(lambda *grads: (grads[0][0] * 2,))
+            return model[2](h)
+
+    with pytest.raises(TapeError, match="node of autograd"), hzo.record():
+        run(torch.randn(2, 3))
+    x = torch.ones(3, requires_grad=True)  # outside they work
+    y = x * 2
+    y.grad_fn.register_hook(lambda g_in, g_out: (g_in[0] * 7, None))
+    y.sum().backward()
+    assert x.grad.tolist() == [14] * 3
+
+
+@pytest.mark.parametrize("mode", ["all", "any"])
+def test_hooks_of_several_tensors_are_refused_by_name(mode):
+    x, y = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    torch.autograd.graph.register_multi_grad_hook((x, y), print, mode=mode)
+    with hzo.record() as step:
+        loss = (x * y).sum()
+    with pytest.raises(TapeError, match="register_multi_grad_hook"):
+        step.backward(loss)
+    assert x.grad is None
+    assert y.grad is None
+
+
+def derivative_in_a_checkpoint(a, b):
+    h = checkpoint(lambda t: torch.tanh(t @ b), a, use_reentrant=False)
+    (inner,) = torch.autograd.grad(h.square().sum(), a, create_graph=True)
+    return inner * a
+
+
+def selective(a, b):
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+    def keep(ctx, op, *args, **kwargs):
+        product = op is torch.ops.aten.mm.default
+        return CheckpointPolicy.MUST_SAVE if product else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, keep)
+    return checkpoint(lambda t: torch.tanh(torch.tanh(t @ b) @ b), a, use_reentrant=False, context_fn=contexts)
+
+
+def written_behind(a, b):
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda saved: saved):
+        h = (a @ b).sigmoid()
+    h.mul_(2)
+    return h
+
+
+def without_inputs_that_have_gradients(a, b):
+    """Reentrant checkpointing gives weights no gradient where no input has one."""
+    return checkpoint(lambda t: t @ b, torch.ones(3, 4, dtype=a.dtype), use_reentrant=True) + a @ b
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs")
+@pytest.mark.parametrize(
+    "function", [derivative_in_a_checkpoint, selective, written_behind, without_inputs_that_have_gradients]
+)
+def test_checkpoints(function):
+    check(function, leaves_of((3, 4), (4, 4)), dropped=False)
+
+
+def test_a_hook_that_solves_for_the_adjoint():
+    """Implicit layers: a fixed point without a graph, and a hook that takes derivatives of what was recorded."""
+
+    def fixed_point(x, w):
+        def f(z):
+            return torch.tanh(0.3 * z @ w + x)
+
+        with torch.no_grad():
+            z = torch.zeros_like(x)
+            for _ in range(60):
+                z = f(z)
+        z = f(z)
+        at = z.detach().requires_grad_()
+        image = f(at)
+
+        def adjoint(g):
+            u = g
+            for _ in range(60):
+                u = torch.autograd.grad(image, at, u, retain_graph=True)[0] + g
+            return u
+
+        z.register_hook(adjoint)
+        return z * 2
+
+    check(fixed_point, leaves_of((3, 4), (4, 4)), dropped=False)
+
+
+def test_cond_runs_as_eager():
+    check(lambda x: torch.cond(x.sum() > 0, lambda t: t.sin(), lambda t: t.exp(), (x,)), leaves_of((3, 4)))
+    assert torch.cond is torch._higher_order_ops.cond
+
+
+def test_nested_tensors_are_refused_by_name():
+    layer = nn.Linear(3, 4)
+    offsets = torch.tensor([0, 2, 5])
+    with pytest.raises(TapeError, match="nested tensor"), hzo.record():
+        torch.tanh(torch.nested.nested_tensor_from_jagged(layer(torch.randn(5, 3)), offsets))
+
+
+def test_masks_of_minus_infinity_are_inputs():
+    model = nn.Transformer(4, 1, 1, 1, 8, dropout=0.0, batch_first=True).double()
+    x = torch.randn(2, 3, 4, dtype=torch.float64)
+    mask = nn.Transformer.generate_square_subsequent_mask(3, dtype=torch.float64)
+    inputs = {"src": x, "tgt": x, "tgt_mask": mask}
+    hzo.backward(model, F.mse_loss, inputs, x)
+    found = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    F.mse_loss(model(**inputs), x).backward()
+    for g, p in zip(found, model.parameters(), strict=True):
+        torch.testing.assert_close(g, p.grad, atol=1e-12, rtol=1e-9)
