@@ -34,6 +34,11 @@ class Net(nn.Module):
         return torch.tanh(self.mix @ h[0])
 
 
+@pytest.fixture(autouse=True)
+def everything_is_worth_keeping(monkeypatch):
+    monkeypatch.setattr(measured, "_WORTH", 0)
+
+
 def network():
     torch.manual_seed(0)
     return Net(), torch.randn(1, 4, 8, 8, requires_grad=True)
@@ -191,18 +196,32 @@ def test_how_often_a_change_is_missed(ratio):
     relative = bound * ratio
     now = kept + direction * relative * kept[:, 1].norm() / direction[:, 1].norm()
 
-    def run(weight, draw):
+    def run(weight, sizes, draw):
         rows = draw(measured.ROWS, n, like=weight)
-        return (rows.double() @ now.double()).float(), rows @ weight, rows.abs() @ weight.abs()
+        return (rows.double() @ now.double()).float(), rows @ weight, rows.norm(dim=1, keepdim=True) * sizes
 
-    leaf = nn.Parameter(kept)
+    leaf, trial = nn.Parameter(kept), Trial(1, lambda weight: weight.norm(dim=0), run)
     missed = 0
     for _ in range(trials):
-        KERNELS.put(leaf, "key", kept)
-        missed += KERNELS.get(leaf, "key", Trial(1.0, run)) is not None
+        KERNELS.put(leaf, "key", kept, trial)
+        missed += KERNELS.get(leaf, "key", trial) is not None
     allowed = (1 / ratio) ** measured.ROWS
     assert missed / trials <= allowed + 4.5 * math.sqrt(allowed * (1 - allowed) / trials)
     assert missed > 0 or ratio > 10
+
+
+def test_what_is_measured_in_no_time_is_not_kept(monkeypatch):
+    monkeypatch.undo()
+    model, x = network()
+    assert gradients(model, x) == gradients(model, x)
+    assert not any(w in KERNELS._held for w in model.parameters())
+    lin, x = nn.Linear(512, 128), torch.randn(4, 512, requires_grad=True)
+    for expected in (513, 3):
+        with hzo.record() as step:
+            loss = lin(x).sum()
+        with hzo.count_queries() as count:
+            step.backward(loss, keep=True)
+        assert count.queries == expected
 
 
 def test_plans_measure_nothing_that_could_be_kept():

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from math import prod
 from typing import Any
 
 import torch
@@ -81,25 +80,32 @@ def _measured_kernel(call: Call, kernel: Tensor) -> Tensor:
         by_group = seen.view(seen.shape[0], groups, kernel.shape[1], *seen.shape[2:])
         return by_group.transpose(0, 1).reshape(kernel.shape)
 
-    def run(kept: Tensor, draw: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    taps = tuple(kernel.shape[2:])
+
+    def sizes(kept: Tensor) -> Tensor:
+        """By output channel and place the norm of what an image of one pixel meets there."""
+        if transposed:
+            found: Tensor = kept.view(groups, -1, *kept.shape[1:]).norm(dim=1).reshape(1, -1, *taps)
+        else:
+            found = kept.norm(dim=1)[None].flip(tuple(range(2, kept.dim())))
+        return found
+
+    def run(kept: Tensor, norms: Tensor, draw: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """On images of one pixel, which all taps meet."""
         pixels = draw(ROWS, x.shape[1], *[1] * axes, like=kept)
         probe = torch.cat([pixels, torch.zeros_like(pixels[:1])])
         replaced: dict[str, Any] = {_input(call): probe}
-        padding = (0,) * axes if transposed else tuple(k - 1 for k in kernel.shape[2:])
+        padding = (0,) * axes if transposed else tuple(k - 1 for k in taps)
         if not transposed:
             replaced["padding"] = padding
         seen: Tensor = call.measure(_plainly(call, axes, replaced), probe)
         ones, zeros = (1,) * axes, (0,) * axes
-        expected, size = (
-            aten.convolution(z, w, None, ones, padding, ones, transposed, zeros, groups)
-            for z, w in ((pixels, kept), (pixels.abs(), kept.abs()))
-        )
-        return seen[:-1] - seen[-1:], expected, size
+        expected = aten.convolution(pixels, kept, None, ones, padding, ones, transposed, zeros, groups)
+        of_groups = pixels.view(ROWS, groups, -1).norm(dim=2).repeat_interleave(norms.shape[1] // groups, 1)
+        return seen[:-1] - seen[-1:], expected, norms * of_groups.view(ROWS, -1, *[1] * axes)
 
-    taps = prod(kernel.shape[2:])
-    price = (x.shape[1] // groups + 1) * taps / max(x.shape[0] * prod(x.shape[2:]), 1)
-    return measured_once(call, key_of(call, "weight"), kernel, (transposed, groups), measure, Trial(price, run))
+    trial = Trial(x.shape[1] // groups * kernel.numel(), sizes, run)  # the padding is skipped by those who can
+    return measured_once(call, key_of(call, "weight"), kernel, (transposed, groups), measure, trial)
 
 
 def _measured_image(call: Call, x: Tensor, kernel: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ to the next it is kept where the caller says so, or while gradients accumulate a
 random numbers before it is used: the operator, run on a few of them, must return what the kept weight says. Where it
 does not, whatever the reason (an optimizer's step, a hook, hardware that drifts), the weight is measured anew.
 
-A trial allows for rounding, ``4 ε Σ|z w|`` for each result. A change ``Δ`` of what goes into one result adds a normal
+A trial allows for rounding, ``4 ε ‖z‖ ‖w‖`` for each result. A change ``Δ`` of what goes into one result adds a normal
 number of deviation ``‖Δ‖`` to it, so that one row of random numbers misses it with a probability of at most
 ``3.2 ε √n ‖w‖ / ‖Δ‖``, and the two rows of a trial with the square of that: 7e-5 for a relative change of 1e-3 in
 float32 with n = 512. What is missed is about as small as rounding. Source: ours.
@@ -29,7 +29,7 @@ from hzo.tape.operations import Ref
 
 ROWS = 2  # of random numbers in a trial
 _ROUNDINGS = 4  # of the size of a sum, that a trial allows for
-_WORTH = 0.05  # of the price of the call: cheaper measurements are not worth keeping
+_WORTH = 1 << 24  # multiplications: what takes fewer is measured faster than tried
 _PRECISE = 1e-6  # dtypes that round more than this would hide changes that matter
 
 
@@ -38,13 +38,15 @@ class Trial:
     """How what was measured is tried, and whether that pays.
 
     Attributes:
-        price: of a measurement, in runs of the call.
-        run: from what was kept and a source of random numbers (by shape) to what the operator returned for some, what
-            the kept weight says of them, and the sum of the sizes of what was added up.
+        work: multiplications that a measurement takes.
+        sizes: from what was measured to the norms of what goes into each result, taken once.
+        run: from what was kept, its sizes, and a source of random numbers (by shape) to what the operator returned for
+            some, what the kept weight says of them, and the norms of both multiplied.
     """
 
-    price: float
-    run: Callable[[Tensor, Callable[..., Tensor]], tuple[Tensor, Tensor, Tensor]]
+    work: float
+    sizes: Callable[[Tensor], Tensor]
+    run: Callable[[Tensor, Tensor, Callable[..., Tensor]], tuple[Tensor, Tensor, Tensor]]
 
 
 class _Kernels:
@@ -68,21 +70,22 @@ class _Kernels:
 
     def get(self, weight: Tensor, key: Hashable, trial: Trial) -> Tensor | None:
         """What was measured, if the operator still answers accordingly."""
-        kept: Tensor | None = self._held.get(weight, {}).get(key)
-        if kept is None:
+        found: tuple[Tensor, Tensor] | None = self._held.get(weight, {}).get(key)
+        if found is None:
             return None
-        seen, expected, size = trial.run(kept, self._draw)
+        kept, sizes = found
+        seen, expected, size = trial.run(kept, sizes, self._draw)
         limit = _ROUNDINGS * torch.finfo(seen.dtype).eps * (size + seen.abs())
         if bool(((seen - expected).abs() <= limit).all()):
             return kept
         del self._held[weight][key]
         return None
 
-    def put(self, weight: Tensor, key: Hashable, measured: Tensor) -> None:
+    def put(self, weight: Tensor, key: Hashable, measured: Tensor, trial: Trial) -> None:
         """Keep what was measured."""
         if weight not in self._held:
             self._held[weight] = {}
-        self._held[weight][key] = measured
+        self._held[weight][key] = measured, trial.sizes(measured)
 
     def _draw(self, *shape: int, like: Tensor) -> Tensor:
         """Normal numbers from a generator of its own: the user's random state does not move."""
@@ -191,7 +194,7 @@ def _across(
     trial: Trial | None,
 ) -> Tensor:
     """The same from one gradient to the next."""
-    if not kept.keeps or trial is None or trial.price < _WORTH or torch.finfo(weight.dtype).eps > _PRECISE:
+    if not kept.keeps or trial is None or trial.work < _WORTH or torch.finfo(weight.dtype).eps > _PRECISE:
         return measure()
     root = _root(call, key)
     if root is None or id(root) not in kept.keeps:
@@ -200,7 +203,7 @@ def _across(
     found = KERNELS.get(root, name, trial)
     if found is None:
         found = measure()
-        KERNELS.put(root, name, found)
+        KERNELS.put(root, name, found, trial)
     return found
 
 

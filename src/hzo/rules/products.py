@@ -9,6 +9,7 @@ factor has entries in the dimension that is summed over; in a batch of matrices 
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
@@ -61,15 +62,16 @@ def right_factor(call: Call, left: int) -> Tensor:
         seen: Tensor = call.measure({left: probe, **_without_addend(call, left)}, probe)
         return seen[..., :-1, :] - seen[..., -1:, :]
 
-    def run(kept: Tensor, draw: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def run(kept: Tensor, sizes: Tensor, draw: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         shape = call.args[left].shape
         rows = draw(*shape[:-2], ROWS, shape[-1], like=kept)
         probe = torch.cat([rows, torch.zeros_like(rows[..., :1, :])], -2)
         seen: Tensor = call.measure({left: probe, **_without_addend(call, left)}, probe)
-        return seen[..., :-1, :] - seen[..., -1:, :], rows @ kept, rows.abs() @ kept.abs()
+        return seen[..., :-1, :] - seen[..., -1:, :], rows @ kept, rows.norm(dim=-1, keepdim=True) * sizes
 
     shape = call.args[left].shape
-    trial = Trial((shape[-1] + 1) / max(shape[-2], 1), run)
+    work = prod(shape[:-2]) * shape[-1] ** 2 * call.args[left + 1].shape[-1]
+    trial = Trial(work, lambda kept: kept.norm(dim=-2, keepdim=True), run)
     return measured_once(call, left + 1, call.args[left + 1], ("right", call.kwargs.get("alpha")), measure, trial)
 
 
@@ -83,15 +85,16 @@ def left_factor(call: Call, left: int) -> Tensor:
         seen: Tensor = call.measure({right: probe, **_without_addend(call, left)}, probe.mT)
         return seen[..., :-1] - seen[..., -1:]
 
-    def run(kept: Tensor, draw: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def run(kept: Tensor, sizes: Tensor, draw: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         shape = call.args[right].shape
         columns = draw(*shape[:-2], shape[-2], ROWS, like=kept)
         probe = torch.cat([columns, torch.zeros_like(columns[..., :1])], -1)
         seen: Tensor = call.measure({right: probe, **_without_addend(call, left)}, probe.mT)
-        return seen[..., :-1] - seen[..., -1:], kept @ columns, kept.abs() @ columns.abs()
+        return seen[..., :-1] - seen[..., -1:], kept @ columns, sizes * columns.norm(dim=-2, keepdim=True)
 
     shape = call.args[right].shape
-    trial = Trial((shape[-2] + 1) / max(shape[-1], 1), run)
+    work = prod(shape[:-2]) * shape[-2] ** 2 * call.args[left].shape[-2]
+    trial = Trial(work, lambda kept: kept.norm(dim=-1, keepdim=True), run)
     return measured_once(call, left, call.args[left], ("left", call.kwargs.get("alpha")), measure, trial)
 
 

@@ -105,11 +105,9 @@ def _tried(call: Call, which: int) -> Trial:
     inputs, width = x.shape[-1], hidden.shape[-1]
     size = inputs if which == 0 else width
 
-    def run(kept: Tensor, draw: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        rows = draw(ROWS, size, like=kept)
-        sums = rows.abs() @ kept.abs().t()
-        scale = float(sums.max().clamp(min=1e-30))
-        rows, sums = rows / scale, sums / scale
+    def run(kept: Tensor, sizes: Tensor, draw: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        rows = draw(ROWS, size, like=kept) / sizes.max().clamp(min=1e-30)
+        sums = rows.norm(dim=1, keepdim=True) * sizes
         beside = torch.zeros(ROWS, width if which == 0 else inputs, dtype=kept.dtype, device=kept.device)
         step, state = (rows[None], beside) if which == 0 else (beside[None], rows)
         none, cell = torch.zeros_like(kept[:, 0]), torch.ones(ROWS, width, dtype=kept.dtype, device=kept.device)
@@ -121,7 +119,7 @@ def _tried(call: Call, which: int) -> Trial:
         per_unit = sums.view(ROWS, 4, width).sum(1) + 1
         return seen, expected, torch.cat([per_unit, per_unit], 1)
 
-    return Trial(3 * (size + 1) / max(x.shape[0] * x.shape[1], 1), run)
+    return Trial(12 * size * width * size, lambda kept: kept.norm(dim=1), run)
 
 
 class _Impulses:
