@@ -387,7 +387,7 @@ def col2im(call: Call) -> Cotangents:
     return {0: aten.im2col(call.grad, *call.args[2:6])}
 
 
-@vjp(aten.constant_pad_nd.default)
+@vjp(aten.constant_pad_nd.default, lean=True)
 def constant_pad_nd(call: Call) -> Cotangents:
     """A border of one number, or a border cut off."""
     return {0: aten.constant_pad_nd(call.grad, [-p for p in call.args[1]], 0)}

@@ -242,7 +242,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return [t for t in tensors if storage_of(t) in held]
 
     def release(self) -> None:
-        """The recording is over: only the tape holds what it recorded."""
+        """The recording is over: only the tape holds what it recorded, and of that what rules may read."""
+        for v in self._candidates:
+            if v not in self._needed and v not in self._saved:
+                self.tape.tensors[v] = None
+        self._candidates = []
         self.alive, self.unnoted, self.hooked = {}, [], []
         self._detached, self._older, self.tape._index = {}, {}, {}
         self.memory.release()
@@ -522,8 +526,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         dropped: list[Tensor] = []
         for v in self._candidates:
             tensor = tape.tensors[v]
-            if tensor is None or v in self._needed or v in self._saved or tensor._is_view():
-                continue  # a view takes no memory of its own
+            if tensor is None or v in self._needed or v in self._saved:
+                continue
             # Known by the tape, by the list of tensors that are alive, and here; one more is the call's argument.
             if sys.getrefcount(tensor) > 4 or v in last or tape._index.get(id(tensor)) != v:
                 kept.append(v)
