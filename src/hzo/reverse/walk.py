@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from copy import copy
 from typing import Any
@@ -14,6 +15,7 @@ from hzo.execution import counting
 from hzo.rules.base import Call, Cotangents, Engine, Key
 from hzo.rules.registry import LEAN, find_rule, kind_of
 from hzo.tape import Operation, Recorder, Tape
+from hzo.tape.memory import alone
 from hzo.tape.operations import Ref
 from hzo.tape.record import flat
 from hzo.tape.surroundings import recording
@@ -138,6 +140,29 @@ def _ones(tape: Tape, value: int | None) -> Tensor | None:
     return torch.ones_like(tensor) if differentiable else None  # type: ignore[arg-type]
 
 
+def _references(held: dict[int, Any], value: int) -> int:
+    return sys.getrefcount(held[value])
+
+
+_ONE_REFERENCE = _references({0: object()}, 0)  # the dict's, and as many as this version of Python takes to count
+
+
+def _is_nobody_elses(held: dict[int, Tensor], value: int) -> bool:
+    """Whether only this dict knows a cotangent, so that it may be added to in place.
+
+    One contribution may have gone to several operands, and hooks, rules and the user's code may keep what they gave.
+    """
+    if _references(held, value) > _ONE_REFERENCE:
+        return False
+    tensor = held[value]
+    return (
+        type(tensor) is Tensor
+        and alone(tensor)
+        and not tensor.is_inference()
+        and torch._debug_has_internal_overlap(tensor) == 0
+    )
+
+
 class _Walk:
     def __init__(
         self,
@@ -148,7 +173,6 @@ class _Walk:
     ) -> None:
         self.tape = tape
         self.cotangents = cotangents
-        self.owned: set[int] = set()  # sums that were made here and may be added to in place
         self.hooks = hooks
         self.engine = engine
 
@@ -177,14 +201,13 @@ class _Walk:
         if grad.dtype != about.dtype:
             grad = grad.real if grad.is_complex() and not about.dtype.is_complex else grad
             grad = grad.to(about.dtype)
-        before = self.cotangents.get(value)
-        if before is None:
-            self.cotangents[value] = grad
-        elif value in self.owned:
-            before += grad
+        cotangents = self.cotangents
+        if value not in cotangents:
+            cotangents[value] = grad
+        elif _is_nobody_elses(cotangents, value):
+            cotangents[value] += grad
         else:
-            self.cotangents[value] = before + grad
-            self.owned.add(value)
+            cotangents[value] = cotangents[value] + grad
 
     def leaves(self) -> dict[int, Tensor]:
         for value in self.cotangents:

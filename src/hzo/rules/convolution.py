@@ -18,7 +18,7 @@ from torch import Tensor
 from hzo.rules.base import Call, Cotangents, Key, vjp
 from hzo.rules.measured import ROWS, Trial, measured_once
 from hzo.rules.products import may_read
-from hzo.rules.schema import has, key_of, named
+from hzo.rules.schema import arguments, has, key_of, named
 
 aten = torch.ops.aten
 
@@ -27,9 +27,19 @@ _PLAIN = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0}
 
 def _plainly(call: Call, axes: int, replaced: dict[str, Any]) -> dict[Key, Any]:
     """Replacements for a probe: options of the plainest convolution, no bias, and what the probe replaces."""
-    found: dict[str, Any] = {name: (value,) * axes for name, value in _PLAIN.items()}
-    found.update(bias=None, **replaced)
-    return {key_of(call, name): value for name, value in found.items() if has(call, name)}
+    found = dict(_plain(call.op.target, len(call.args), axes))
+    found.update((key_of(call, name), value) for name, value in replaced.items() if has(call, name))
+    return found
+
+
+@lru_cache(maxsize=256)
+def _plain(target: Any, given: int, axes: int) -> dict[Key, Any]:
+    """The options of ``_plainly`` by their places in a call with so many positional arguments."""
+    options = {name: (value,) * axes for name, value in _PLAIN.items()} | {"bias": None}
+    places = arguments(target)
+    return {
+        places[name][0] if places[name][0] < given else name: value for name, value in options.items() if name in places
+    }
 
 
 def _input(call: Call) -> str:
@@ -74,9 +84,12 @@ def _measured_kernel(call: Call, kernel: Tensor) -> Tensor:
         if not transposed:
             replaced["padding"] = tuple(k - 1 for k in kernel.shape[2:])
         seen: Tensor = call.measure(_plainly(call, axes, replaced), probe)
-        seen = seen[:-1] - seen[-1:]
         if not transposed:
-            return seen.flip(tuple(range(2, kernel.dim()))).transpose(0, 1).contiguous()
+            seen = seen.transpose(0, 1)
+            made = torch.empty(kernel.shape, dtype=seen.dtype, device=seen.device)
+            torch.sub(seen[:, :-1], seen[:, -1:], out=made)
+            return made.flip(tuple(range(2, kernel.dim()))) if any(k > 1 for k in kernel.shape[2:]) else made
+        seen = seen[:-1] - seen[-1:]
         by_group = seen.view(seen.shape[0], groups, kernel.shape[1], *seen.shape[2:])
         return by_group.transpose(0, 1).reshape(kernel.shape)
 

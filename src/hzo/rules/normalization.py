@@ -78,6 +78,8 @@ def _statistics(call: Call, training: bool) -> dict[Key, Any]:
     old = named(call, "running_mean") if has(call, "running_mean") else None
     if old is None:
         return {}
+    if training and call.op.target is _NATIVE:  # takes none, and copies none
+        return {3: None, 4: None}
     zeros = torch.zeros(old.shape, dtype=old.dtype, device=call.grad.device)
     mean: dict[Key, Any] = {key_of(call, "running_mean"): zeros}
     return {**mean, key_of(call, "running_var"): torch.ones_like(zeros)} if training else mean
@@ -122,7 +124,8 @@ def batch_norm(call: Call) -> Cotangents:
 
 
 # Operators that write to running statistics are recorded in their form out of place.
-vjp(out_of_place(aten.native_batch_norm.default, (3, 4)), measures=True, lean=True)(batch_norm)
+_NATIVE = out_of_place(aten.native_batch_norm.default, (3, 4))
+vjp(_NATIVE, measures=True, lean=True)(batch_norm)
 _WRITING = (
     aten.cudnn_batch_norm.default,
     aten.miopen_batch_norm.default,

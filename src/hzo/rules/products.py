@@ -44,9 +44,21 @@ def _zeros(call: Call, key: int, *shape: int) -> Tensor:
     return torch.zeros(shape, dtype=operand.dtype, device=call.grad.device)
 
 
+_KEPT = 1 << 19  # elements of a probe that is kept for the next product of its size
+_identities: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+
+
 def _identity(call: Call, key: int, size: int) -> Tensor:
-    """The rows of an identity, and a row of zeros."""
-    return _zeros(call, key, size + 1, size).fill_diagonal_(1)
+    """The rows of an identity, and a row of zeros. Nobody writes to it: layers of one width share it."""
+    name = size, call.args[key].dtype, call.grad.device
+    probe = _identities.get(name)
+    if probe is None:
+        probe = _zeros(call, key, size + 1, size).fill_diagonal_(1)
+        if probe.numel() <= _KEPT and type(probe) is Tensor:
+            if len(_identities) >= 8:
+                del _identities[next(iter(_identities))]
+            _identities[name] = probe
+    return probe
 
 
 def _without_addend(call: Call, left: int) -> dict[Key, Any]:

@@ -9,7 +9,7 @@ from hzo.rules.base import Call, Key
 
 
 @cache
-def _arguments(target: Any) -> dict[str, tuple[int, Any]]:
+def arguments(target: Any) -> dict[str, tuple[int, Any]]:
     """By name: the position, and the default. Calls out of place keep the operator that they run in ``func``."""
     schema = getattr(target, "func", target)._schema
     return {argument.name: (k, argument.default_value) for k, argument in enumerate(schema.arguments)}
@@ -17,7 +17,7 @@ def _arguments(target: Any) -> dict[str, tuple[int, Any]]:
 
 def _of(call: Call) -> dict[str, tuple[int, Any]]:
     if call.schema is None:
-        call.schema = _arguments(call.op.target)
+        call.schema = arguments(call.op.target)
     return call.schema
 
 
