@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hzo.baselines import _evaluate as ev
+from hzo.baselines import _in_place as in_place
 from hzo.baselines import _population as population
 from hzo.baselines import _together as together
 
@@ -24,16 +25,21 @@ def two_point(
     mu: float | None,
     generator: torch.Generator | None,
     executor: Any,
+    rate: float | None = None,
 ) -> Tensor:
     """Accumulate the mean over ``samples`` directions z of ``(L(θ + μz) − L(θ − μz)) / 2μ · z``.
 
     Directions are made from their seed each time they are needed, tensor by tensor, and never kept.
+
+    Args:
+        rate: take a step of that rate at once, and leave ``.grad`` alone.
     """
     p = ev.problem(model, loss_fn, x, y)
     parameters = list(p.parameters.values())
     mu = ev.checked_step(mu, ev.rounding(parameters) ** (1 / 3) / 5, p.parameters)
     seeds = ev.draw_seeds(generator, samples)
     before = torch.get_rng_state()
+    versions = [parameter._version for parameter in parameters]
     with ev.queried(p) as (loss, loss_at, run):
         slopes = None
         if executor is not None and parameters:
@@ -42,14 +48,20 @@ def two_point(
             slopes = [(a - b) / (2 * mu) for a, b in zip(values[::2], values[1::2], strict=True)]
             for _ in values:
                 ev.count_pass(p)
-        elif parameters and samples > 1:
+        elif parameters and samples > 1 and rate is None:
             slopes = _slopes_together(p, draw, seeds, mu, loss, run)
         if slopes is None:
-            slopes = [_slope(parameters, draw, seed, mu, loss_at) for seed in seeds] if parameters else []
+            slope = _slope if in_place.can_move(parameters, versions) else _slope_from_copies
+            slopes = [slope(parameters, draw, seed, mu, loss_at) for seed in seeds] if parameters else []
+    if rate is not None:
+        for seed, along in zip(seeds, slopes, strict=bool(parameters)):
+            for parameter, z in zip(parameters, ev.directions(parameters, draw, seed), strict=True):
+                parameter.data.add_(z, alpha=-rate * along / samples)
+        return loss
     gradients = [ev.accumulator(parameter) for parameter in parameters]
-    for seed, slope in zip(seeds, slopes, strict=bool(parameters)):
+    for seed, along in zip(seeds, slopes, strict=bool(parameters)):
         for gradient, z in zip(gradients, ev.directions(parameters, draw, seed), strict=True):
-            gradient.add_(z, alpha=slope / samples)
+            gradient.add_(z, alpha=along / samples)
     ev.add_to_grad(p, zip(parameters, gradients, strict=True))
     return loss
 
@@ -88,7 +100,18 @@ def _loss(p: ev.Problem, draw: ev.Draw, seed: int, signed: float) -> float:
 
 
 def _slope(parameters: list[torch.nn.Parameter], draw: ev.Draw, seed: int, mu: float, loss_at: ev.LossAt) -> float:
-    """The loss's central difference along the direction of one seed."""
+    """The loss's central difference along the direction of one seed, with the parameters moved in place."""
+    values = []
+    for signed in (mu, -mu):
+        with in_place.moved_along(parameters, draw, seed, signed):
+            values.append(loss_at())
+    return (values[0] - values[1]) / (2 * mu)
+
+
+def _slope_from_copies(
+    parameters: list[torch.nn.Parameter], draw: ev.Draw, seed: int, mu: float, loss_at: ev.LossAt
+) -> float:
+    """The same with a copy of the parameters: for those that share memory, and models that write to their own."""
     values = []
     with ev.held(parameters) as copies:
         for signed in (mu, -mu):
