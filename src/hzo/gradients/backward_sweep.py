@@ -122,43 +122,56 @@ def estimate_node(state: Sweep, node: Node, at_source: dict[int, Tensor]) -> Ten
         base = [values[v].rows(read(graph, activations.tensor(v), stage), activations.batch) for v in outputs]
     cotangents = {v: at_source[v] for v in outputs}
 
-    def once(draw: int) -> Tensor:
+    # Repeats are copies of the batch, as directions are: as many at once as leave room for all directions.
+    device, batch = next(iter(cotangents.values())).device, state.activations.batch
+    chunk = directions_per_chunk(bytes_per_direction(graph, node, batch), state.memory, device)
+    at_once = 1 if node.probe is None else min(node.repeats, max(1, chunk // max(1, node.probe.directions)))
+    total: Tensor | None = None
+    for start in range(0, node.repeats, at_once):
+        repeats = min(at_once, node.repeats - start)
         if node.probe is None:
-            return _apply_rule(state, node, cotangents)
-        return _by_differences(state, node, node.probe, cotangents, base, draw)
-
-    total = once(0)
-    for draw in range(1, node.repeats):
-        total = total + once(draw)
+            part = _apply_rule(state, node, cotangents)
+        else:
+            part = _by_differences(state, node, node.probe, cotangents, base, start, repeats, chunk // repeats)
+        total = part if total is None else total + part
+    assert total is not None
     return total / node.repeats if node.repeats > 1 else total
 
 
 def _by_differences(
-    state: Sweep, node: Node, probe: Probe, at_source: dict[int, Tensor], base: list[Tensor] | None, draw: int
+    state: Sweep,
+    node: Node,
+    probe: Probe,
+    at_source: dict[int, Tensor],
+    base: list[Tensor] | None,
+    start: int,
+    repeats: int,
+    chunk: int,
 ) -> Tensor:
-    """One measurement of a node: the cotangent of its value by finite differences of its operations.
+    """The cotangent of a node's value by finite differences of its operations, summed over some of its repeats.
 
     Args:
         at_source: cotangents of those of the node's outputs that have one. base: their unperturbed rows, for forward
-            differences. draw: which of the node's repeats this is; each has random numbers of its own.
+            differences. start, repeats: which of the node's repeats these are; each has random numbers of its own.
+        chunk: directions at once, each in all these repeats.
     """
     graph, activations, batch = state.graph, state.activations, state.activations.batch
     values, outputs = graph.values, list(at_source)
     value = values[node.value]
-    rows = value.rows(activations.tensor(node.value), batch)
+    rows = value.rows(activations.tensor(node.value), batch).repeat(repeats, 1)
     if state.plan.mu is not None:
-        rows = _smoothing(state.plan.mu, rows, _seed(state, node, draw))
+        rows = _smoothing(state.plan.mu, rows, _seed(state, node, start))
 
     def run(perturbed: Tensor, copies: int) -> list[Tensor]:
         moved = {node.value: value.rows_to_copies(perturbed, batch)}
-        results = run_slice(graph, node.operations, activations, moved, outputs, copies)
+        results = run_slice(graph, node.operations, activations, moved, outputs, copies * repeats)
         return [values[v].copies_to_rows(t, batch) for v, t in zip(outputs, results, strict=True)]
 
     draws = probe.draws
     if probe.coloring is not None:
         probe = replace(probe, coloring=probe.coloring.for_outputs([node.outputs.index(v) for v in outputs]), draws=1)
-    cotangents = [values[v].rows(at_source[v], batch) for v in outputs]
-    chunk = directions_per_chunk(bytes_per_direction(graph, node, batch), state.memory, rows.device)
+    cotangents = [values[v].rows(at_source[v], batch).repeat(repeats, 1) for v in outputs]
+    base = None if base is None else [t.repeat(repeats, 1) for t in base]
     where = f"the activation at {graph.describe(node.target)}"
     precision = narrowest(
         [value.dtype, *(values[v].dtype for k in node.operations for v in graph.operations[k].writes)]
@@ -186,16 +199,17 @@ def _by_differences(
         )
 
     if probe.coloring is None or probe.coloring.spacing is None:
-        return value.from_rows(estimate(), batch)
-    found = over_signs(
-        estimate,
-        rows,
-        draws=draws,
-        seed=_seed(state, node, draw),
-        where=graph.describe(node.target),
-        coloring=str(probe.coloring),
-    )
-    return value.from_rows(found, batch)
+        found = estimate()
+    else:
+        found = over_signs(
+            estimate,
+            rows,
+            draws=draws,
+            seed=_seed(state, node, start),
+            where=graph.describe(node.target),
+            coloring=str(probe.coloring),
+        )
+    return value.from_rows(found.view(repeats, batch, -1).sum(0), batch)
 
 
 def _seed(state: Sweep, node: Node, draw: int) -> int:

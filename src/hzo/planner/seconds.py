@@ -19,8 +19,14 @@ def seconds_of(graph: Graph, plan: Plan, known: Seconds) -> float:
         return cost.queries * batch * (sum(known.operations[k] for k in operations) + known.decoding * elements)
 
     for node in plan.nodes:
-        edge = known.edges.get((node.target, node.source, node.value))
-        total += queries(node.cost, node.operations, node.outputs) if edge is None else node.repeats * edge
+        once = known.edges.get((node.target, node.source, node.value))
+        spent = queries(node.cost, node.operations, node.outputs)
+        if once is None:
+            total += spent
+        elif node.probe is None:
+            total += node.repeats * once
+        else:  # the first repeat as it was measured; the others run beside it, as more copies of the batch
+            total += once + (node.repeats - 1) * min(once, spent / node.repeats)
     for probe in plan.perturbed:
         total += queries(probe.cost, [probe.operation], graph.operations[probe.operation].writes)
     return total
