@@ -1,5 +1,7 @@
 """What calibrate() measures, against what is known of chains made for the purpose."""
 
+import statistics
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -161,3 +163,22 @@ def test_predicted_cosines_are_measured(tree, readout, process):
         assert plan.expected.errors[position, value] == errors[position, value]
         assert (1 + errors[position, value]) ** -0.5 == pytest.approx(measured, abs=0.02)
     assert plan.expected.cosine < 0.97  # else the test would show nothing
+
+
+@pytest.mark.parametrize("tree", ["bisect", "stagewise"])
+def test_predicted_errors_of_parameters_are_measured(tree):
+    """Of weights too, which reach their product transposed. How errors add up over samples was seen in one draw: of a
+    bias of 16 numbers to a factor of three, of a weight of 256 to a half."""
+    chain, x, y = residual(6, torch.float64)
+    noisy = hzo.noisy(chain, readout=1e-2, seed=4)
+    known = hzo.calibrate(noisy, x, F.mse_loss, y, assume="nothing")
+    plan = hzo.plan(noisy, tree=tree, assume="nothing", step=0.1, calibration=known)
+    exact, _ = hzo.grad_and_value(chain, F.mse_loss, x, y)
+    chips = [hzo.noisy(chain, readout=1e-2, seed=seed) for seed in range(10, 18)]
+    draws = [hzo.grad_and_value(chip, F.mse_loss, x, y, plan=plan)[0] for chip in chips]
+    estimated = {name for name, error in plan.expected.parameters.items() if error > 0}
+    assert estimated == set(exact)  # the last block too: its output is behind a sum and an activation
+    for name in estimated:
+        errors = [float((found[name] - exact[name]).square().sum() / exact[name].square().sum()) for found in draws]
+        ratio = plan.expected.parameters[name] / statistics.mean(errors)
+        assert (1 / 3 < ratio < 3) if name.endswith("bias") else (1 / 2 < ratio < 2), name

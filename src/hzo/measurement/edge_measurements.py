@@ -249,25 +249,26 @@ class EdgeMeasurements:
         op = self.graph.operations[position - 1]
         at = self.cotangents.get(position, {})
         given = {v: at[v] for v in op.writes if v in at}
-        uses = [use for use in op.parameters if use.name]
-        if not given or not uses or not op.batched or not has_rule(op):
+        if not given or not op.parameters or not op.batched or not has_rule(op):
             return
 
-        def gradients(cotangents: dict[int, Tensor]) -> Gradients:
-            found: Gradients = {}
-            add_gradients(Local(self.graph, self.activations, ()), op, cotangents, {}, found)
-            return found
+        def gradients(cotangents: dict[int, Tensor]) -> dict[int, Tensor]:
+            named: Gradients = {}
+            found: dict[int, Tensor] = {}  # of what is derived from parameters
+            add_gradients(Local(self.graph, self.activations, ()), op, cotangents, found, named)
+            return found | {use.value: named[use.name][1] for use in op.parameters if use.name}
 
         taken, exact = timed(lambda: gradients(given))
         if not self._along(op):
             self._rules += taken
         wrong = {v: self._scattered(v, g) for v, g in given.items()}
         response = gradients(wrong)
-        for use in uses:
-            signal = float(exact[use.name][1].double().square().sum())
-            error = float(response[use.name][1].double().square().sum())
-            if signal > 0:
-                self.parameters[use.name] = max(self.parameters.get(use.name, 0.0), error / signal)
+        for use in op.parameters:
+            signal, error = _square(exact[use.value]), _square(response[use.value])
+            if signal <= 0:
+                continue
+            for name in self.graph.names_of(use):
+                self.parameters[name] = max(self.parameters.get(name, 0.0), error / signal)
 
     def _along(self, op: Operation) -> bool:
         """Whether the adjoint of an operation gives the gradients of its parameters along."""

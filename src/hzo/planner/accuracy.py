@@ -242,9 +242,9 @@ def parameter_errors(
     """E of every parameter's gradient: that of the cotangent which it is made of, times how samples add up there."""
     found: dict[str, float] = {}
     for op in graph.operations:
+        if not op.batched:
+            continue  # derives values from parameters; what reads those counts
         own = max((errors.get((op.index + 1, v), 0.0) for v in op.writes), default=0.0)
-        for use in op.parameters:
-            if use.name:
-                error = own * calibration.parameters.get(use.name, 1.0)
-                found[use.name] = max(found.get(use.name, 0.0), error)
+        for name in (name for use in op.parameters for name in graph.names_of(use)):
+            found[name] = max(found.get(name, 0.0), own * calibration.parameters.get(name, 1.0))
     return found

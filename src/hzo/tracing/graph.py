@@ -327,6 +327,24 @@ class Graph:
         return tuple(m.box for m in marks if m is not None and m.box is not None)
 
     @cached_property
+    def derived_from(self) -> dict[int, tuple[str, ...]]:
+        """Of every value derived from parameters alone, such as a transposed weight, the names of these parameters."""
+        found: dict[int, tuple[str, ...]] = {}
+        for op in self.operations:
+            if not op.batched and op.parameters:
+                names = tuple(dict.fromkeys(name for use in op.parameters for name in self._names(use, found)))
+                found.update(dict.fromkeys(op.writes, names))
+        return found
+
+    def names_of(self, use: ParameterUse) -> tuple[str, ...]:
+        """The names of the parameters that a use stands for: its own, or of what it is derived from."""
+        return self._names(use, self.derived_from)
+
+    @staticmethod
+    def _names(use: ParameterUse, derived: dict[int, tuple[str, ...]]) -> tuple[str, ...]:
+        return (use.name,) if use.name else derived.get(use.value, ())
+
+    @cached_property
     def opaque_modules(self) -> tuple[nn.Module, ...]:
         """The modules that run as one operation: all that queries may move."""
         found = (op.module for op in self.operations)
