@@ -3,10 +3,10 @@
     python experiments/deep_chain.py              # writes results/planner/deep_chain.json and .png
 
 Residual tiles, x + tanh(W x) / 4, of which nothing is assumed: coordinate differences, and every number that a query
-returns carries readout noise. For each tree the planner chooses steps and repeats for the same forward equivalents a step, from
-one calibration of the noisy chip; all train the same network from the same seed on the same batches. Accuracy is read
-without noise, so that it shows the gradients alone. Beside them the twin by backprop, and SPSA and node perturbation,
-whose losses are read with the same noise, by as many forward equivalents.
+returns carries readout noise. For each tree the planner chooses steps and repeats for the same forward equivalents a
+step, from one calibration of the noisy chip; all train the same network from the same seed on the same batches.
+Accuracy is read without noise, so that it shows the gradients alone. Beside them the twin by backprop, and SPSA and
+node perturbation, whose losses are read with the same noise, by as many forward equivalents.
 """
 
 from __future__ import annotations
