@@ -55,6 +55,8 @@ def compose(after: Matrix, before: Matrix) -> Matrix:
     """The boolean product ``after · before``."""
     if after == identity(len(before)):
         return before
+    if before == identity(len(before)):
+        return after
     known: dict[int, int] = {}
     for row in set(after):
         union = 0

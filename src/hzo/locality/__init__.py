@@ -82,7 +82,7 @@ def slice_locality(graph: Graph, value: int, operations: Sequence[int], outputs:
 
 def _is_window(link: Link) -> bool:
     """Whether some index of an output depends on several places; links never allow all of them everywhere."""
-    return any(row & (row - 1) for matrix in link.values() for row in matrix)
+    return any(any(row & (row - 1) for row in matrix) for matrix in link.values() if matrix != identity(len(matrix)))
 
 
 def _row_order(graph: Graph, value: int) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ Nothing here knows the values of a network: a plan can be printed, compared and 
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 from hzo.finite_differences import Probe, evaluations
@@ -108,10 +108,24 @@ class Cost:
     adjoints: int = 0
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        return Cost(
+            self.queries + other.queries,
+            self.stage_evaluations + other.stage_evaluations,
+            self.forward_equivalents + other.forward_equivalents,
+            self.measurements + other.measurements,
+            self.measured + other.measured,
+            self.adjoints + other.adjoints,
+        )
 
     def __mul__(self, times: int) -> Cost:
-        return Cost(*(times * a for a in astuple(self)))
+        return Cost(
+            times * self.queries,
+            times * self.stage_evaluations,
+            times * self.forward_equivalents,
+            times * self.measurements,
+            times * self.measured,
+            times * self.adjoints,
+        )
 
     def forward_equivalents_of(self, batch: int) -> Fraction:
         """Operations of all queries over those of one forward pass of a batch."""

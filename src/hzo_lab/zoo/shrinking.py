@@ -13,7 +13,8 @@ WIDTH, HEADS, HEAD_WIDTH, VOCABULARY, POSITIONS, IMAGE, PATCH = 32, 4, 8, 128, 6
 SIZES: tuple[tuple[str, int], ...] = (
     # vocabularies and positions
     (r"type_vocab_size|vocab_size_or_config_json_file", 1 << 30),
-    (r"(.*_)?(vocab_size|vocabulary_size|num_embeddings|codebook_size|n_vocab|vocab_sizes)", VOCABULARY),
+    (r"(.*_)?(vocab_size|vocabulary_size|num_embeddings|codebook_size|n_vocab|vocab_sizes"
+     r"|vocab_size_per_layer_input)", VOCABULARY),
     (r"(.*_)?(max_position_embeddings|n_positions|n_ctx|max_seq_len|max_sequence_length|max_2d_position_embeddings"
      r"|max_(source|target|text|audio)_positions|num_position_embeddings|position_embedding_size|max_length"
      r"|max_(caption|text)_len.*|block_size|sample_size|seq_length|max_seq_length|max_encoder_position_embeddings"

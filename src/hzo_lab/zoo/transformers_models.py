@@ -152,6 +152,8 @@ def build(name: str, dtype: torch.dtype) -> Case:
 def _attempt(kind: str, head: str, class_name: str, dtype: torch.dtype, variant: _Variant) -> Case:
     cls = getattr(library("transformers"), class_name)
     config = _for_class(tiny_config(kind, variant.layers, variant.width, dict(variant.fields)), cls)
+    if head == "masked-lm" and getattr(config, "is_decoder", False):
+        config.is_decoder = False
     if dtype == torch.float64:
         config._experts_implementation = "eager"  # the default, grouped_mm, has no float64
     with torch.device("meta"):
@@ -207,8 +209,11 @@ def _text(config: Any) -> Any:
 
 def _for_class(config: Any, cls: Any) -> Any:
     """The part of a composite configuration that a class of a language model alone takes."""
-    wanted, text = getattr(cls, "config_class", None), _text(config)
-    return text if wanted is not None and not isinstance(config, wanted) and isinstance(text, wanted) else config
+    wanted = getattr(cls, "config_class", None)
+    if wanted is None or isinstance(config, wanted):
+        return config
+    parts = [_text(config), *vars(config).values()]
+    return next((part for part in parts if isinstance(part, wanted)), config)
 
 
 def _set(changed: dict[str, Any], before: Mapping[str, Any], path: list[str], value: Any) -> None:

@@ -18,6 +18,7 @@ from hzo.errors import HzoError
 from hzo_lab.zoo import engine
 from hzo_lab.zoo.case import Case, NotBuiltError
 from hzo_lab.zoo.comparison import Tolerance, compare, tolerance
+from hzo_lab.zoo.price import price
 from hzo_lab.zoo.registry import Family, build
 
 RIGHT, WRONG, REFUSED, RAW, SLOW, NOT_BUILT = "right", "WRONG", "refused", "raw", "slow", "not built"
@@ -89,7 +90,6 @@ def try_family(family: Family, dtype: torch.dtype, report: Callable[[Record], No
         record[f"{turn}_seconds"] = round(step.seconds, 5)
         if turn == "first" or difference.worst > record["error"]:
             record |= {"error": float(f"{difference.worst:.3g}"), "worst_parameter": difference.parameter}
-        record |= {"forward_equivalents": step.forward_equivalents, "share_by_queries": step.share_by_queries}
         if difference.worst > allowed.error:
             reason = difference.problem or f"error {difference.worst:.2g} in {difference.parameter}, {turn} gradient"
             report({**record, "verdict": WRONG, "reason": reason})
@@ -115,6 +115,17 @@ def try_family(family: Family, dtype: torch.dtype, report: Callable[[Record], No
         )
     record.pop("buffers")
     report({**record, "verdict": RIGHT, "reason": ""})
+    state.reset()
+    equivalents, share = price(case.call)
+    report(
+        {
+            **record,
+            "forward_equivalents": float(f"{equivalents:.4g}"),
+            "share_by_queries": float(f"{share:.3g}"),
+            "verdict": RIGHT,
+            "reason": "",
+        }
+    )
 
 
 def _line(error: BaseException) -> str:

@@ -49,6 +49,8 @@ def test_hzo_is_right_about_a_recurrent_network_with_dropout():
     record = tried(LSTM, torch.float64, LIMITS)
     assert record["verdict"] == "right", record
     assert record["error"] < 1e-9
+    assert 0 < record["forward_equivalents"] < 100
+    assert record["share_by_queries"] == 0
     assert {"first_seconds", "second_seconds", "backprop_seconds", "wall_seconds"} <= record.keys()
 
 

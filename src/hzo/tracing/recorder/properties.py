@@ -19,7 +19,7 @@ from hzo.tape.functions import replay_of
 from hzo.tape.opaque import Opaque
 from hzo.tape.record import flat
 from hzo.tracing import Measured, Operation, ParameterUse
-from hzo.tracing.recorder.sample_axes import Axes, close, depends, find_axes, guess
+from hzo.tracing.recorder.sample_axes import Axes, close, depends, find_axes, finite, guess
 
 aten = torch.ops.aten
 _BY_SAMPLE = (aten.bmm.default, aten.baddbmm.default, aten._trilinear.default)
@@ -164,6 +164,6 @@ def _place(tensor: Tensor) -> int:
 def finite_values(tape: Tape, count: int) -> Sequence[bool]:
     """For every value whether it holds numbers alone."""
     return [
-        t is None or not t.is_floating_point() or t.layout != torch.strided or bool(t.detach().isfinite().all())
+        t is None or not t.is_floating_point() or t.layout != torch.strided or finite(t.detach())
         for t in tape.tensors[:count]
     ]

@@ -31,6 +31,7 @@ Axes = dict[int, Axis | None]
 
 
 _SHUFFLED = 2**16  # elements up to which content is put into a random order
+_PIECE = 2**20  # elements that are compared at once
 
 
 def close(a: Tensor, b: Tensor) -> bool:
@@ -46,14 +47,37 @@ def _changed(a: Tensor, b: Tensor) -> Tensor:
     slack = torch.finfo(a.dtype).eps ** 0.5
     wide = torch.promote_types(a.dtype, torch.float32)
     one, other = a.to(wide), b.to(wide)
-    size = other.abs()
-    scale = float(one.abs().max()) if one.numel() else 1.0
-    if math.isfinite(scale) and math.isfinite(float(size.max()) if size.numel() else 1.0):
-        moved: Tensor = (one - other).abs() > slack * (size + scale)
-        return moved
-    finite = one[one.isfinite()]
-    scale = float(finite.abs().max()) if finite.numel() else 1.0
-    return ~torch.isclose(one, other, rtol=slack, atol=slack * scale, equal_nan=True)
+    scale = _largest(one)
+    if not (math.isfinite(scale) and finite(other)):
+        numbers = one[one.isfinite()]
+        return ~torch.isclose(one, other, rtol=slack, atol=slack * _largest(numbers), equal_nan=True)
+    if one.numel() <= _PIECE:
+        return _further_apart(one, other, slack, scale)
+    # In pieces: the system hands out memory for large temporaries page by page, which takes longer than the arithmetic.
+    moved = torch.empty(one.shape, dtype=torch.bool, device=one.device)
+    dim = max(range(one.dim()), key=lambda d: one.shape[d])
+    size = max(1, one.shape[dim] * _PIECE // one.numel())
+    for result, x, y in zip(*(t.split(size, dim) for t in (moved, one, other)), strict=True):
+        result.copy_(_further_apart(x, y, slack, scale))
+    return moved
+
+
+def _further_apart(one: Tensor, other: Tensor, slack: float, scale: float) -> Tensor:
+    moved: Tensor = (one - other).abs_() > other.abs().add_(scale).mul_(slack)
+    return moved
+
+
+def _largest(tensor: Tensor) -> float:
+    """The largest absolute value; NaN where there is one, and 1 of nothing."""
+    if not tensor.numel():
+        return 1.0
+    low, high = tensor.aminmax()
+    return float(torch.maximum(-low, high))
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether all are numbers. A finite sum has finite terms, and takes less memory than a look at each."""
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
 def guess(shape: Sequence[int], batch: int) -> Axis | None:
@@ -177,25 +201,25 @@ def _other(tensor: Tensor | None, axis: Axis | None, batch: int, samples: slice,
     assert tensor is not None
     assert axis is not None
     tensor = tensor.detach()
-    moved = apart(tensor, axis.dim, axis.outer, batch).movedim(axis.dim + 1, 0)
-    rows = moved.reshape(batch, moved.numel() // batch)
+    back = torch.empty_like(tensor).copy_(tensor)
+    moved, target = (apart(t, axis.dim, axis.outer, batch).movedim(axis.dim + 1, 0) for t in (tensor, back))
     if not tensor.is_floating_point() or tensor.numel() == 0:
-        new = rows.roll(1, 0)
+        new = moved.roll(1, 0)
     elif kind == "shuffled":
+        flat = moved.reshape(-1)
         if tensor.numel() > _SHUFFLED:  # of many elements another order takes seconds, and a turn tells as much
-            new = moved.reshape(-1).roll(int(0.381966 * tensor.numel())).view_as(rows)
+            flat = flat.roll(int(0.381966 * tensor.numel()))
         else:
-            order = torch.randperm(tensor.numel(), device="cpu").to(tensor.device)
-            new = moved.reshape(-1)[order].view_as(rows)
+            flat = flat[torch.randperm(tensor.numel(), device="cpu").to(tensor.device)]
+        new = flat.view(moved.shape)
     else:
         generator = torch.Generator().manual_seed(0)
-        drawn = torch.rand((2, *rows.shape), generator=generator, dtype=torch.float64).to(tensor) + 0.1
-        rows, new = drawn
-        new = new.roll(1, 0) if kind == "turned" else new
-    changed = rows.clone()
-    changed[samples] = new[samples]
-    back = changed.view(moved.shape).movedim(0, axis.dim + 1).flatten(axis.dim, axis.dim + 2)
-    return torch.empty_like(tensor).copy_(back)
+        drawn = torch.rand((2, batch, moved.numel() // batch), generator=generator, dtype=torch.float64)
+        rows, new = drawn.to(tensor) + 0.1
+        target.copy_(rows.view(moved.shape))
+        new = (new.roll(1, 0) if kind == "turned" else new).view(moved.shape)
+    target[samples] = new[samples]
+    return back
 
 
 def batched_values(tape: Tape, inputs: Sequence[int], batch: int) -> Axes:
