@@ -165,6 +165,7 @@ FUNCTION = {
         "torch.autograd.function.once_differentiable",
         "torch.autograd.forward_ad",  # is forward mode under way?
     },
+    "hzo/tape/recurrent.py": {"torch.autograd.Function"},  # two cells, whose backward the sweep applies as their rule
     "hzo/external/guard.py": {"torch.enable_grad"},  # does a part use trainable tensors that it has not registered?
 }
 FORWARD_MODE = {"hzo/baselines/_forward_gradient.py"}

@@ -22,6 +22,7 @@ from torch.nn.modules import module
 
 from hzo.distributed import kind_of_wrapper, sharded
 from hzo.errors import TapeError
+from hzo.tape import recurrent
 from hzo.tape.custom import CustomFunction, NodeHooks
 from hzo.tape.marks import is_declared
 from hzo.tape.opaque import call_opaque, hooks_allowed
@@ -272,23 +273,28 @@ def _cond(pred: Any, true_fn: Callable[..., Any], false_fn: Callable[..., Any], 
     return true_fn(*operands) if pred else false_fn(*operands)
 
 
-_RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+_RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell")
 
 
 def _step_by_step(name: str) -> Callable[..., Any]:
     """A recurrent layer out of the operators it is made of, where no operator computes it that has a rule.
 
     oneDNN's LSTM has one. Its weights are measured by what it returns, which takes float32; transforms of torch.func
-    do not know it.
+    do not know it. Other LSTMs, GRUs, and cells of both have one operation a step besides the products with weights.
+    Plans, which run slices of the graph at other states, see all operators.
     """
 
     def layer(*args: Any, **kwargs: Any) -> Any:
         original = _originals[name]
-        if current_recorder() is None:
+        recorder = current_recorder()
+        if recorder is None:
             return original(*args, **kwargs)
+        plain = not torch.is_autocast_enabled("cpu") and maybe_current_level() is None
         onednn, cudnn = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
-        exact = args[0].dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        whole = name == "lstm" and exact and maybe_current_level() is None
+        whole = name == "lstm" and args[0].dtype == torch.float32 and plain
+        by_cells = plain and not recorder.keeps_all and torch.is_grad_enabled() and recurrent.fits(name, args, kwargs)
+        if by_cells and not (whole and onednn and recurrent.onednn_takes(args)):
+            return recurrent.RUNS[name](*args)
         torch._C._set_mkldnn_enabled(onednn and (whole or name != "lstm"))  # of these it has the LSTM alone
         torch._C._set_cudnn_enabled(False)
         try:

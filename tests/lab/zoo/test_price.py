@@ -20,10 +20,10 @@ def test_a_linear_layer_costs_a_run_of_one_row_for_each_input_and_one_of_zeros()
 def test_calls_without_a_rule_go_by_queries(monkeypatch):
     weight = torch.ones(3, requires_grad=True)
     monkeypatch.setattr("hzo_lab.zoo.price.kind_of", lambda target: "queries")
-    assert price(lambda: weight.sum()) == (0, 1)
+    assert price(weight.sum) == (0, 1)
 
 
 def test_grad_stays_as_it_is():
     weight = torch.ones(3, requires_grad=True)
-    price(lambda: (weight * weight).sum())
+    price(lambda: torch.dot(weight, weight))
     assert weight.grad is None

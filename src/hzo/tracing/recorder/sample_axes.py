@@ -57,7 +57,8 @@ def _changed(a: Tensor, b: Tensor) -> Tensor:
     moved = torch.empty(one.shape, dtype=torch.bool, device=one.device)
     dim = max(range(one.dim()), key=lambda d: one.shape[d])
     size = max(1, one.shape[dim] * _PIECE // one.numel())
-    for result, x, y in zip(*(t.split(size, dim) for t in (moved, one, other)), strict=True):
+    for start in range(0, one.shape[dim], size):
+        result, x, y = (t.narrow(dim, start, min(size, one.shape[dim] - start)) for t in (moved, one, other))
         result.copy_(_further_apart(x, y, slack, scale))
     return moved
 
