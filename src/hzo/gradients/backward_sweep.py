@@ -19,7 +19,7 @@ from hzo.finite_differences import (
     scaled_step,
     vjp_rows,
 )
-from hzo.gradients.parameters import Gradients, Local, add_gradients, add_to, by_rule
+from hzo.gradients.parameters import Gradients, Local, add_gradients, add_to, by_rule, finish, last_contributions
 from hzo.plans import Node, Plan, Schedule, bytes_per_direction
 from hzo.tracing import Graph, Operation, ParameterUse
 
@@ -60,6 +60,7 @@ def sweep(
     seed: int = 0,
     keep: bool = False,
     direct: dict[int, Tensor] | None = None,
+    widely: bool = False,
 ) -> Sweep:
     """Carry the cotangents from the end through the nodes of the plan, and turn them into parameter gradients.
 
@@ -71,6 +72,7 @@ def sweep(
         seed: of the signs of approximate probes.
         keep: keep all cotangents.
         direct: what the loss adds by itself to parameters, and to values derived from them.
+        widely: leave parameters' gradients in the accumulation dtype; otherwise each gets its own once it is complete.
 
     Cost: the plan's. Source: paper (the recursion); which nodes, and by which probe, is the plan's affair (ours).
     """
@@ -81,6 +83,7 @@ def sweep(
     for value, g in (direct or {}).items():
         add_to(local, ParameterUse(value, graph.names.get(value, "")), g, state.derived, state.gradients)
     activations.release(graph, steps.after_loss)
+    complete = {} if widely else last_contributions(graph)
     for position in range(end, -1, -1):
         for again in steps.again[position]:
             run_again(graph, activations, again.start, again.stop, again.stages, again.released)
@@ -89,6 +92,8 @@ def sweep(
         if position < end:
             op = graph.operations[position]
             add_gradients(local, op, found.get(position + 1, {}), state.derived, state.gradients)
+            for name in complete.get(position, ()):
+                finish(name, state.gradients)
         activations.release(graph, steps.activations[position])
         if not keep:
             for source in steps.cotangents[position]:
@@ -232,7 +237,9 @@ def _apply_rule(state: Sweep, node: Node, cotangents: dict[int, Tensor]) -> Tens
     declared = find_adjoint(graph, op, node.value)
     if declared is not None:
         return declared.apply(call_of(graph, op, activations, node.value, cotangents), node.value)
-    along = frozenset(use.value for use in op.parameters) if _has_closed_parameters(state, op) else frozenset()
+    # Together with the parameters' gradients where these come next; behind a transpose they have been taken.
+    next_taken = op.index == node.target and _has_closed_parameters(state, op)
+    along = frozenset(use.value for use in op.parameters) if next_taken else frozenset()
     found = by_rule(graph, activations, op, cotangents, along | {node.value})
     if along:
         state.local.along[op.index] = {v: found[v] for v in along}

@@ -75,6 +75,10 @@ def backward(
     An input that requires a gradient gets one, too. Returns the loss, a scalar without gradient history. Afterwards
     buffers and random state are as after one ordinary forward pass; on an error nothing has changed.
 
+    Memory: what the plan says of activations, and the gradients once, each in the dtype of its parameter as soon as it is
+    complete: they become ``.grad``. Where that is there already, they are held beside it until all are found, since an
+    error must find it unchanged: zero the gradients, or add micro-batches up in one batch, where that is too much.
+
     Cost: one forward pass and the small runs that measure weights; with a plan, ``plan.queries`` and one base pass.
     Source: paper (plans), ours (recordings); parameter rules are backprop's local step.
 
@@ -188,7 +192,8 @@ def _leaves(
         if by_rules:
             leaves, loss = gradients_of(task.model, task.loss_fn, task.x, task.y, together, keep)
             return list(leaves), loss, None
-        found = _estimate(task, together=together)
+        spread = mesh is not None or bool(kind_of_wrapper(_module(task.model)))
+        found = _estimate(task, together=together, widely=spread)
         names = {name: parameter for name, (parameter, _) in found.gradients.items()}
         if isinstance(task.loss_fn, nn.Module):
             held = {id(leaf) for leaf, _ in found.others}
@@ -205,11 +210,15 @@ def _processes(
     if mesh is None:
         yield lambda gradients, loss: (averaged(model, gradients), loss)
         return
-    module = model.model if isinstance(model, Chain) else model
+    module = _module(model)
     made = () if plan is None else (plan.fingerprint, plan.edges, plan.scheme, plan.step, plan.mu, plan.spacing)
     same = f"{made} {sorted(task.options.items())}"
     with shared(mesh, module, task.x, task.y, same, timeout) as (here, weight):
         yield lambda gradients, loss: here.finish(module, gradients, loss, weight)
+
+
+def _module(model: Chain | nn.Module) -> nn.Module:
+    return model.model if isinstance(model, Chain) else model
 
 
 def _on_tape(task: _Task) -> bool:
@@ -227,12 +236,18 @@ _DEFAULTS = {"tree": "planned", "assume": "structure"}
 
 @torch.no_grad()
 def _estimate(
-    task: _Task, keep: bool = False, together: Callable[[Any, Tensor], tuple[Any, Tensor]] | None = None
+    task: _Task,
+    keep: bool = False,
+    together: Callable[[Any, Tensor], tuple[Any, Tensor]] | None = None,
+    widely: bool = False,
 ) -> _Estimate:
-    """Gradients by a plan; ``keep`` keeps the cotangents of all boundaries, and leaves hooks alone."""
+    """Gradients by a plan; ``keep`` keeps the cotangents of all boundaries, and leaves hooks alone.
+
+    ``widely`` leaves gradients in the accumulation dtype, for processes that average them.
+    """
     model, loss_fn, x, y, plan = task.model, task.loss_fn, task.x, task.y, task.plan
     function("loss_fn", loss_fn)
-    refuse_wrappers(model.model if isinstance(model, Chain) else model)
+    refuse_wrappers(_module(model))
     model = unwrapped(model)
     chain, found = prepare(model, x, plan, task.options)
     graph = chain.traced
@@ -254,7 +269,7 @@ def _estimate(
         with contained(graph.opaque_modules):
             swept = sweep(
                 graph, found, steps, base.activations, base.at_end, memory=task.memory, seed=seed, keep=keep,
-                direct=base.direct,
+                direct=base.direct, widely=keep or widely,
             )  # fmt: skip
         of_input = swept.cotangents.get(0, {})
         others = [*base.beside, *((base.given[v], of_input[v]) for v in graph.differentiated if v in of_input)]

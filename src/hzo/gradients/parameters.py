@@ -107,6 +107,25 @@ def add_gradients(
     for use in op.parameters:
         if use.value in found:
             add_to(local, use, found[use.value], derived, gradients)
+    if not op.batched:
+        for v in given:  # nothing before its maker adds to it
+            del derived[v]
+
+
+def last_contributions(graph: Graph) -> dict[int, list[str]]:
+    """By operation the parameters whose gradient is complete behind it, where operations are visited from the last."""
+    first = {use.name: op.index for op in reversed(graph.operations) for use in op.parameters if use.name}
+    found: dict[int, list[str]] = {}
+    for name, index in first.items():
+        found.setdefault(index, []).append(name)
+    return found
+
+
+def finish(name: str, gradients: Gradients) -> None:
+    """A gradient that is complete takes the dtype of ``.grad``, so that only one of them is held in a wider one."""
+    if name in gradients:
+        leaf, gradient = gradients[name]
+        gradients[name] = leaf, gradient.to(leaf.dtype if leaf.grad is None else leaf.grad.dtype)
 
 
 def add_to(local: Local, use: ParameterUse, gradient: Tensor, derived: dict[int, Tensor], gradients: Gradients) -> None:
