@@ -266,6 +266,7 @@ def describe(plan: Plan, rows: int = 40, width: int = 120) -> str:
             name = str(node.estimator) if node.probe is None else f"{node.probe.kind} probes"
             by_estimator[name] = by_estimator.get(name, Cost()) + node.cost
     lines += [f"  {name}: {price(cost, ' forward equivalents')}" for name, cost in by_estimator.items()]
+    lines += measuring(plan)
     costly = costly_nodes(plan)
     if costly or plan.perturbed:
         lines.append("what is perturbed, with forward equivalents and their share:")
@@ -286,6 +287,29 @@ def describe(plan: Plan, rows: int = 40, width: int = 120) -> str:
             f"{evaluations(plan.scheme)}, {price(parameter.cost)}"
         )
     return "\n".join(lines)
+
+
+def measuring(plan: Plan, rows: int = 3) -> list[str]:
+    """What rules measure of weights, as a law of the batch size B, and the layers that cost most; empty for nothing.
+
+    As many queries as the layer has inputs (for a convolution, channels of a group), and one, whatever the batch.
+    """
+    cost = plan.cost
+    if not cost.measurements:
+        return []
+    share = float(cost.measured / plan.batch)
+    lines = [
+        f"weights are measured by {cost.measurements:,} queries whatever the batch: {float(cost.measured):,.3g} / B "
+        f"forward passes of B samples, {share:,.2g} here, about {share / 3:.0%} of backprop"
+    ]
+    measured = sorted((n for n in plan.nodes if n.cost.measured), key=lambda n: -n.cost.measured)
+    for node in measured[:rows]:
+        layer = _cut(plan.labels[node.target], 60)
+        lines.append(f"  {layer}: {node.cost.measurements:,} queries, {float(node.cost.measured):,.3g} / B")
+    if len(measured) > rows:
+        rest = float(sum((n.cost.measured for n in measured[rows:]), start=Fraction(0)))
+        lines.append(f"  … and {len(measured) - rows} more, {rest:,.3g} / B")
+    return lines
 
 
 def _row(plan: Plan, node: Node, probe: Probe, rest: str, width: int) -> str:
