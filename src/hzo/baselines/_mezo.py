@@ -73,6 +73,15 @@ def mezo(
                 "would drift apart; leave rate out and let an optimizer take the step with the averaged .grad"
             )
     return two_point(
-        model, loss_fn, x, y, draw=ev.gaussian, samples=samples, mu=mu, generator=generator, executor=executor,
+        model,
+        loss_fn,
+        x,
+        y,
+        draw=ev.gaussian,
+        samples=samples,
+        mu=mu,
+        generator=generator,
+        executor=executor,
+        moves=True,
         rate=rate,
-    )  # fmt: skip
+    )

@@ -25,6 +25,7 @@ def two_point(
     mu: float | None,
     generator: torch.Generator | None,
     executor: Any,
+    moves: bool = False,
     rate: float | None = None,
 ) -> Tensor:
     """Accumulate the mean over ``samples`` directions z of ``(L(θ + μz) − L(θ − μz)) / 2μ · z``.
@@ -32,6 +33,7 @@ def two_point(
     Directions are made from their seed each time they are needed, tensor by tensor, and never kept.
 
     Args:
+        moves: move parameters in place, with little memory beside them; otherwise from a copy, which is faster.
         rate: take a step of that rate at once, and leave ``.grad`` alone.
     """
     p = ev.problem(model, loss_fn, x, y)
@@ -51,7 +53,7 @@ def two_point(
         elif parameters and samples > 1 and rate is None:
             slopes = _slopes_together(p, draw, seeds, mu, loss, run)
         if slopes is None:
-            slope = _slope if in_place.can_move(parameters, versions) else _slope_from_copies
+            slope = _slope if moves and in_place.can_move(parameters, versions) else _slope_from_copies
             slopes = [slope(parameters, draw, seed, mu, loss_at) for seed in seeds] if parameters else []
     if rate is not None:
         for seed, along in zip(seeds, slopes, strict=bool(parameters)):
