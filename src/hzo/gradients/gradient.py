@@ -75,9 +75,9 @@ def backward(
     An input that requires a gradient gets one, too. Returns the loss, a scalar without gradient history. Afterwards
     buffers and random state are as after one ordinary forward pass; on an error nothing has changed.
 
-    Memory: what the plan says of activations, and the gradients once, each in the dtype of its parameter as soon as it is
-    complete: they become ``.grad``. Where that is there already, they are held beside it until all are found, since an
-    error must find it unchanged: zero the gradients, or add micro-batches up in one batch, where that is too much.
+    Memory: what the plan says of activations, and the gradients once, each in its parameter's dtype as soon as it is
+    complete: they become ``.grad``. Where that is there already they are held beside it until all are found, since an
+    error must find it unchanged.
 
     Cost: one forward pass and the small runs that measure weights; with a plan, ``plan.queries`` and one base pass.
     Source: paper (plans), ours (recordings); parameter rules are backprop's local step.
