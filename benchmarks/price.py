@@ -1,11 +1,11 @@
 """What a gradient from the tape costs beside backprop's: time, memory, the share of recording, on favourable and
 unfavourable networks.
 
-    python benchmarks/price.py [--rounds 7] [--only resnet20,gpt] [--out results/benchmarks/price.json]
+    python benchmarks/price.py [--rounds 7] [--only resnet20,gpt] [--process] [--out results/benchmarks/price.json]
 
 Interleaved rounds in one process, one thread, float32; medians of processor time, so that others may use the machine,
-whose load is noted. Peak memory is that of tensors, as PyTorch's allocator counts them, in one gradient. Beside it
-stands what the process takes: for each network and method one of its own, above what it held before its first gradient,
+whose load is noted. Peak memory is that of tensors, as PyTorch's allocator counts them, in one gradient. ``--process``
+adds what the process takes: for each network and method one of its own, above what it held before its first gradient,
 with a malloc that gives back what is freed (``MALLOC_MMAP_THRESHOLD_=65536``; without, its gaps count as well, which
 depend on the order of sizes: 1.4 times backprop's for the MLP of 16 layers, which holds 1.08 times as much).
 """
@@ -256,6 +256,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", default="", help="parts of names, with commas between")
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks/price.json"))
+    parser.add_argument("--process", action="store_true", help="measure the memory of processes, too")
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -267,14 +268,16 @@ def main() -> None:
         if options.only and not any(part.lower() in name.lower() for part in options.only.split(",")):
             continue
         row = measure(name, options.rounds)
-        resident = {method: resident_of(name, method) for method in ("backprop", "hzo")}
-        row["resident memory over backprop"] = resident["hzo"] / max(resident["backprop"], 0.1)
+        process = ""
+        if options.process:
+            resident = {method: resident_of(name, method) for method in ("backprop", "hzo")}
+            row["memory of the process over backprop"] = resident["hzo"] / max(resident["backprop"], 0.1)
+            process = f" (process {row['memory of the process over backprop']:4.2f}x)"
         found[name] = row
         print(
             f"{name:45s} time {row['time over backprop']:5.2f}x (kept {row['with weights kept']:4.2f}x, "
             f"floor {row['floor, weights read']:4.2f}x)   "
-            f"memory {row['peak memory over backprop']:5.2f}x (process "
-            f"{row['resident memory over backprop']:4.2f}x)   recording "
+            f"memory {row['peak memory over backprop']:5.2f}x{process}   recording "
             f"{row['recording, microseconds a call']:4.0f} us a call, {row['recording over backprop']:.0%} "
             f"of backprop   1 - cosine {row['1 - cosine']:.0e}",
             flush=True,
