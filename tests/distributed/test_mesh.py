@@ -74,6 +74,23 @@ def test_large_weights_and_few_directions_are_divided(ways, monkeypatch):
     assert max(asked) == alone[-1][1] / 2  # two directions for two of the processes
 
 
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((2, 2), {"tree": "flat", "assume": "nothing"}),
+        ((1, 3), {"tree": "flat", "mu": 0.1, "draws": 2}),
+        ((2, 1), {}),
+    ],
+)
+def test_a_plan_says_what_each_process_does(shape, options):
+    outcomes = ranks.results(meshes.planned, shape[0] * shape[1], shape, options)
+    said = outcomes[0][0]
+    assert all(outcome[0] == said for outcome in outcomes)
+    for place, what in enumerate(("queries", "words", "exchanges")):
+        assert max(did[place] for _, did in outcomes) == said[place], what
+    assert max(did[3] for _, did in outcomes) == pytest.approx(said[3])
+
+
 def test_failures_are_heard_of_by_all():
     found = ranks.results(meshes.failures, 4)
     expected = {

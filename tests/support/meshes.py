@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.functional import cross_entropy
 
 import hzo
+from hzo.distributed import mesh as mesh_of_processes
 from hzo.errors import HzoError
 from hzo.rules import divided
 
@@ -113,6 +114,34 @@ def few_directions(rank, ways):
     with hzo.count_queries() as count:
         hzo.backward(model, lambda out: out.sum(1), torch.ones(3, 4).double(), mesh=mesh, tree="flat", assume="nothing")
     return [p.grad.tolist() for p in model.parameters()], count.queries
+
+
+def planned(rank, shape, options):
+    """What a plan says of each process of a mesh, and what this one did: queries, words, exchanges."""
+    made, init = [], mesh_of_processes.Shares.__init__
+
+    def noted(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        made.append(self)
+
+    mesh_of_processes.Shares.__init__ = noted
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("sample", "query"))
+    torch.manual_seed(0)
+    layers = [nn.Linear(5, 7), hzo.declare(nn.Linear(7, 4), "affine"), nn.Tanh(), nn.Linear(4, 3), nn.ReLU()]
+    model = nn.Sequential(*layers).double()
+    x, y = batch(slice(None))
+    plan = hzo.plan(hzo.trace(model, x), mesh=mesh, **options)
+    here = plan.mesh.here
+    assert (here.along_sample, here.along_query) == shape
+    at = mesh.get_local_rank("sample")
+    rows = slice(12 * at // shape[0], 12 * (at + 1) // shape[0])
+    torch.manual_seed(1)
+    with hzo.count_queries() as count:
+        hzo.backward(model, cross_entropy, x[rows], y[rows], plan=plan, mesh=mesh)
+    said = here.queries, here.words, here.exchanges, here.forward_equivalents
+    did = made[-1]
+    forward_equivalents = count.forward_equivalents * (rows.stop - rows.start) / 12
+    return said, (count.queries, did.words, did.exchanges, forward_equivalents)
 
 
 DTYPES = torch.float64, torch.float32, torch.bfloat16

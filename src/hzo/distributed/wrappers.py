@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -129,13 +130,18 @@ def averaged(model: Any, gradients: Sequence[tuple[Tensor, Tensor]]) -> list[tup
 
 
 def mean_over(
-    group: Any, parameters: Any, gradients: Sequence[tuple[Tensor, Tensor]], weight: float = 1.0
+    group: Any,
+    parameters: Any,
+    gradients: Sequence[tuple[Tensor, Tensor]],
+    weight: float = 1.0,
+    add_up: Callable[[Tensor], None] | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """Gradients averaged over the processes of a group, one all-reduce for each dtype and device.
 
     Args:
         parameters: those that all processes have, in one order. gradients: (tensor, gradient); of others, such as
             inputs, they come back as they are. weight: of this process; the weights of all have the mean 1.
+        add_up: adds up a tensor of all processes, in place; None waits for them as long as the group does.
     """
     distributed = torch.distributed
     size = distributed.get_world_size(group)
@@ -145,7 +151,8 @@ def mean_over(
     if size == 1 or not own:
         return list(gradients)
     there = torch.tensor([float(key in found) for key in own], device=next(iter(own.values())).device)
-    distributed.all_reduce(there, group=group)
+    add_up = add_up or partial(distributed.all_reduce, group=group)
+    add_up(there)
     result = []
     groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for (_, p), anywhere in zip(own.items(), there.tolist(), strict=True):
@@ -155,7 +162,7 @@ def mean_over(
         flat = torch.cat([found.get(id(p), torch.zeros_like(p)).reshape(-1).to(dtype) for p in parts])
         if weight != 1.0:
             flat *= weight
-        distributed.all_reduce(flat, group=group)
+        add_up(flat)
         flat /= size
         pieces = torch.split(flat, [p.numel() for p in parts])
         result += [(p, piece.view(p.shape)) for p, piece in zip(parts, pieces, strict=True)]
