@@ -76,8 +76,8 @@ def _parameters(graph: Graph) -> dict[str, int]:
 def rank_cost(graph: Graph, plan: Plan, mesh: Mesh, known: Seconds | None = None) -> RankCost:
     """What the busiest process of a mesh does in one gradient of the batch traced, divided evenly.
 
-    Every exchange is counted. What is sent to compare batch and plan, and to hear of failures, some hundred words, is
-    not among the words.
+    Every exchange is counted, with memory for all repeats of a node at once. What is sent to compare batch and plan,
+    and to hear of failures, some hundred words, is not among the words.
     """
     ways, batch = mesh.queries, -(-plan.batch // mesh.samples)
     queries, spent = 0, Fraction(0)
@@ -87,9 +87,10 @@ def rank_cost(graph: Graph, plan: Plan, mesh: Mesh, known: Seconds | None = None
         queries += int(node.cost.queries * share) * batch + node.cost.measurements
         spent += node.cost.forward_equivalents * share * batch / plan.batch + node.cost.measured / plan.batch
         if share < 1 and node.probe is not None:
-            times = node.repeats * node.probe.draws
-            words += times * batch * node.probe.elements
-            exchanges += 2 * times
+            words += node.repeats * node.probe.draws * batch * node.probe.elements
+            exchanges += 2 * node.probe.draws  # of all repeats at once
+        if ways > 1 and node.probe is not None and node.repeats > 1:  # they agree on how many these are
+            exchanges += 2
     for probe in plan.perturbed:
         share = share_of(probe, ways)
         queries += int(probe.cost.queries * share) * batch + probe.cost.measurements
