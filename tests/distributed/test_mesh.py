@@ -57,6 +57,40 @@ def test_each_asks_its_share(found, name):
     assert sum(counts) <= alone + 200
 
 
+@pytest.mark.parametrize("ways", [2, 3])
+def test_large_weights_and_few_directions_are_divided(ways, monkeypatch):
+    monkeypatch.setattr("hzo.rules.divided._WORTH", 0)
+    alone = meshes.all_weights(0, None)
+    outcomes = ranks.results(meshes.all_weights, ways, ways)
+    for found in outcomes:
+        for (gradients, _), (expected, _) in zip(found, alone, strict=True):
+            assert gradients == expected, "not to the bit"
+        *by_weights, (_, kept), _ = found
+        for (_, asked), (_, queries) in zip(by_weights, alone, strict=False):
+            assert queries / ways <= asked <= queries / ways + 5  # a row more of each of five weights
+        assert kept == alone[-2][1], "weights that are kept are not divided"
+    asked = [found[-1][1] for found in outcomes]
+    assert sum(asked) == alone[-1][1]
+    assert max(asked) == alone[-1][1] / 2  # two directions for two of the processes
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((2, 2), {"tree": "flat", "assume": "nothing"}),
+        ((1, 3), {"tree": "flat", "mu": 0.1, "draws": 2}),
+        ((2, 1), {}),
+    ],
+)
+def test_a_plan_says_what_each_process_does(shape, options):
+    outcomes = ranks.results(meshes.planned, shape[0] * shape[1], shape, options)
+    said = outcomes[0][0]
+    assert all(outcome[0] == said for outcome in outcomes)
+    for place, what in enumerate(("queries", "words", "exchanges")):
+        assert max(did[place] for _, did in outcomes) == said[place], what
+    assert max(did[3] for _, did in outcomes) == pytest.approx(said[3])
+
+
 def test_failures_are_heard_of_by_all():
     found = ranks.results(meshes.failures, 4)
     expected = {

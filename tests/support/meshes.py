@@ -9,7 +9,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.functional import cross_entropy
 
 import hzo
+from hzo.distributed import mesh as mesh_of_processes
 from hzo.errors import HzoError
+from hzo.rules import divided
 
 
 def network(norm=False, dropout=0.0, box=False):
@@ -71,6 +73,83 @@ def on_mesh(rank, shape):
             (first, first + count),
         )
     return found
+
+
+class Weights(nn.Module):
+    """One of each kind whose weights are read by large probes."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv2d(2, 6, 3, groups=2, padding=1), nn.ConvTranspose2d(6, 4, 2)
+        self.last = nn.Linear(36, 5)
+        self.left, self.right = nn.Parameter(torch.randn(5, 5)), nn.Parameter(torch.randn(4, 5, 6))
+
+    def forward(self, x):
+        z = self.second(self.first(x).tanh()).tanh()
+        z = (z.transpose(0, 1).flatten(2)[:, :, :5] @ self.right).transpose(0, 1).flatten(1)
+        z = torch.cat([z, z.sin()], 1)[:, :36]
+        return (self.left @ self.last(z).sin().T).T
+
+
+def weights(rank, ways, dtype, keep=None):
+    """Gradients over a query dimension of so many ways (None: by this process alone), and the queries asked here."""
+    divided._WORTH = 0
+    model = Weights().to(dtype)
+    x = torch.randn(7, 2, 3, 3, generator=torch.Generator().manual_seed(1)).to(dtype)
+    mesh = None if ways is None else init_device_mesh("cpu", (ways,), mesh_dim_names=("query",))
+    torch.manual_seed(1)
+    with hzo.count_queries() as count:
+        for _ in range(1 if keep is None else 2):
+            hzo.backward(model, lambda out: out.square().sum(1), x, mesh=mesh, keep=keep)
+    return [p.grad.tolist() for p in model.parameters()], count.queries
+
+
+def few_directions(rank, ways):
+    """A plan whose nodes have fewer directions than there are ways: gradients, and the queries asked here."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 2), nn.Tanh(), nn.Linear(2, 2), nn.Tanh()).double()
+    mesh = None if ways is None else init_device_mesh("cpu", (ways,), mesh_dim_names=("query",))
+    torch.manual_seed(1)
+    with hzo.count_queries() as count:
+        hzo.backward(model, lambda out: out.sum(1), torch.ones(3, 4).double(), mesh=mesh, tree="flat", assume="nothing")
+    return [p.grad.tolist() for p in model.parameters()], count.queries
+
+
+def planned(rank, shape, options):
+    """What a plan says of each process of a mesh, and what this one did: queries, words, exchanges."""
+    made, init = [], mesh_of_processes.Shares.__init__
+
+    def noted(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        made.append(self)
+
+    mesh_of_processes.Shares.__init__ = noted
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("sample", "query"))
+    torch.manual_seed(0)
+    layers = [nn.Linear(5, 7), hzo.declare(nn.Linear(7, 4), "affine"), nn.Tanh(), nn.Linear(4, 3), nn.ReLU()]
+    model = nn.Sequential(*layers).double()
+    x, y = batch(slice(None))
+    plan = hzo.plan(hzo.trace(model, x), mesh=mesh, **options)
+    here = plan.mesh.here
+    assert (here.along_sample, here.along_query) == shape
+    at = mesh.get_local_rank("sample")
+    rows = slice(12 * at // shape[0], 12 * (at + 1) // shape[0])
+    torch.manual_seed(1)
+    with hzo.count_queries() as count:
+        hzo.backward(model, cross_entropy, x[rows], y[rows], plan=plan, mesh=mesh)
+    said = here.queries, here.words, here.exchanges, here.forward_equivalents
+    did = made[-1]
+    forward_equivalents = count.forward_equivalents * (rows.stop - rows.start) / 12
+    return said, (count.queries, did.words, did.exchanges, forward_equivalents)
+
+
+DTYPES = torch.float64, torch.float32, torch.bfloat16
+
+
+def all_weights(rank, ways):
+    kept = weights(rank, ways, torch.float32, keep=True)
+    return [*(weights(rank, ways, dtype) for dtype in DTYPES), kept, few_directions(rank, ways)]
 
 
 def told(call):

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
 from hashlib import sha256
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -55,6 +56,7 @@ class Shares:
         self._at = ""
         self._exchanges = 0
         self._met: set[str] = set()  # dimensions along which nobody waits for this process any more
+        self.words = self.exchanges = 0  # sent by this process: numbers, without what is compared; and how often
 
     def size(self, dimension: str) -> int:
         """How many processes there are along a dimension."""
@@ -104,6 +106,30 @@ class Shares:
         least = torch.distributed.ReduceOp.MIN
         self._wait(torch.distributed.all_reduce, found, op=least, group=self._groups[QUERY])
         return int(found)
+
+    def link(self, words: int) -> tuple[float, float] | None:
+        """Seconds that an exchange takes, and words that are added up in a second, as the slowest process sees them.
+
+        Every process must call this. Cost: some ten exchanges, three of them of ``words`` words (at most 2^22). None
+        where there is one process.
+        """
+        if not self._groups:
+            return None
+        group = self._groups.get(QUERY) or self._groups[SAMPLE]
+        few, many = torch.zeros(3, device=self._device), torch.zeros(min(max(words, 1), 2**22), device=self._device)
+
+        def took(tensor: Tensor, times: int) -> float:
+            self._wait(torch.distributed.all_reduce, tensor, group=group)  # the first one may set up connections
+            began = perf_counter()
+            for _ in range(times):
+                self._wait(torch.distributed.all_reduce, tensor, group=group)
+            float(tensor[0])  # a device may still be at it
+            return (perf_counter() - began) / times
+
+        latency = took(few, 5)
+        rest = max(took(many, 2) - latency, 1e-9)
+        latency, each = (max(seen) for seen in zip(*self.told_by_all((latency, rest / len(many))), strict=True))
+        return latency, 1 / each
 
     # -- before and after ---
 
@@ -197,7 +223,11 @@ class Shares:
         parameters = [] if model is None else list(model.parameters())
         loss = loss * weight
         self._wait(torch.distributed.all_reduce, loss, group=group)
-        return mean_over(group, parameters, gradients, weight), loss / torch.distributed.get_world_size(group)
+
+        def add_up(tensor: Tensor) -> None:
+            self._wait(torch.distributed.all_reduce, tensor, group=group)
+
+        return mean_over(group, parameters, gradients, weight, add_up), loss / torch.distributed.get_world_size(group)
 
     def _alike(self, gradients: Gradients) -> Gradients:
         """Those of the first along the query dimension where they differ, as by a part that is noisy."""
@@ -239,6 +269,8 @@ class Shares:
 
     def _wait(self, exchange: Callable[..., Any], *tensors: Any, group: Any, **options: Any) -> None:
         """Run an exchange, and wait for the others no longer than the limit."""
+        self.exchanges += 1
+        self.words += sum(t.numel() for t in tensors if isinstance(t, Tensor) and t.is_floating_point())
         try:
             exchange(*tensors, group=group, async_op=True, **options).wait(timedelta(seconds=self._timeout))
         except HzoError:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,6 +41,13 @@ def refuse_wrappers(model: Any) -> None:
     for name, parameter in model.named_parameters():
         if is_shared(parameter):
             raise DistributedError(f"the parameter {name} {_A_SHARE}")
+        if owner := _owner(parameter):
+            raise sharded(f"the parameter {name} belongs to {owner}, which")
+
+
+# What wrappers put on the parameters that they spread, by which their inner modules are known, too.
+_FIRST_FSDP = "FullyShardedDataParallel (FSDP's first version)"
+_MARKS = {"_fsdp_flattened": _FIRST_FSDP, "ds_id": "DeepSpeed (ZeRO, stage 3)"}
 
 
 def refuse_all_wrappers(model: Any, instead: str) -> None:
@@ -54,10 +62,13 @@ def refuse_all_wrappers(model: Any, instead: str) -> None:
 
 def sharded(what: str) -> DistributedError:
     """The error for a wrapper that shards parameters."""
+    instead = "Have hzo work inside of the wrapper"
+    if _FIRST_FSDP in what or "DeepSpeed" in what:
+        instead = "Take FSDP2 (torch.distributed.fsdp.fully_shard), and have hzo work inside of it"
     return DistributedError(
         f"{what} gathers parameters and shards gradients by hooks of autograd; hzo does not run them, and each process "
-        "would keep a part of the gradient. Have hzo work inside of the wrapper: wrap hzo.module(model), or "
-        "hzo.module(part) for each part that is wrapped by itself, and call loss.backward()"
+        f"would keep a part of the gradient. {instead}: wrap hzo.module(model), or hzo.module(part) for each part that "
+        "is wrapped by itself, and call loss.backward()"
     )
 
 
@@ -71,6 +82,15 @@ def refuse_share(tensor: Tensor) -> None:
     """An error where a tensor is a share of one that is spread over processes."""
     if is_shared(tensor):
         raise DistributedError(f"a tensor of shape {tuple(tensor.shape)} {_A_SHARE}")
+    if owner := _owner(tensor):
+        raise sharded(f"a parameter of shape {tuple(tensor.shape)} belongs to {owner}, which")
+
+
+def _owner(tensor: Tensor) -> str | None:
+    """The wrapper that has spread a parameter, by its mark."""
+    if type(tensor) is Tensor:
+        return None
+    return next((who for mark, who in _MARKS.items() if hasattr(tensor, mark)), None)
 
 
 def is_shared(tensor: Tensor) -> bool:
@@ -87,10 +107,12 @@ def kind_of_wrapper(module: nn.Module) -> str | None:
         source = cls.__module__
         if cls.__name__ == DDP and source.startswith("torch.nn.parallel"):
             return cls.__name__
-        if cls.__name__ in ("FullyShardedDataParallel", "FSDPModule") and source.startswith("torch.distributed"):
+        if cls.__name__ == "FSDPModule" and source.startswith("torch.distributed"):
             return "FSDP"
-        if cls.__name__ in ("DeepSpeedEngine", "PipelineEngine") and source.startswith("deepspeed"):
-            return cls.__name__
+        if cls.__name__ == "FullyShardedDataParallel" and source.startswith("torch.distributed"):
+            return _FIRST_FSDP
+        if cls.__name__ == "DeepSpeedEngine" and source.startswith("deepspeed"):  # and what is derived from it
+            return f"DeepSpeed's {type(module).__name__}"
     return None
 
 
@@ -129,13 +151,18 @@ def averaged(model: Any, gradients: Sequence[tuple[Tensor, Tensor]]) -> list[tup
 
 
 def mean_over(
-    group: Any, parameters: Any, gradients: Sequence[tuple[Tensor, Tensor]], weight: float = 1.0
+    group: Any,
+    parameters: Any,
+    gradients: Sequence[tuple[Tensor, Tensor]],
+    weight: float = 1.0,
+    add_up: Callable[[Tensor], None] | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """Gradients averaged over the processes of a group, one all-reduce for each dtype and device.
 
     Args:
         parameters: those that all processes have, in one order. gradients: (tensor, gradient); of others, such as
             inputs, they come back as they are. weight: of this process; the weights of all have the mean 1.
+        add_up: adds up a tensor of all processes, in place; None waits for them as long as the group does.
     """
     distributed = torch.distributed
     size = distributed.get_world_size(group)
@@ -145,7 +172,8 @@ def mean_over(
     if size == 1 or not own:
         return list(gradients)
     there = torch.tensor([float(key in found) for key in own], device=next(iter(own.values())).device)
-    distributed.all_reduce(there, group=group)
+    add_up = add_up or partial(distributed.all_reduce, group=group)
+    add_up(there)
     result = []
     groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for (_, p), anywhere in zip(own.items(), there.tolist(), strict=True):
@@ -155,7 +183,7 @@ def mean_over(
         flat = torch.cat([found.get(id(p), torch.zeros_like(p)).reshape(-1).to(dtype) for p in parts])
         if weight != 1.0:
             flat *= weight
-        distributed.all_reduce(flat, group=group)
+        add_up(flat)
         flat /= size
         pieces = torch.split(flat, [p.numel() for p in parts])
         result += [(p, piece.view(p.shape)) for p, piece in zip(parts, pieces, strict=True)]

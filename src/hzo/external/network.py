@@ -133,6 +133,13 @@ def _forward(model: nn.Module, run: Callable[..., Any], args: tuple[Any, ...], k
         return result
     found, made_of = flatten(result)
     sources = [outer.get(id(leaf), leaf) for leaf in pullback.leaves]
+    if not sources:
+        raise TapeError(
+            f"what {type(model).__name__} returned requires a gradient, but all that it was made of has a history from "
+            "before the call, which hzo does not see, and nothing would be trained: so it is with the parameters of "
+            "FSDP's first version (FullyShardedDataParallel), which are views of one flat tensor; take fully_shard. A "
+            "tensor computed elsewhere is an argument of the module, not an attribute"
+        )
     outputs = iter(_Network.apply(pullback, outer, *sources))  # type: ignore[no-untyped-call]
     return made_of.build([next(outputs) if isinstance(t, Tensor) and t.requires_grad else t for t in found])
 

@@ -108,9 +108,9 @@ def vjp_rows(
     upper, lower, distance = stepped(rows, distance_to_move, scheme, where)
     result = torch.zeros(rows.shape, dtype=wide, device=rows.device)
     states = [States(probe, rows) for _ in range(evaluations(scheme))]  # what is above may be a view of its states
-    # Processes that share the queries of a node each sum up some of its directions; few are not worth an exchange.
+    # Processes that share the queries of a node each sum up some of its directions, or none where there are few.
     among = shares()
-    among = None if among is None or probe.directions < among.size("query") else among
+    among = None if probe.directions < 2 else among
     start, end = (0, probe.directions) if among is None else among.part(probe.directions)
     while start < end:
         stop = min(start + chunk, end)

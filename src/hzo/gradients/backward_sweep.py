@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hzo._seeds import derive
 from hzo.declared import call_of, find_adjoint
+from hzo.distributed import shares
 from hzo.execution import Activations, counting, read, run_again, run_slice
 from hzo.finite_differences import (
     Probe,
@@ -131,6 +132,9 @@ def estimate_node(state: Sweep, node: Node, at_source: dict[int, Tensor]) -> Ten
     device, batch = next(iter(cotangents.values())).device, state.activations.batch
     chunk = directions_per_chunk(bytes_per_direction(graph, node, batch), state.memory, device)
     at_once = 1 if node.probe is None else min(node.repeats, max(1, chunk // max(1, node.probe.directions)))
+    among = shares()
+    if among is not None and node.probe is not None and node.repeats > 1:  # each has memory of its own, and all must
+        at_once = among.least(at_once, graph.describe(node.target))  # exchange what they found equally often
     total: Tensor | None = None
     for start in range(0, node.repeats, at_once):
         repeats = min(at_once, node.repeats - start)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hzo.distributed import shares
 from hzo.errors import NonFiniteError
 from hzo.execution import Activations, count_probes, counting, run_probe, run_with_parameter
 from hzo.finite_differences import Scheme, accumulation_dtype, default_step, narrowest, stepped
@@ -159,7 +160,7 @@ def _by_perturbation(local: Local, op: Operation, use: ParameterUse, given: dict
     precision = narrowest([parameter.dtype, *(local.graph.values[v].dtype for v in given)])
     step = local.step or default_step(parameter, scheme, where, precision)
     upper, lower, distance = stepped(parameter, step, scheme, where)
-    result = torch.empty(parameter.numel(), dtype=wide, device=parameter.device)
+    result = torch.zeros(parameter.numel(), dtype=wide, device=parameter.device)
 
     def product(k: int, moved: Tensor) -> Tensor:
         changed = parameter.clone(memory_format=torch.contiguous_format)
@@ -169,9 +170,12 @@ def _by_perturbation(local: Local, op: Operation, use: ParameterUse, given: dict
         differences = ((outputs[v].to(wide) - activations.tensor(v).to(wide)) * g.to(wide) for v, g in given.items())
         return sum((d.sum() for d in differences), start=torch.zeros((), dtype=wide, device=parameter.device))
 
-    for k in range(parameter.numel()):
+    among = shares() if parameter.numel() > 1 else None
+    for k in range(parameter.numel()) if among is None else range(*among.part(parameter.numel())):
         above = product(k, upper)
         result[k] = above - product(k, lower) if scheme == "central" else above
+    if among is not None:
+        among.sum_(result, where)
     gradient = result.reshape(parameter.shape) / distance
     if not bool(gradient.isfinite().all()):
         raise NonFiniteError(f"a query that perturbed {where} returned NaN or infinity")

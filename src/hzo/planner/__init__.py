@@ -3,6 +3,7 @@
 from hzo.planner.accuracy import error_model, expected_errors, share
 from hzo.planner.calibration import Bend, Calibration, Seconds, unitary
 from hzo.planner.goal import points_of
+from hzo.planner.mesh_cost import as_mesh, with_mesh, words_of_parameters
 from hzo.planner.plan_chain import plan
 from hzo.planner.tree_search import tree_edges
 
@@ -10,6 +11,7 @@ __all__ = [
     "Bend",
     "Calibration",
     "Seconds",
+    "as_mesh",
     "error_model",
     "expected_errors",
     "plan",
@@ -17,4 +19,6 @@ __all__ = [
     "share",
     "tree_edges",
     "unitary",
+    "with_mesh",
+    "words_of_parameters",
 ]

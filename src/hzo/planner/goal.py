@@ -14,6 +14,7 @@ from hzo.planner.accuracy import ErrorModel, expected_errors, parameter_errors, 
 from hzo.planner.calibration import Calibration
 from hzo.planner.candidate_edges import candidate_edges
 from hzo.planner.joint_search import Balance, Repeats, affordable, balance, keeping, steadiest_steps
+from hzo.planner.mesh_cost import Mesh, rank_cost
 from hzo.planner.nested_trees import TREES
 from hzo.planner.seconds import seconds_of
 from hzo.planner.tree_search import single, tree_edges
@@ -68,9 +69,15 @@ def check_aim(aim: Aim, calibration: Calibration | None, spacing: int | None) ->
 
 
 def decide(
-    graph: Graph, model: ErrorModel, choice: Balance, aim: Aim, with_edges: Callable[[list[PlannedEdge]], Plan]
+    graph: Graph,
+    model: ErrorModel,
+    choice: Balance,
+    aim: Aim,
+    with_edges: Callable[[list[PlannedEdge]], Plan],
+    mesh: Mesh | None = None,
 ) -> list[PlannedEdge]:
-    """The edges that an aim asks for; without one those of the smallest error with one repeat each.
+    """The edges that an aim asks for; without one those of the smallest error with one repeat each. A budget is that of
+    each process of a mesh.
 
     Raises:
         PlanError: the target cannot be reached, or the budget pays for no plan.
@@ -86,6 +93,9 @@ def decide(
 
     def spent(edges: list[PlannedEdge]) -> float:
         made, known = with_edges(edges), model.calibration.seconds
+        if mesh is not None:
+            cost = rank_cost(graph, made, mesh, known)
+            return cost.forward_equivalents if aim.seconds is None or cost.seconds is None else cost.seconds
         return made.forward_equivalents if aim.seconds is None or known is None else seconds_of(graph, made, known)
 
     planned = affordable(choice, lambda edges: spent(edges) <= limit)

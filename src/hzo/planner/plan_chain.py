@@ -6,6 +6,8 @@ steps and repeats by the error model; and for every edge of the tree the tensors
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from hzo.errors import InputError, NondeterministicError, PlanError
 from hzo.finite_differences import Scheme
 from hzo.noise import Noise, as_noise
@@ -13,6 +15,7 @@ from hzo.planner.accuracy import error_model
 from hzo.planner.calibration import Calibration, unitary
 from hzo.planner.goal import Aim, check_aim, choices, decide, expecting
 from hzo.planner.joint_search import Repeats, check_repeats
+from hzo.planner.mesh_cost import as_mesh, with_mesh, words_of_parameters
 from hzo.planner.tree_search import tree_edges
 from hzo.plans import (
     Allowed,
@@ -29,6 +32,9 @@ from hzo.plans import (
 )
 from hzo.structure import Assume
 from hzo.tracing import Chain, Graph, declared_step
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def plan(
@@ -49,6 +55,8 @@ def plan(
     budget: float | None = None,
     seconds: float | None = None,
     memory: int | None = None,
+    mesh: DeviceMesh | tuple[int, int] | None = None,
+    link: tuple[float, float] | None = None,
 ) -> Plan:
     """Decide how the gradient of a traced network is estimated: what is perturbed, by what step, how often.
 
@@ -118,6 +126,7 @@ def plan(
     )
     if declared is not None:
         declared.for_stages(len(graph.stages))
+    together = as_mesh(mesh, link, words_of_parameters(graph))
     aim = check_aim(Aim(target_cosine, budget, seconds), calibration, spacing)
     modelled = declared is not None or calibration is not None or bool(aim.given)
     check_not_modelled(mu, modelled)
@@ -140,8 +149,9 @@ def plan(
         _check_no_declared_steps(graph)
         model = error_model(graph, calibration or unitary(graph, scheme), declared, scheme)
         choice = choices(graph, model, step, edges, wanted, allowed, repeats)
-        found = expecting(graph, planned(decide(graph, model, choice, aim, planned)), model)
-    return with_storage(graph, found, memory)
+        found = expecting(graph, planned(decide(graph, model, choice, aim, planned, together)), model)
+    found = with_storage(graph, found, memory)
+    return found if together is None else with_mesh(graph, found, together, calibration)
 
 
 def _check_no_declared_steps(graph: Graph) -> None:

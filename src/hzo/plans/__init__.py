@@ -2,7 +2,7 @@
 
 from hzo.plans.activation_schedule import Schedule, schedule
 from hzo.plans.choice import Allowed
-from hzo.plans.cost import bytes_per_direction
+from hzo.plans.cost import bytes_per_direction, share_of
 from hzo.plans.memory import with_storage
 from hzo.plans.nodes import (
     Wanted,
@@ -15,7 +15,7 @@ from hzo.plans.nodes import (
     with_edges,
 )
 from hzo.plans.options import Boundaries, PlanOptions, check_boundaries, check_not_modelled, check_smoothing
-from hzo.plans.plan import Cost, Expected, Node, ParameterProbe, Plan, PlannedEdge, expectation
+from hzo.plans.plan import Cost, Expected, MeshCost, Node, ParameterProbe, Plan, PlannedEdge, RankCost, expectation
 from hzo.plans.serialize import load_plan, save_plan
 from hzo.plans.trees import (
     FIXED,
@@ -39,11 +39,13 @@ __all__ = [
     "Cost",
     "Edge",
     "Expected",
+    "MeshCost",
     "Node",
     "ParameterProbe",
     "Plan",
     "PlanOptions",
     "PlannedEdge",
+    "RankCost",
     "Schedule",
     "Tree",
     "Wanted",
@@ -65,6 +67,7 @@ __all__ = [
     "possible",
     "save_plan",
     "schedule",
+    "share_of",
     "stagewise",
     "total_length",
     "wanted_by",

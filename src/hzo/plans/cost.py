@@ -13,7 +13,7 @@ from math import prod
 import torch
 
 from hzo.finite_differences import Probe, Scheme, accumulation_dtype, evaluations
-from hzo.plans.plan import Cost, Node
+from hzo.plans.plan import Cost, Node, ParameterProbe
 from hzo.tracing import Graph, Measured, Operation
 
 
@@ -27,6 +27,18 @@ def node_cost(graph: Graph, probe: Probe, operations: Sequence[int], scheme: Sch
         queries * graph.stages_in(operations),
         Fraction(queries * graph.cost_of(operations), graph.cost),
     )
+
+
+def share_of(asked: Probe | ParameterProbe | None, ways: int) -> Fraction:
+    """Which part of the queries of a probe the busiest of some processes asks that share them.
+
+    They divide directions, and elements of a parameter; a single one is asked by all of them.
+    """
+    if isinstance(asked, ParameterProbe):
+        count = asked.elements
+    else:
+        count = 0 if asked is None else asked.directions // asked.draws
+    return Fraction(-(-count // ways), count) if count > 1 else Fraction(1)
 
 
 def adjoint_cost(graph: Graph, operation: int, value: int, probes: Sequence[tuple[int, ...]]) -> Cost:

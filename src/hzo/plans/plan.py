@@ -156,6 +156,59 @@ class Expected:
         return float((1 + max(self.errors[estimate] for estimate in estimates)) ** -0.5)
 
 
+@dataclass(frozen=True)
+class RankCost:
+    """What the busiest process of a mesh does in one gradient.
+
+    Attributes:
+        along_sample, along_query: processes of the mesh. batch: samples of this one.
+        queries: that it asks. forward_equivalents: their operations, over those of a forward pass of the whole batch.
+        words: numbers that it sends. exchanges: how often it waits for others.
+        seconds: of a gradient; None where no time was measured. Without those of exchanges where no link is known.
+    """
+
+    along_sample: int
+    along_query: int
+    batch: int
+    queries: int
+    forward_equivalents: float
+    words: int
+    exchanges: int
+    seconds: float | None = None
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.batch:,} samples, {self.queries:,} queries, {self.forward_equivalents:,.3g} forward equivalents, "
+            f"{self.words:,} words in {self.exchanges:,} exchanges"
+        )
+        return text if self.seconds is None else f"{text}, {self.seconds:.3g} seconds"
+
+
+@dataclass(frozen=True)
+class MeshCost:
+    """What a gradient costs on a mesh, and on the best one of as many processes.
+
+    Attributes:
+        here, best: of the mesh asked for, and of the one that takes the least.
+        coupled: samples influence each other (BatchNorm), along ``sample`` those of each process.
+    """
+
+    here: RankCost
+    best: RankCost
+    coupled: bool = False
+
+    def __str__(self) -> str:
+        here, best = self.here, self.best
+        lines = [f"on {here.along_sample} × {here.along_query} processes (sample × query), each at most {here}"]
+        ways = (best.along_sample, best.along_query)
+        if ways != (here.along_sample, here.along_query):
+            take = '"sample" alone' if ways[1] == 1 else '"query" alone' if ways[0] == 1 else "both dimensions"
+            lines.append(f"  better: {take}, {ways[0]} × {ways[1]}, each at most {best}")
+        if self.coupled and max(here.along_sample, best.along_sample) > 1:
+            lines.append('  along "sample" each process has statistics of its own (BatchNorm)')
+        return "\n".join(lines)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan(PlanOptions):
     """How one gradient will be estimated: what is perturbed, how often, and what that costs; ``print`` shows it.
@@ -174,6 +227,7 @@ class Plan(PlanOptions):
             traced. recomputed: stages run again in it, on one sample each; counted with the base evaluations.
         expected: errors and time, where a noise, a calibration or a target was given.
         tree, assume, scheme, step, noise, boundaries, spacing, mu, draws: as ``hzo.plan`` took them.
+        mesh: what it costs on the mesh that ``hzo.plan`` was given; no decision, and in no file.
     """
 
     fingerprint: str
@@ -187,6 +241,7 @@ class Plan(PlanOptions):
     recomputed: int = 0
     expected: Expected | None = None
     edges: tuple[PlannedEdge, ...] = ()
+    mesh: MeshCost | None = field(default=None, compare=False)
 
     @property
     def cost(self) -> Cost:
@@ -260,6 +315,8 @@ def describe(plan: Plan, rows: int = 40, width: int = 120) -> str:
     ]
     if plan.expected is not None:
         lines.append(expectation(plan))
+    if plan.mesh is not None:
+        lines += str(plan.mesh).splitlines()
     by_estimator: dict[str, Cost] = {}
     for node in plan.nodes:
         if node.operations:

@@ -32,10 +32,12 @@ class Engine:
     Attributes:
         measure: run a call's operation on other arguments, counted: ``measure(call, args, kwargs, size)``.
         again: the cotangents of a call through another function that computes the same, recorded for the purpose.
+        divides: large probes are divided among the processes that share queries, where there are any.
     """
 
     measure: Callable[[Call, tuple[Any, ...], dict[str, Any], Tensor], Any]
     again: Callable[[Call, Callable[..., Any]], Cotangents]
+    divides: bool = False
 
 
 class Call:

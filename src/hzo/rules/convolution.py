@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hzo.rules.base import Call, Cotangents, Key, vjp
+from hzo.rules.divided import in_shares
 from hzo.rules.measured import ROWS, Trial, measured_once
 from hzo.rules.products import may_read
 from hzo.rules.schema import arguments, has, key_of, named
@@ -77,13 +79,19 @@ _small_impulses = lru_cache(maxsize=64)(_impulses)
 def _measured_kernel(call: Call, kernel: Tensor) -> Tensor:
     x: Tensor = named(call, _input(call))
     axes, transposed, groups = kernel.dim() - 2, _is_transposed(call), _groups(call)
+    taps = tuple(kernel.shape[2:])
 
     def measure() -> Tensor:
         probe = impulses(x.shape[1], groups, axes, x, call.grad.device)
-        replaced: dict[str, Any] = {_input(call): probe}
-        if not transposed:
-            replaced["padding"] = tuple(k - 1 for k in kernel.shape[2:])
-        seen: Tensor = call.measure(_plainly(call, axes, replaced), probe)
+
+        def ask(rows: Tensor) -> Tensor:
+            replaced: dict[str, Any] = {_input(call): rows}
+            if not transposed:
+                replaced["padding"] = tuple(k - 1 for k in taps)
+            seen: Tensor = call.measure(_plainly(call, axes, replaced), rows)
+            return seen
+
+        seen = in_shares(call, probe, len(probe) * kernel.numel() * (1 if transposed else prod(taps)), ask)
         if not transposed:
             seen = seen.transpose(0, 1)
             made = torch.empty(kernel.shape, dtype=seen.dtype, device=seen.device)
@@ -92,8 +100,6 @@ def _measured_kernel(call: Call, kernel: Tensor) -> Tensor:
         seen = seen[:-1] - seen[-1:]
         by_group = seen.view(seen.shape[0], groups, kernel.shape[1], *seen.shape[2:])
         return by_group.transpose(0, 1).reshape(kernel.shape)
-
-    taps = tuple(kernel.shape[2:])
 
     def sizes(kept: Tensor) -> Tensor:
         """By output channel and place the norm of what an image of one pixel meets there."""

@@ -144,6 +144,12 @@ def keep_measured(tape: Tape, keep: bool | None) -> None:
     KERNELS.release(w for w in weights if id(w) not in kept.keeps)
 
 
+def keeps_some(tape: Tape) -> bool:
+    """Whether a sweep of this tape uses, for some weights, what was kept from another gradient."""
+    kept = _kept.get(tape)
+    return kept is not None and bool(kept.keeps)
+
+
 def _memory(tensor: Tensor) -> Hashable:
     """Equal for tensors that show the same content of the same memory, as long as one of them lives."""
     bits = tensor.is_conj(), tensor.is_neg()

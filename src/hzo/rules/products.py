@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hzo.rules.base import Call, Cotangents, Key, vjp
+from hzo.rules.divided import in_shares
 from hzo.rules.measured import ROWS, Trial, measured_once
 
 aten = torch.ops.aten
@@ -71,7 +72,12 @@ def right_factor(call: Call, left: int) -> Tensor:
     def measure() -> Tensor:
         shape = call.args[left].shape
         probe = _identity(call, left, shape[-1]).expand(*shape[:-2], -1, -1)
-        seen: Tensor = call.measure({left: probe, **_without_addend(call, left)}, probe)
+
+        def ask(rows: Tensor) -> Tensor:
+            seen: Tensor = call.measure({left: rows, **_without_addend(call, left)}, rows)
+            return seen
+
+        seen = in_shares(call, probe, probe.numel() * call.grad.shape[-1], ask, of_probe=-2, of_result=-2)
         return seen[..., :-1, :] - seen[..., -1:, :]
 
     def run(kept: Tensor, sizes: Tensor, draw: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,7 +100,12 @@ def left_factor(call: Call, left: int) -> Tensor:
     def measure() -> Tensor:
         shape = call.args[right].shape
         probe = _identity(call, right, shape[-2]).mT.expand(*shape[:-2], -1, -1)
-        seen: Tensor = call.measure({right: probe, **_without_addend(call, left)}, probe.mT)
+
+        def ask(columns: Tensor) -> Tensor:
+            seen: Tensor = call.measure({right: columns, **_without_addend(call, left)}, columns.mT)
+            return seen
+
+        seen = in_shares(call, probe, probe.numel() * call.grad.shape[-2], ask, of_probe=-1, of_result=-1)
         return seen[..., :-1] - seen[..., -1:]
 
     def run(kept: Tensor, sizes: Tensor, draw: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]:

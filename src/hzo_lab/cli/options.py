@@ -79,6 +79,15 @@ def listed(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
+def numbers(option: str, text: str, between: str, kind: Callable[[str], float], such: str) -> tuple[float, ...]:
+    """Two numbers in one option."""
+    try:
+        first, second = (kind(part) for part in text.replace("×", "x").split(between))
+    except ValueError:
+        raise InputError(f"expected --{option} to be two numbers, {such}, got {text!r}.") from None
+    return first, second
+
+
 def whole_numbers(text: str) -> list[int]:
     """Seeds, with commas between."""
     parts = listed(text)

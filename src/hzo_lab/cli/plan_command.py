@@ -9,6 +9,7 @@ import typer
 
 import hzo
 from hzo.errors import InputError
+from hzo.planner import as_mesh, with_mesh, words_of_parameters
 from hzo_lab.cli.options import (
     Activation,
     Assume,
@@ -26,6 +27,7 @@ from hzo_lab.cli.options import (
     Tree,
     Width,
     given_options,
+    numbers,
 )
 from hzo_lab.cli.terminal import console
 from hzo_lab.reports import (
@@ -74,6 +76,10 @@ def plan_command(
     ] = None,
     seconds: Annotated[float | None, typer.Option(help="Time that one gradient may take; needs --calibrate.")] = None,
     memory: Annotated[int | None, typer.Option(help="Bytes for stored activations. Default: all are stored.")] = None,
+    mesh: Annotated[str | None, typer.Option(help="Processes that share it, along sample and query: 2x4.")] = None,
+    link: Annotated[
+        str | None, typer.Option(help="Between them: seconds an exchange and words a second, 1e-4,1e8; for seconds.")
+    ] = None,
     boundaries: Annotated[str | None, typer.Option(help="needed (default) by parameters, or all.")] = None,
     calibrate: Annotated[bool, typer.Option("--calibrate", help="Measure gains, curvature and times first.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="All trees beside each other.")] = False,
@@ -101,6 +107,8 @@ def plan_command(
         "budget": gradient_budget,
         "seconds": seconds,
         "memory": memory,
+        "mesh": None if mesh is None else numbers("mesh", mesh, "x", int, "2x4"),
+        "link": None if link is None else numbers("link", link, ",", float, "1e-4,1e8"),
     }
     options = {name: value for name, value in asked.items() if value is not None}
     if load is not None and (wrong := _beside_load(options, calibrate, tree, assume, scheme)):
@@ -125,7 +133,7 @@ def plan_command(
         outcomes: list[Outcome] = []
         if shown:
             with console.status("planning"):
-                plan = hzo.plan(given.chain, **options) if load is None else hzo.load_plan(given.chain, load)
+                plan = hzo.plan(given.chain, **options) if load is None else _loaded(given, load, options)
             outcomes.append(Outcome("loaded" if load else str(plan.tree), repeats or "-", plan))
             _show(given, plan, rows, save, picture)
         if compare:
@@ -139,9 +147,17 @@ def plan_command(
                 raise typer.Exit(NOTHING)
 
 
+def _loaded(given: Problem, load: Path, options: dict[str, Any]) -> hzo.Plan:
+    """A plan from a file, with what it costs on the mesh that was given."""
+    plan = hzo.load_plan(given.chain, load)
+    graph = given.chain.traced
+    mesh = as_mesh(options.get("mesh"), options.get("link"), words_of_parameters(graph))
+    return plan if mesh is None else with_mesh(graph, plan, mesh)
+
+
 def _beside_load(options: dict[str, Any], calibrate: bool, *chosen: str | None) -> list[str]:
-    """Options that decide what a loaded plan has decided; noise stands beside it, to be measured under."""
-    found = [f"--{name.replace('_', '-')}" for name in options if name != "noise"]
+    """Options that decide what a loaded plan has decided; noise stands beside it, to be measured under, and a mesh."""
+    found = [f"--{name.replace('_', '-')}" for name in options if name not in ("noise", "mesh", "link")]
     found += ["--calibrate"] if calibrate else []
     names = ("--tree", "--assume", "--scheme")
     return found + [name for name, value in zip(names, chosen, strict=True) if value is not None]

@@ -82,6 +82,7 @@ def totals(plan: hzo.Plan) -> list[str]:
         f"memory: activations of {'all stages' if plan.storage == 'all' else 'a path'} stored, at most "
         f"{plan.activation_bytes:,} bytes at once, {plan.recomputed:,} stages run again",
     ]
+    lines += [] if plan.mesh is None else str(plan.mesh).splitlines()
     if plan.perturbed:
         elements = sum(probe.elements for probe in plan.perturbed)
         lines.append(f"parameters without a closed rule, perturbed one by one: {elements:,} elements")

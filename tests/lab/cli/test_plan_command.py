@@ -196,3 +196,17 @@ def test_any_plan_can_be_drawn(options):
 def test_an_error_becomes_a_clause():
     assert plan_report.brief("it takes 3 seconds (or so), more than 2; give more") == "it takes 3 seconds, more than 2"
     assert plan_report.brief("x" * 200).endswith("…")
+
+
+def test_a_mesh_is_reckoned_with(command, tmp_path):
+    code, out, _ = command(*SMALL, "--tree", "flat", "--mesh", "1x3", "--calibrate", "--link", "1e-4,1e8")
+    assert code == 0
+    assert re.search(r"on 1 × 3 processes \(sample × query\), each at most 4 samples, [\d,]+ queries, .* seconds", out)
+    assert command(*SMALL, "--tree", "flat", "--save", tmp_path / "plan.json")[0] == 0
+    code, out, _ = command(*SMALL, "--load", tmp_path / "plan.json", "--mesh", "2x2")
+    assert code == 0
+    assert "on 2 × 2 processes" in out
+    for mesh in ("3", "2,2", "axb", "0x2"):
+        code, _, err = command(*SMALL, "--mesh", mesh)
+        assert code == 2
+        assert "mesh to be" in err
