@@ -282,7 +282,7 @@ def main() -> None:
             f"of backprop   1 - cosine {row['1 - cosine']:.0e}",
             flush=True,
         )
-    write(options.out, rounds=options.rounds, load=os.getloadavg(), networks=found)
+        write(options.out, rounds=options.rounds, load=os.getloadavg(), networks=found)  # a long run may be cut short
 
 
 if __name__ == "__main__":
