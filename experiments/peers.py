@@ -39,7 +39,7 @@ from hzo_lab.training.models import MODELS
 
 BATCH, RATE, MOMENTUM, DEPTH, WIDTH = 128, 0.1, 0.9, 4, 8
 SECONDS, SEEDS, READINGS, KEPT, TESTED = 20.0, 3, 8, 0.1, 2000
-SHARES, TUNING_SEED = (1.0, 0.3, 0.1), 1000
+SHARES, TUNING_SEED = (1.0, 0.1, 0.01), 1000
 WHERE: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32}
 Step = Callable[[Tensor, Tensor], float]
 """Adds the gradient of a batch to ``.grad``; returns the forward passes of the batch that it took."""
@@ -139,7 +139,8 @@ def local_forward_gradients(model: nn.Sequential, classes: int, shapes: list[tor
 
 
 def feedback_alignment(model: nn.Sequential, classes: int, shapes: list[torch.Size]) -> Step:
-    fixed = [torch.randn(classes, shape[1:].numel()) / shape[1:].numel() ** 0.5 for shape in shapes]
+    # As small as the gradient of a mean over the map, which a network's head takes.
+    fixed = [torch.randn(classes, shape[1:].numel()) / shape[1:].numel() for shape in shapes]
 
     def step(x: Tensor, y: Tensor) -> float:
         outputs, given = [], x
@@ -200,6 +201,8 @@ def train(name: str, data: Dataset, seed: int, seconds: float, share: float) -> 
         except (hzo.errors.StepError, hzo.errors.NonFiniteError, hzo.errors.PrecisionError):
             break  # the weights have diverged
         optimizer.step()
+        if not all(bool(p.isfinite().all()) for p in model.parameters()):
+            break
         spent += process_time() - began
         steps += 1
         due = int(READINGS * spent / seconds) - len(rows)
