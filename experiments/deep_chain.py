@@ -120,7 +120,7 @@ def rows_of(noise: float, seed: int, epochs: int) -> list[dict[str, Any]]:
         except hzo.errors.PlanError:
             continue  # the budget does not pay for one measurement of every boundary
         spent = {"forward_equivalents": plan.forward_equivalents, "queries": plan.queries}
-        found.append({"method": str(tree), **noises, **train(gradient, seed, epochs)})
+        found.append({"method": str(tree), **spent, **train(gradient, seed, epochs)})
     for name in ("spsa", "node_perturbation"):
         gradient = by_losses(getattr(hzo.baselines, name), noise)
         found.append({"method": name, "forward_equivalents": BUDGET, **train(gradient, seed, epochs)})
