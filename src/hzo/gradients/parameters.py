@@ -139,7 +139,7 @@ def _by_perturbation(local: Local, op: Operation, use: ParameterUse, given: dict
     scheme = local.scheme
     where = use.name or f"an operand of {op.name}"
     precision = narrowest([parameter.dtype, *(local.graph.values[v].dtype for v in given)])
-    step = local.step or default_step(parameter, scheme, where, precision)
+    step = local.step or default_step(parameter.reshape(1, -1), scheme, where, precision).view_as(parameter)
     upper, lower, distance = stepped(parameter, step, scheme, where)
     result = torch.zeros(parameter.numel(), dtype=wide, device=parameter.device)
 
