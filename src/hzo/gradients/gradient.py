@@ -145,6 +145,18 @@ def cotangents(
     return result
 
 
+def estimated_cotangents(
+    model: Chain | nn.Module, loss_fn: Callable[..., Any], x: Any, y: Any = None, *, plan: Plan | None = None,
+    memory: int | None = None, **options: Any,
+) -> tuple[Graph, Cotangents] | None:  # fmt: skip
+    """All cotangents that a plan estimates, by position and value, and the graph; None where ``backward`` uses none."""
+    task = _Task(model, loss_fn, x, y, plan, memory, options)
+    if _on_tape(task):
+        return None
+    found = _estimate(task, keep=True)
+    return found.graph, found.cotangents
+
+
 Leaves = list[tuple[Tensor, Tensor]]
 
 
