@@ -95,15 +95,17 @@ def check_gradient(
     model = unwrapped(model)  # each process tests its own gradient against its own loss
     module = model.model if isinstance(model, Chain) else model
     whole("directions", directions)
+    was_given = gradient is not None
     with contained([module]), as_checks():
         if gradient is None:
             gradient, _ = grad_and_value(model, loss_fn, x, y, **options)
+    gradient = {name: g.detach().to_dense() for name, g in gradient.items()}
     parameters = {name: p for name, p in module.named_parameters() if name in gradient}
     if not parameters:
         raise InputError("there is no gradient to test: none of the names given belongs to a parameter of the model")
     task = _Task(module, loss_fn, x, y, parameters, gradient)
     generator = torch.Generator().manual_seed(seed)
-    own = {name: g.detach() for name, g in gradient.items() if name in parameters}
+    own = {name: g for name, g in gradient.items() if name in parameters}
     slopes = [task.slope("along the gradient", own)]
     drawn = [task.random(generator) for _ in range(directions)]
     slopes += [task.slope(f"random direction {k + 1}", v) for k, v in enumerate(drawn)]
@@ -114,8 +116,17 @@ def check_gradient(
     if all(slope.agrees for slope in slopes):
         return GradientCheck(tuple(slopes), ())
     with contained([module]), as_checks():
-        operation = locate(model, loss_fn, x, y, options, seed)
+        operation = locate(model, loss_fn, x, y, options, seed, () if was_given else wrong)
     return GradientCheck(tuple(slopes), tuple(wrong), operation)
+
+
+def padding_rows(module: nn.Module) -> dict[int, list[int]]:
+    """Rows of embedding tables that stand for padding, by the table's identity."""
+    found: dict[int, list[int]] = {}
+    for inner in module.modules():
+        if isinstance(inner, (nn.Embedding, nn.EmbeddingBag)) and inner.padding_idx is not None:
+            found.setdefault(id(inner.weight), []).append(inner.padding_idx)
+    return found
 
 
 @dataclass(frozen=True)
@@ -128,12 +139,15 @@ class _Task:
     gradient: dict[str, Tensor]
 
     def random(self, generator: torch.Generator) -> dict[str, Tensor]:
-        """A direction that moves every parameter in proportion to its size."""
-        found = {}
+        """A direction that moves every parameter in proportion to its size, rows of padding, by convention without a
+        gradient, not at all."""
+        found, rows = {}, padding_rows(self.module)
         for name, p in self.parameters.items():
             scale = float(p.detach().square().mean().sqrt()) if p.numel() else 0.0
             noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
             found[name] = (noise * (scale or 1.0)).to(p)
+            for row in rows.get(id(p), ()):
+                found[name][row] = 0
         return found
 
     def slope(self, name: str, direction: dict[str, Tensor]) -> Slope:

@@ -22,7 +22,7 @@ from hzo.gradients import estimated_cotangents
 from hzo.losses import fitting_loss
 from hzo.reverse import RecordedStep, recorded_loss, sweep_end
 from hzo.tape import Tape, current_recorder
-from hzo.tracing import Chain, call_arguments
+from hzo.tracing import Chain, Graph, call_arguments
 from hzo.tracing.recorder import recorded
 from hzo.verification.slopes import Slope, measured_slope
 
@@ -58,9 +58,19 @@ class WrongOperation:
 
 
 def locate(
-    model: Chain | nn.Module, loss_fn: Callable[..., Any], x: Any, y: Any, options: dict[str, Any], seed: int
+    model: Chain | nn.Module,
+    loss_fn: Callable[..., Any],
+    x: Any,
+    y: Any,
+    options: dict[str, Any],
+    seed: int,
+    wrong: Sequence[Slope],
 ) -> WrongOperation | None:
     """The operation behind which hzo's own cotangents agree with the loss and before which they do not.
+
+    Args:
+        wrong: the parameters that disagree. Where a plan's cotangents agree at all boundaries, it is the operation that
+            reads the first of them.
 
     Cost: about log₂ of the number of calls times 12 runs of a part of the tape. None where nothing disagrees on the
     way, so that what is wrong was not computed here, or where queries return noise.
@@ -82,7 +92,23 @@ def locate(
         loss = fitting_loss(loss_fn, run.output, y)
     seeds, _ = RecordedStep(run.recorder).seed(loss)
     places = sorted({*found, len(run.tape.operations)})
-    return _bisect(run.tape, seeds, places, lambda k: found.get(k, {}), scopes, seed)
+    located = _bisect(run.tape, seeds, places, lambda k: found.get(k, {}), scopes, seed)
+    return located or _reader(graph, wrong, scopes)
+
+
+def _reader(graph: Graph, wrong: Sequence[Slope], scopes: _Scopes) -> WrongOperation | None:
+    """The operation on activations that reads a parameter, or what was computed from it alone."""
+    for slope in wrong:
+        held = {v for v, name in graph.names.items() if name == slope.direction}
+        for op in graph.operations:
+            if not held.intersection(op.reads):
+                continue
+            if op.batched:
+                return WrongOperation(
+                    (str(op.target),), scopes.of(op.index), op.index + 1, len(graph.operations), slope
+                )
+            held.update(op.writes)
+    return None
 
 
 def _swept(tape: Tape, seeds: dict[int, Tensor], hooks: dict[int, Callable[[Tensor], Tensor]]) -> Cotangents:
@@ -116,15 +142,20 @@ def _disagreement(
     tape: Tape, place: int, cotangents: Mapping[int, Tensor], seeds: Mapping[int, Tensor], seed: int
 ) -> Slope | None:
     """A direction along which cotangents and loss disagree at a place; None where none was found."""
-    given = {v: (tape.tensor(v).detach(), g) for v, g in cotangents.items() if v not in seeds or place == 0}
+    given = {v: (tape.tensor(v).detach(), g.to_dense()) for v, g in cotangents.items() if v not in seeds or place == 0}
     given = {v: (t, g) for v, (t, g) in given.items() if t.layout == torch.strided and t.numel()}
     if not given:
         return None
     generator = torch.Generator().manual_seed(seed)
     directions = [("along the cotangents", {v: g.to(t.dtype) for v, (t, g) in given.items()})]
-    directions += [(f"random direction {k + 1}", _drawn(given, generator)) for k in range(_RANDOM)]
+    for k in range(_RANDOM):
+        drawn = _drawn(given, generator)
+        for op in tape.operations[place:]:
+            if op.target is torch.ops.aten.embedding.default and op.args[0].value in drawn and len(op.args) > 2:
+                drawn[op.args[0].value][op.args[2] if op.args[2] >= 0 else slice(0)] = 0  # no gradient by convention
+        directions.append((f"random direction {k + 1}", drawn))
     for name, direction in directions:
-        slope = _slope(tape, place, given, {v: d.to_dense() for v, d in direction.items()}, seeds, name)
+        slope = _slope(tape, place, given, direction, seeds, name)
         if slope is not None and not slope.agrees:
             return slope
     return None
