@@ -52,8 +52,8 @@ def scale_of(tensor: Tensor) -> float:
     return float(_root_mean_square(size, masked, 1)) or 1.0 if size.numel() else 1.0
 
 
-def element_scales(rows: Tensor, unit: float) -> Tensor:
-    """(B, n): the scale of each element of some rows, in the accumulation dtype.
+def element_scales(rows: Tensor, unit: float) -> tuple[Tensor, float]:
+    """(B, n): the scale of each element of some rows, in the accumulation dtype; and that of them all.
 
     A sample has its own scale; an element that is smaller than chance explains a smaller one, as the first lines of
     this file say, a larger one a larger, a mask its own size. Where all elements lie on one side of zero, which may be
@@ -65,14 +65,14 @@ def element_scales(rows: Tensor, unit: float) -> Tensor:
     """
     size, masked = _sizes(rows)
     if not size.numel():
-        return size
+        return size, 1.0
     whole = _root_mean_square(size, masked, None)
     whole = torch.where(whole > 0, whole, torch.ones_like(whole))
     of_sample = _root_mean_square(size, masked, 1)
     of_sample = whole * _share(of_sample / whole, unit)
     relative = (size / of_sample).masked_fill_(masked, 0)
     scales = of_sample * _by_size(relative, unit, _of_one_sign(rows, masked))
-    return torch.where(masked & size.isfinite(), size, scales)
+    return torch.where(masked & size.isfinite(), size, scales), float(whole)
 
 
 def _sizes(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -51,12 +51,14 @@ def default_step(
         precision: of what a query computes, where that is narrower than the tensor (under autocast, say).
 
     Raises:
-        NonFiniteError: the tensor holds NaN. Infinite elements are not moved: see ``stepped``.
+        NonFiniteError: the tensor holds NaN, or its squares overflow. Single infinite elements are not moved: see
+            ``stepped``.
     """
-    _refuse_nan(rows, where)
     dtype = precision or rows.dtype
     unit = float(torch.finfo(dtype).eps)
-    steps = element_scales(rows, unit) * relative_step(scheme, dtype)
+    scales, whole = element_scales(rows, unit)
+    _check_scale(rows, whole, where)
+    steps = scales * relative_step(scheme, dtype)
     return torch.maximum(steps, _resolved(rows, unit).to(steps))
 
 
@@ -75,18 +77,22 @@ def scaled_step(
     no smaller than what is resolved at its size.
 
     Raises:
-        NonFiniteError: the tensor holds NaN.
+        NonFiniteError: the tensor holds NaN, or its squares overflow.
     """
-    _refuse_nan(tensor, where)
-    step = scale_of(tensor) * relative
+    scale = scale_of(tensor)
+    _check_scale(tensor, scale, where)
+    step = scale * relative
     unit = float(torch.finfo(precision or tensor.dtype).eps)
     resolved = _resolved(tensor, unit)
     return step if unit < 1e-4 and not bool((resolved > step).any()) else resolved.clamp(min=step)
 
 
-def _refuse_nan(tensor: Tensor, where: str) -> None:
-    if bool(tensor.isnan().any()):
-        raise NonFiniteError(f"{where} holds NaN; find out why before estimating a gradient there")
+def _check_scale(tensor: Tensor, scale: float, where: str) -> None:
+    if bool(tensor.isnan().any()) or not scale**2 < torch.finfo(accumulation_dtype(tensor.dtype)).max:
+        raise NonFiniteError(
+            f"{where} holds NaN or infinity, or numbers whose squares are infinite; find out why before estimating a "
+            "gradient there"
+        )
 
 
 def _resolved(tensor: Tensor, unit: float) -> Tensor:
