@@ -26,8 +26,8 @@ from common import cosine, options, table, write
 from hzo_lab.data import batch_indices, batches_per_epoch, digits, make_batch
 
 TILES, WIDTH, BATCH, RATE, EPOCHS, SEEDS = 32, 16, 32, 2e-3, 2, 3
-NOISE = 0.1  # of every number that is read; activations are of size one
-BUDGETS = (120.0, 300.0)  # forward equivalents a step
+NOISES = (0.1, 0.3)  # of every number that is read; activations are of size one
+BUDGET = 120.0  # forward equivalents a step
 TREES = ("flat", "stagewise", "bisect", 4, "planned")
 WHERE: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32}
 Gradient = Callable[[nn.Module, Tensor, Tensor, int], Any]
@@ -59,29 +59,29 @@ def batch(seed: int, step: int) -> tuple[Tensor, Tensor]:
     return make_batch(data, data.train, chosen, **WHERE)
 
 
-def by_tree(tree: str | int, budget: float, seed: int) -> tuple[Gradient, hzo.Plan]:
+def by_tree(tree: str | int, noise: float, seed: int) -> tuple[Gradient, hzo.Plan]:
     """Planned once, before the first step, on its batch."""
     model = chip(seed)
     x, y = batch(seed, 0)
-    noisy = hzo.noisy(hzo.trace(model, x), readout=NOISE, seed=seed)
+    noisy = hzo.noisy(hzo.trace(model, x), readout=noise, seed=seed)
     known = hzo.calibrate(noisy, x, cross_entropy, y, assume="nothing", seconds=False)
-    plan = hzo.plan(noisy, tree, assume="nothing", noise=NOISE, calibration=known, budget=budget)
+    plan = hzo.plan(noisy, tree, assume="nothing", noise=noise, calibration=known, budget=BUDGET)
 
     def gradient(model: nn.Module, x: Tensor, y: Tensor, step: int) -> None:
-        chain = hzo.noisy(hzo.trace(model, x), readout=NOISE, seed=1000 * seed + step)
+        chain = hzo.noisy(hzo.trace(model, x), readout=noise, seed=1000 * seed + step)
         hzo.backward(chain, cross_entropy, x, y, plan=plan)
 
     return gradient, plan
 
 
-def by_losses(method: Callable[..., Any], budget: float) -> Gradient:
+def by_losses(method: Callable[..., Any], noise: float) -> Gradient:
     """Estimators that read the loss alone, off outputs with the same noise."""
 
     def read(output: Tensor, target: Tensor) -> Tensor:
-        return cross_entropy(output + NOISE * torch.randn_like(output), target, reduction="none")
+        return cross_entropy(output + noise * torch.randn_like(output), target, reduction="none")
 
     def gradient(model: nn.Module, x: Tensor, y: Tensor, _: int) -> None:
-        method(model, read, x, y, samples=max(1, round(budget / 2)), mu=0.1)
+        method(model, read, x, y, samples=max(1, round(BUDGET / 2)), mu=0.1)
 
     return gradient
 
@@ -112,31 +112,31 @@ def train(gradient: Gradient, seed: int, epochs: int) -> dict[str, float]:
     return {"accuracy": accuracy, "cosine": first, "seconds": seconds}
 
 
-def rows_of(budget: float, seed: int, epochs: int) -> list[dict[str, Any]]:
+def rows_of(noise: float, seed: int, epochs: int) -> list[dict[str, Any]]:
     found = []
     for tree in TREES:
         try:
-            gradient, plan = by_tree(tree, budget, seed)
+            gradient, plan = by_tree(tree, noise, seed)
         except hzo.errors.PlanError:
             continue  # the budget does not pay for one measurement of every boundary
         spent = {"forward_equivalents": plan.forward_equivalents, "queries": plan.queries}
         found.append({"method": str(tree), **spent, **train(gradient, seed, epochs)})
     for name in ("spsa", "node_perturbation"):
-        gradient = by_losses(getattr(hzo.baselines, name), budget)
-        found.append({"method": name, "forward_equivalents": budget, **train(gradient, seed, epochs)})
-    return [{"budget": budget, "seed": seed, **row} for row in found]
+        gradient = by_losses(getattr(hzo.baselines, name), noise)
+        found.append({"method": name, "forward_equivalents": BUDGET, **train(gradient, seed, epochs)})
+    return [{"noise": noise, "seed": seed, **row} for row in found]
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
-    for budget, method in dict.fromkeys((row["budget"], row["method"]) for row in rows):
-        own = [row for row in rows if (row["budget"], row["method"]) == (budget, method)]
+    for noise, method in dict.fromkeys((row["noise"], row["method"]) for row in rows):
+        own = [row for row in rows if (row["noise"], row["method"]) == (noise, method)]
         means: dict[str, Any] = {
             key: statistics.mean(row[key] for row in own)
             for key in ("forward_equivalents", "cosine", "accuracy", "seconds")
         }
         scatter = statistics.stdev(row["accuracy"] for row in own) if len(own) > 1 else 0.0
-        found.append({"budget": budget, "method": method, **means, "deviation": scatter})
+        found.append({"noise": noise, "method": method, **means, "deviation": scatter})
     return found
 
 
@@ -145,9 +145,9 @@ def draw(found: list[dict[str, Any]], twin: float) -> Figure:
     axes = figure.add_subplot()
     for method in dict.fromkeys(row["method"] for row in found):
         own = [row for row in found if row["method"] == method]
-        spent = [row["budget"] for row in own]
+        noises = [row["noise"] for row in own]
         axes.errorbar(
-            spent,
+            noises,
             [row["accuracy"] for row in own],
             [row["deviation"] for row in own],
             marker="o",
@@ -155,25 +155,25 @@ def draw(found: list[dict[str, Any]], twin: float) -> Figure:
             label=method,
         )
     axes.axhline(twin, color="gray", linestyle="--", label="backprop")
-    axes.set(xscale="log", xlabel="forward equivalents a step", ylabel="test accuracy, %")
-    axes.set_title(f"{TILES} tiles, readout noise {NOISE:g}, {EPOCHS} epochs of digits")
+    axes.set(xscale="log", xlabel="readout noise, in units of the activations", ylabel="test accuracy, %")
+    axes.set_title(f"{TILES} tiles, {BUDGET:g} forward equivalents a step, {EPOCHS} epochs of digits")
     axes.legend()
     return figure
 
 
 def main() -> None:
     given = options(__doc__ or "")
-    epochs, seeds, budgets = (1, 1, BUDGETS[:1]) if given.quick else (EPOCHS, SEEDS, BUDGETS)
+    epochs, seeds, noises = (1, 1, NOISES[:1]) if given.quick else (EPOCHS, SEEDS, NOISES)
     seeds = range(given.seed, given.seed + seeds)
     twin = [train(backprop, seed, epochs)["accuracy"] for seed in seeds]
     rows: list[dict[str, Any]] = []
-    for budget in budgets:
+    for noise in noises:
         for seed in seeds:
-            rows += rows_of(budget, seed, epochs)
-        table(summary(rows), ["budget", "method", "forward_equivalents", "cosine", "accuracy", "deviation", "seconds"])
+            rows += rows_of(noise, seed, epochs)
+        table(summary(rows), ["noise", "method", "forward_equivalents", "cosine", "accuracy", "deviation", "seconds"])
     found = summary(rows)
     print(f"backprop: {statistics.mean(twin):.2f} %")
-    write("deep_chain", given, draw(found, statistics.mean(twin)), noise=NOISE, twin=twin, summary=found, rows=rows)
+    write("deep_chain", given, draw(found, statistics.mean(twin)), budget=BUDGET, twin=twin, summary=found, rows=rows)
 
 
 if __name__ == "__main__":

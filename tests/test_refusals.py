@@ -65,6 +65,36 @@ def scripted_after_training():
     return model
 
 
+@torch.jit.script
+def scripted_gate(x: torch.Tensor, weight: torch.Tensor):
+    gate = torch.sigmoid(x @ weight)
+    return gate * torch.tanh(x @ weight) + gate.sum()
+
+
+class Calling(nn.Module):
+    """A scripted function, and a scripted method that is no ``forward``."""
+
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3))
+
+        @torch.jit.export
+        def scaled(self, x: torch.Tensor):
+            return torch.tanh(x * self.scale) * self.scale
+
+        def forward(self, x: torch.Tensor):
+            return x
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 3))
+        self.inner = torch.jit.script(self.Inner())
+
+    def forward(self, x):
+        return self.inner.scaled(scripted_gate(x, self.weight))
+
+
 def packed_batch():
     return pack_padded_sequence(torch.randn(4, 5, 6), [5, 4, 3, 2], batch_first=True)
 
@@ -132,10 +162,25 @@ def test_refused_with_a_way_on(name):
         assert all(p.grad is None for p in model.parameters())
 
 
-def test_a_script_that_compiled_its_own_backward():
-    """Its undo met TorchScript's dictionaries, and hid what it had to say."""
-    with pytest.raises(TapeError, match="TorchScript"):
-        hzo.backward(scripted_after_training(), cross_entropy, X, Y)
+@pytest.mark.parametrize("kind", ["module", "inside", "function"])
+def test_a_script_that_autograd_has_compiled_is_interpreted(kind):
+    """After some runs TorchScript differentiates by itself, out of sight of a recording: it is told to forget that."""
+    if kind == "function":
+        model = Calling().double()
+    else:
+        scripted = scripted_after_training().double()
+        model = scripted if kind == "module" else nn.Sequential(scripted, nn.Linear(3, 3)).double()
+    x = X.double()
+    for _ in range(2):
+        for _ in range(4):
+            model.zero_grad()
+            cross_entropy(model(x), Y).backward()
+        expected = {n: p.grad for n, p in model.named_parameters()}
+        for _ in range(2):
+            model.zero_grad()
+            hzo.backward(model, cross_entropy, x, Y)
+            for n, p in model.named_parameters():
+                torch.testing.assert_close(p.grad, expected[n])
 
 
 @pytest.mark.parametrize("loss", [None, "mse", nn.CrossEntropyLoss])

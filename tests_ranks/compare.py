@@ -9,8 +9,6 @@ import torch
 
 import hzo
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "distributed"))
-
 
 def gap(a: torch.nn.Module, b: torch.nn.Module) -> float:
     """The largest difference of any number in two networks, buffers included."""

@@ -15,7 +15,8 @@ EXAMPLES = sorted(path.stem for path in (ROOT / "examples" / "distributed").glob
 def torchrun(*arguments, limit=150):
     """Two processes on this machine; their output where they fail."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
-    paths = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    folders = [str(ROOT / "src"), str(ROOT / "examples" / "distributed"), os.environ.get("PYTHONPATH", "")]
+    paths = os.pathsep.join(folders)
     quiet = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=limit, env=os.environ | quiet)
     assert done.returncode == 0, done.stdout + done.stderr

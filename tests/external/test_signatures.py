@@ -169,6 +169,48 @@ class TestNoBatch:
             gradients(hzo.blackbox(f), (normal(5, 4),))
         agree(f, hzo.blackbox(f, batch_dim=None), (normal(5, 4),), lambda out: (out**3).sum())
 
+    @pytest.mark.parametrize("largest", [0, 2, 4])
+    @pytest.mark.parametrize("batched", [True, False])
+    def test_rows_that_are_times_are_no_samples(self, largest, batched):
+        """What comes later shows nowhere before: which row is the largest must not matter."""
+        x = normal(5, 4)
+        x[largest] *= 10
+        for f in (lambda x: x.cumsum(0).sin(), lambda x: x.flip(0).cumsum(0).flip(0).sin()):
+            with pytest.raises(CoupledSamplesError):
+                gradients(hzo.blackbox(f, batched=batched), (x,))
+            agree(f, hzo.blackbox(f), (x[:, 0].clone(),))
+
+    def test_one_row_that_is_a_time(self):
+        f = lambda x: x.cumsum(0).sin()  # noqa: E731
+        with pytest.raises(CoupledSamplesError):
+            gradients(hzo.blackbox(f), (normal(1, 4),))
+
+    def test_a_matrix_that_fails_with_rows_repeated(self):
+        agree(torch.linalg.inv, hzo.blackbox(np.linalg.inv, numpy=True), (normal(4, 4) + 3 * torch.eye(4),))
+
+    @pytest.mark.parametrize(
+        "x", [torch.eye(3).to_sparse(), torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])]
+    )
+    def test_what_is_not_dense_is_refused_by_name(self, x):
+        with pytest.raises(InputError, match="dense tensors"):
+            hzo.blackbox(torch.sin)(x)
+
+    def test_no_tensor_says_what_came(self):
+        with pytest.raises(InputError, match=r"got ndarray; give torch.as_tensor\(x\)"):
+            hzo.blackbox(np.sin, numpy=True)(np.ones((2, 3)))
+
+    def test_tables_come_out(self):
+        class Table:
+            """As pandas has them: an array inside, and no dtype of its own."""
+
+            def __init__(self, values):
+                self.values = values
+
+            def __array__(self, dtype=None, copy=None):
+                return self.values
+
+        agree(torch.sin, hzo.blackbox(lambda x: Table(np.sin(x)), numpy=True), (normal(5, 4),))
+
     def test_a_part_of_one_size(self):
         def fixed(x):
             assert len(x) == 5

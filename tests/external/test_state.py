@@ -230,6 +230,30 @@ def test_a_clock_and_a_counter_cost_no_sample_by_sample_queries():
     assert torch.allclose(a.grad, reference, rtol=TOLERANCE)
 
 
+def test_a_counter_that_matters_once_there_is_something_to_count():
+    """At the first call nothing shows of it; the second must find it as the first had left it."""
+
+    class Weighing:
+        def __init__(self):
+            self.n, self.log = 0, []
+
+        def __call__(self, x):
+            self.n += 1
+            y = np.sin(x) + self.n * sum(self.log)
+            self.log.append(float(x.sum()))
+            return y
+
+    part, x = Weighing(), normal(5, 4).requires_grad_()
+    box = hzo.blackbox(part, numpy=True)
+    box(x)
+    assert part.n == 1
+    out = box(x)
+    assert torch.allclose(out, torch.sin(x) + 2 * x.sum())
+    out.sum().backward()
+    assert torch.allclose(x.grad, torch.cos(x) + 2 * x.numel(), rtol=1e-3)
+    assert part.n == 2
+
+
 class TestHistory:
     def test_ends_where_a_backward_pass_has_been(self):
         """As training goes on step by step, each step's gradient is its own."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import nan
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hzo.baselines._backprop import backprop
 from hzo.execution import as_checks, contained
@@ -22,11 +23,13 @@ class GradientComparison:
     Attributes:
         cosines: between the two gradients; 1 where both are zero. errors: relative to backprop's length.
         missing: parameters that only one of the two has a gradient for that is not zero.
+        overall: the cosine between the gradients of all parameters together; NaN where one of the two is zero.
     """
 
     cosines: dict[str, float]
     errors: dict[str, float]
     missing: tuple[str, ...]
+    overall: float
 
     @property
     def cosine(self) -> float:
@@ -38,18 +41,26 @@ class GradientComparison:
         lines = [f"{'parameter':{width}}  1 − cosine  relative error"]
         for name in sorted(self.cosines, key=self.cosines.__getitem__):
             lines.append(f"{name:{width}}  {1 - self.cosines[name]:10.1e}  {self.errors[name]:14.1e}")
+        lines.append(f"{'all':{width}}  {1 - self.overall:10.1e}")
         return "\n".join([*lines, *(f"{name}: has a gradient by one of the two only" for name in self.missing)])
 
     __repr__ = __str__
 
 
 def compare_gradients(
-    model: Chain | nn.Module, loss_fn: Callable[..., Any], x: Any, y: Any = None, **options: Any
+    model: Chain | nn.Module,
+    loss_fn: Callable[..., Any],
+    x: Any,
+    y: Any = None,
+    *,
+    gradient: dict[str, Tensor] | None = None,
+    **options: Any,
 ) -> GradientComparison:
     """Compare hzo's gradient with backprop's for every parameter; runs autograd, so for networks that allow it.
 
     Args:
-        model, loss_fn, x, y, options: as for ``hzo.backward``.
+        model, loss_fn, x, y: as for ``hzo.backward``.
+        gradient: to compare, by parameter name; None takes that of ``hzo.grad_and_value`` with ``options``.
 
     Returns cosines and relative errors; ``print`` it. ``.grad``, buffers and random state are as before. Cost: one
     gradient of each, from the same random numbers. Source: ours.
@@ -58,8 +69,9 @@ def compare_gradients(
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     held = {name: p.grad for name, p in parameters.items()}
     with as_checks():
-        with contained([module]):
-            found, _ = grad_and_value(model, loss_fn, x, y, **options)
+        if gradient is None:
+            with contained([module]):
+                gradient, _ = grad_and_value(model, loss_fn, x, y, **options)
         try:
             with contained([module]):
                 for p in parameters.values():
@@ -70,16 +82,20 @@ def compare_gradients(
             for name, p in parameters.items():
                 p.grad = held[name]
     cosines, errors, missing = {}, {}, []
+    product = squares = exact_squares = 0.0
     for name in parameters:
-        g, e = found.get(name), exact.get(name)
-        if g is None or e is None:
-            only = g if e is None else e
-            if only is not None and bool(only.any()):
+        g, e = gradient.get(name), exact.get(name)
+        # In float64: a cosine is to tell 0.999999 from 1, whatever the dtype.
+        a, b = (None if t is None else t.detach().to_dense().double().flatten() for t in (g, e))
+        lengths = [0.0 if t is None else float(t.norm()) for t in (a, b)]
+        squares, exact_squares = squares + lengths[0] ** 2, exact_squares + lengths[1] ** 2
+        if a is None or b is None:
+            if any(lengths):
                 missing.append(name)
             continue
-        a, b = g.double().flatten(), e.to_dense().double().flatten()
-        lengths = float(a.norm()), float(b.norm())
-        both = lengths[0] * lengths[1]
-        cosines[name] = float(torch.dot(a, b)) / both if both else float(lengths[0] == lengths[1])
-        errors[name] = float((a - b).norm()) / lengths[1] if lengths[1] else lengths[0]
-    return GradientComparison(cosines, errors, tuple(missing))
+        both, along = lengths[0] * lengths[1], float(torch.dot(a, b.to(a.device)))
+        product += along
+        cosines[name] = along / both if both else float(lengths[0] == lengths[1])
+        errors[name] = float((a - b.to(a.device)).norm()) / lengths[1] if lengths[1] else lengths[0]
+    size = (squares * exact_squares) ** 0.5
+    return GradientComparison(cosines, errors, tuple(missing), product / size if size > 0 else nan)

@@ -16,7 +16,7 @@ from hzo.execution import Activations, query
 from hzo.gradients import Local, base_pass, parameter_gradients, traced_for
 from hzo.plans import has_rule
 from hzo.tape import Ref
-from hzo.tracing import Chain, Graph, Operation, map_arguments
+from hzo.tracing import Chain, Graph, Operation, map_output
 
 
 @baseline("node-perturbation", passes=2, rate=0.02)
@@ -86,7 +86,7 @@ def node_perturbation(
     modules = [p.module, *graph.opaque_modules]
     with torch.no_grad(), ev.replayed(modules) as run:
         activations, output = run(lambda: base_pass(chain, x))
-        output = map_arguments(_detached, output)
+        output = map_output(_detached, output)
         for op in graph.operations:
             _check_rule(op)
         loss = ev.mean_loss(p, output)
@@ -149,7 +149,7 @@ def _perturbed(graph: Graph, activations: Activations, nodes: dict[int, Tensor],
             return leaf
         return moved[leaf.value].squeeze(0) if leaf.value in moved else activations.tensor(leaf.value)
 
-    return map_arguments(filled, graph.output)
+    return map_output(filled, graph.output)
 
 
 def _credit(graph: Graph, value: int, noise: Tensor, slope: Tensor, batch: int) -> Tensor:

@@ -6,6 +6,7 @@ from hzo.execution.counting import QueryCount, as_checks, count_queries, open_co
 from hzo.execution.operation import query, read
 from hzo.execution.passes import arguments_of, count_probes, run_again, run_probe, run_slice, run_with_parameter
 from hzo.execution.side_effects import contained, devices_of, restore_snapshot, take_snapshot, undone_on_error
+from hzo.execution.tape_end import replay
 from hzo.tape.opaque import with_parameters
 from hzo.tape.state import RandomState, random_state, set_random_state
 
@@ -25,6 +26,7 @@ __all__ = [
     "query",
     "random_state",
     "read",
+    "replay",
     "restore_snapshot",
     "run_again",
     "run_probe",

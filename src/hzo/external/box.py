@@ -328,7 +328,7 @@ class BlackBox(nn.Module):
         leaves, structure = flatten((args, kwargs))
         positions = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         if not positions:
-            raise InputError("a black box needs a tensor to work on, got none")
+            raise _without_tensor(leaves)
         guard, settings = self._guard, self.settings
         assert settings is not None
         names = names_of(guard.callable, args, kwargs)
@@ -449,6 +449,7 @@ class BlackBox(nn.Module):
     def _know(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """What the parts must know of a forward pass before they run."""
         tensors = [leaf for leaf in flatten((args, dict(kwargs)))[0] if isinstance(leaf, Tensor)]
+        _check_dense(tensors)
         samples = next((t.shape[0] for t in tensors if t.dim()), 1)
         # A chain that is traced through the box has no forward pass of the box's own.
         expect(self.stages, None if counting.being_done() == counting.TRIAL_RUN else samples)
@@ -495,7 +496,21 @@ def _inferred(part: Guarded, inputs: Sequence[Tensor]) -> list[Promise]:
     return [promise for promise in found[0] if all(promise in list(others) for others in found[1:])]
 
 
+def _without_tensor(given: Sequence[Any]) -> InputError:
+    kinds = ", ".join(dict.fromkeys(type(leaf).__name__ for leaf in given)) or "nothing"
+    return InputError(f"a black box needs a tensor to work on, got {kinds}; give torch.as_tensor(x)")
+
+
+def _check_dense(tensors: Sequence[Tensor]) -> None:
+    for tensor in tensors:
+        if tensor.layout != torch.strided or tensor.is_nested:
+            raise InputError(
+                "a black box takes dense tensors, each of whose elements it can move, got a "
+                f"{'nested' if tensor.is_nested else 'sparse'} one; give its values, or x.to_dense()"
+            )
+
+
 def _check_inputs(inputs: Sequence[Any]) -> None:
     if not inputs:
-        raise InputError("a black box needs a tensor to work on, got none")
+        raise _without_tensor(())
     batch_size(tuple(inputs), {})

@@ -396,7 +396,7 @@ class Call:
     def _apart_in_one_size(
         self, leaves: Sequence[Tensor], outputs: Sequence[Tensor], flags: tuple[bool, ...], apart: tuple[bool, ...]
     ) -> bool:
-        """Whether rows are samples of a part that takes no other number of them."""
+        """Whether rows are samples of a part that takes no other number of them, nor fails for those of its input."""
         try:
             self._check_apart(
                 leaves,
@@ -404,7 +404,7 @@ class Call:
                 Layout(next(t.shape[0] for t, flag in zip(outputs, apart, strict=True) if flag), flags, apart),
                 single=True,
             )
-        except CoupledSamplesError:
+        except (CoupledSamplesError, QueryError):  # a matrix without an inverse, say, for two rows that are the same
             return False
         return True
 
@@ -413,6 +413,9 @@ class Call:
         self, leaves: Sequence[Tensor], outputs: Sequence[Tensor], layout: Layout, single: bool | None = None
     ) -> None:
         """Run other samples together, without the largest one: each must come out as before.
+
+        In another order, or without the first and the last: where rows are times (a filter, a sum that runs on), what
+        comes later shows nowhere before.
 
         Args:
             single: in as many samples as before.
@@ -429,14 +432,15 @@ class Call:
         kept = torch.tensor([k for k in range(batch) if k != largest] or [0], device="cpu")
         if single:
             rows = torch.arange(batch, device="cpu")
-            rows[largest] = kept[0]
+            replaced = [largest, 0, batch - 1] if batch > 3 else [largest]
+            rows[replaced] = next(k for k in range(batch) if k not in replaced)
         else:
-            rows = torch.cat([kept, kept])
+            rows = torch.cat([kept.flip(0), kept])
         given = []
         for t, flag in zip(leaves, layout.leaves, strict=True):
             moved = t[rows.to(t.device)] if flag else t
             if flag and batch == 1 and floating(t):
-                moved = torch.cat([t, t * 0.9])
+                moved = torch.cat([t * 0.9, t])
             given.append(moved)
 
         def ask(leaves: Sequence[Tensor], count: int) -> list[Tensor]:
@@ -444,8 +448,11 @@ class Call:
             counting.add(check_evaluations=count)
             return [*values, *state]
 
-        places = torch.arange(len(rows), device="cpu")
-        same = places != largest if single else places < len(kept)
+        same = torch.ones(len(rows), dtype=torch.bool, device="cpu")
+        if single:
+            same[replaced] = False
+        elif batch == 1:
+            same[0] = False
 
         def apart() -> bool:
             found = ask(given, len(rows))
@@ -818,8 +825,8 @@ def _with_constants(outputs: Sequence[Tensor], out: _Around) -> list[Tensor]:
 
 
 def _as_numpy(leaf: Any) -> Any:
-    """Arrays of other libraries (JAX's) as NumPy's."""
-    foreign = not isinstance(leaf, Tensor) and hasattr(leaf, "__array__") and hasattr(leaf, "dtype")
+    """Arrays and tables of other libraries (JAX's, pandas') as NumPy's."""
+    foreign = not isinstance(leaf, (Tensor, type)) and hasattr(leaf, "__array__")
     return leaf.__array__() if foreign and type(leaf).__module__ != "numpy" else leaf
 
 

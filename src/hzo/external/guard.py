@@ -298,7 +298,8 @@ class Guarded(nn.Module):
                         memory.scratch |= scratch(self.state, new, memory.end, outputs, again)
                     if unknown:
                         memory.scratch |= dict.fromkeys(unknown, True)
-                        memory.counters = counters_matter(self.state, unknown, memory.start, outputs, again)
+                        left = memory.end if any(not memory.scratch.get(key) for key in certain) else None
+                        memory.counters = counters_matter(self.state, unknown, memory.start, left, outputs, again)
             finally:
                 memory.inside = False
                 memory.start, memory.end = kept

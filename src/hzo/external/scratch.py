@@ -54,20 +54,33 @@ def scratch(state: Found, keys: Sequence[Key], left: Saved, outputs: Sequence[Te
     }
 
 
-def counters_matter(state: Found, keys: Sequence[Key], start: Saved, outputs: Sequence[Tensor], again: Run) -> bool:
+def counters_matter(
+    state: Found, keys: Sequence[Key], start: Saved, left: Saved | None, outputs: Sequence[Tensor], again: Run
+) -> bool:
     """Whether what comes out changes with whole numbers and truth values that a call changed: a clock, a flag.
 
-    Else they only count calls, and go on counting queries. Costs one call.
+    Else they only count calls, and go on counting queries. Costs one call; two more where the call changed other state
+    as well and left ``left``, since a number may matter only once that is there.
     """
     clocks = [key for key in keys if key in start.slots and isinstance(start.slots[key].value, (bool, int))]
     if not clocks:
         return False
-    try:
-        state.load(start)
+
+    def moved(saved: Saved) -> Sequence[Tensor]:
+        state.load(saved)
         for key in clocks:
-            slot = start.slots[key]
+            slot = saved.slots[key]
             slot.space[slot.name] = not slot.value if isinstance(slot.value, bool) else slot.value + _LATER
-        return not _same(again(), outputs)
+        return again()
+
+    try:
+        if not _same(moved(start), outputs):
+            return True
+        if left is None or any(key not in left.slots for key in clocks):
+            return False
+        state.load(left)
+        second = [t.clone() for t in again()]
+        return not _same(moved(left), second)
     except HzoError:
         return True
 

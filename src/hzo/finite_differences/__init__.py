@@ -11,6 +11,7 @@ from hzo.finite_differences.places import (
 )
 from hzo.finite_differences.probes import Probe, States, decode
 from hzo.finite_differences.random_signs import DRAWS, CrossTalk, over_signs, report_crosstalk
+from hzo.finite_differences.scales import immovable, scale_of
 from hzo.finite_differences.sparsity import (
     Link,
     Links,
@@ -30,7 +31,7 @@ from hzo.finite_differences.steps import (
     default_step,
     evaluations,
     narrowest,
-    scale_of,
+    relative_step,
     scaled_step,
     stepped,
 )
@@ -63,10 +64,12 @@ __all__ = [
     "evaluations",
     "follow",
     "identity",
+    "immovable",
     "matrix_of",
     "narrowest",
     "of_one_sign",
     "over_signs",
+    "relative_step",
     "report_crosstalk",
     "scale_of",
     "scaled_step",

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hzo._options import positive
 from hzo.errors import InputError, NonFiniteError, StepError
+from hzo.finite_differences.scales import element_scales, immovable, scale_of
 
 Scheme = Literal["central", "forward"]
 
@@ -42,39 +43,61 @@ def narrowest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
 
 
 def default_step(
-    tensor: Tensor, scheme: Scheme, where: str = "the perturbed tensor", precision: torch.dtype | None = None
-) -> float | Tensor:
-    """The step from dtype and scale (root mean square; 1 for a tensor of zeros).
+    rows: Tensor, scheme: Scheme, where: str = "the perturbed tensor", precision: torch.dtype | None = None
+) -> Tensor:
+    """(B, n): the step of each element of some rows, from dtype and scale: see ``element_scales``.
 
     Args:
         precision: of what a query computes, where that is narrower than the tensor (under autocast, say).
 
-    Returns one step; in low precision, where an outlier would swallow it, one for each element.
-
     Raises:
-        NonFiniteError: the tensor holds NaN or infinity.
+        NonFiniteError: the tensor holds NaN, or its squares overflow. Single infinite elements are not moved: see
+            ``stepped``.
     """
-    power = 1 / 3 if scheme == "central" else 1 / 2
-    unit = float(torch.finfo(precision or tensor.dtype).eps)
-    return scaled_step(tensor, unit**power, where, precision)
+    dtype = precision or rows.dtype
+    unit = float(torch.finfo(dtype).eps)
+    scales, whole = element_scales(rows, unit)
+    _check_scale(rows, whole, where)
+    steps = scales * relative_step(scheme, dtype)
+    return torch.maximum(steps, _resolved(rows, unit).to(steps))
 
 
-def scale_of(tensor: Tensor) -> float:
-    """The root mean square; 1 for a tensor of zeros or without elements."""
-    norm = torch.linalg.vector_norm(tensor, dtype=accumulation_dtype(tensor.dtype))
-    return float(norm) / max(tensor.numel(), 1) ** 0.5 or 1.0
+def relative_step(scheme: Scheme, dtype: torch.dtype) -> float:
+    """The share of the scale that balances the errors of a difference in this dtype."""
+    share: float = float(torch.finfo(dtype).eps) ** (1 / 3 if scheme == "central" else 1 / 2)
+    return share
 
 
 def scaled_step(
     tensor: Tensor, relative: float, where: str = "the perturbed tensor", precision: torch.dtype | None = None
 ) -> float | Tensor:
-    """``relative`` times the scale of the tensor, its root mean square; as a ``default_step`` else."""
+    """One step for all, ``relative`` times the root mean square of the data.
+
+    For queries with noise, and for elements that share outputs. In low precision and beside masks one for each element:
+    no smaller than what is resolved at its size.
+
+    Raises:
+        NonFiniteError: the tensor holds NaN, or its squares overflow.
+    """
     scale = scale_of(tensor)
-    if not scale < float("inf"):
-        raise NonFiniteError(f"{where} holds NaN or infinity; find out why before estimating a gradient there")
+    _check_scale(tensor, scale, where)
     step = scale * relative
     unit = float(torch.finfo(precision or tensor.dtype).eps)
-    return step if unit < 1e-4 else (tensor.abs() * (8 * unit)).clamp(min=step)
+    resolved = _resolved(tensor, unit)
+    return step if unit < 1e-4 and not bool((resolved > step).any()) else resolved.clamp(min=step)
+
+
+def _check_scale(tensor: Tensor, scale: float, where: str) -> None:
+    if bool(tensor.isnan().any()) or not scale**2 < torch.finfo(accumulation_dtype(tensor.dtype)).max:
+        raise NonFiniteError(
+            f"{where} holds NaN or infinity, or numbers whose squares are infinite; find out why before estimating a "
+            "gradient there"
+        )
+
+
+def _resolved(tensor: Tensor, unit: float) -> Tensor:
+    """The least steps that rounding leaves as they are, but for an eighth."""
+    return (tensor.abs() * (8 * unit)).masked_fill(immovable(tensor), 0)
 
 
 def check_step(step: float | None) -> float | None:
@@ -88,23 +111,30 @@ def stepped(tensor: Tensor, step: float | Tensor, scheme: Scheme, where: str) ->
     Returns ``(upper, lower, distance)``; ``lower`` is the tensor itself for forward differences. The distance is in
     the accumulation dtype; dividing by it instead of by the nominal step removes the rounding of the perturbed state.
 
+    An infinite element does not move, and its distance is infinite: what is taken of it is zero, as is the slope of
+    whatever makes something finite of infinity.
+
     Raises:
         StepError: the step is lost in rounding for some element, or leaves the range of the dtype.
     """
-    upper = tensor + step
-    lower = tensor - step if scheme == "central" else tensor
     wide = accumulation_dtype(tensor.dtype)
+    by = step.to(tensor) if isinstance(step, Tensor) else step
+    upper = tensor + by
+    lower = tensor - by if scheme == "central" else tensor
     distance = upper.to(wide) - lower.to(wide)
-    if not bool(distance.isfinite().all()):
+    if bool(((distance > 0) & distance.isfinite()).all()):
+        return upper, lower, distance
+    still = immovable(tensor)
+    if not bool((distance.isfinite() | still).all()):
         raise StepError(
             f"a step of {float(torch.as_tensor(step).max()):.3g} leaves the range of {tensor.dtype} in {where}; give a "
             "smaller step"
         )
-    if not bool((distance > 0).all()):
-        largest = float(tensor.abs().max())
-        smallest = float(torch.as_tensor(step).min())
+    if not bool(((distance > 0) | still).all()):
+        largest = float(tensor.masked_fill(still, 0).abs().max())
+        smallest = float(torch.as_tensor(step).expand(tensor.shape)[~still].min())
         raise StepError(
             f"a step of {smallest:.3g} vanishes beside values of up to {largest:.3g} of {where} in {tensor.dtype}; "
             "give a larger step, or run this part in a wider dtype"
         )
-    return upper, lower, distance
+    return torch.where(still, tensor, upper), torch.where(still, tensor, lower), distance.masked_fill(still, torch.inf)

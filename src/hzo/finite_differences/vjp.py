@@ -29,6 +29,8 @@ from hzo.finite_differences.steps import (
     default_step,
     evaluations,
     narrowest,
+    relative_step,
+    scaled_step,
     stepped,
 )
 from hzo.tracing import tensors_in
@@ -104,8 +106,11 @@ def vjp_rows(
     # order: there, elements that should not move do.
     watched = not noisy and scheme == "central" and unit < 1e-4
     cotangents = [g.to(wide) for g in cotangents]
-    distance_to_move = default_step(rows, scheme, where, precision) if step is None else step
-    upper, lower, distance = stepped(rows, distance_to_move, scheme, where)
+    if step is None and noisy:  # small steps would have larger noise
+        step = scaled_step(rows, relative_step(scheme, precision or rows.dtype), where, precision)
+    elif step is None:
+        step = default_step(rows, scheme, where, precision)
+    upper, lower, distance = stepped(rows, step, scheme, where)
     result = torch.zeros(rows.shape, dtype=wide, device=rows.device)
     states = [States(probe, rows) for _ in range(evaluations(scheme))]  # what is above may be a view of its states
     # Processes that share the queries of a node each sum up some of its directions, or none where there are few.
@@ -125,7 +130,7 @@ def vjp_rows(
                 assert base is not None
                 below = [b.unsqueeze(0) for b in base]
             products = [
-                (_difference(a, b, wide, stop - start), g) for a, b, g in zip(above, below, cotangents, strict=True)
+                (_difference(a, b, g, stop - start), g) for a, b, g in zip(above, below, cotangents, strict=True)
             ]
             decode(probe, start, stop, products, result)
             if watched:
@@ -141,7 +146,10 @@ def vjp_rows(
         among.sum_(result, where)
     result /= distance
     if not bool(result.isfinite().all()):
-        raise NonFiniteError(f"a query that perturbed {where} returned NaN or infinity; check the model at this input")
+        raise NonFiniteError(
+            f"a query that perturbed {where} returned NaN or infinity; check the model at this input, or give a "
+            "smaller step, where this one leaves the domain of a function"
+        )
     rounding.check(where)
     return result
 
@@ -185,7 +193,7 @@ class _Rounding:
             moved = difference[some]
             size = returned.view(difference.shape)[some].to(moved.dtype)
             self.signal = self.signal + (moved * g).square().sum()
-            self.noise = self.noise + (size * g * (moved != 0)).square().sum()
+            self.noise = self.noise + torch.where(moved != 0, size * g, 0).square().sum()
 
     def check(self, where: str) -> None:
         """Raise where rounding is as large as what was seen."""
@@ -200,11 +208,17 @@ class _Rounding:
             )
 
 
-def _difference(above: Tensor, below: Tensor, wide: torch.dtype, copies: int) -> Tensor:
-    """(copies, B, m) from rows above (copies × B, m) and rows below, perturbed alike or one batch (1, B, m)."""
-    outputs = above.shape[-1]
+def _difference(above: Tensor, below: Tensor, g: Tensor, copies: int) -> Tensor:
+    """(copies, B, m) from rows above (copies × B, m) and rows below, perturbed alike or one batch (1, B, m).
+
+    What is infinite and of no influence on the loss, as a mask, is taken for at rest; NaN is not.
+    """
+    outputs, wide = above.shape[-1], g.dtype
     above, below = above.to(wide).view(copies, -1, outputs), below.to(wide).view(-1, above.shape[0] // copies, outputs)
-    return above - below  # never in place: a query may hand through memory that is not its own
+    difference = above - below  # never in place: a query may hand through memory that is not its own
+    if not bool(difference.sum().isfinite()):
+        difference = difference.masked_fill_((g == 0) & (difference.isinf() | (above == below)), 0)
+    return difference
 
 
 def _out_of_memory(error: BaseException) -> bool:
@@ -336,12 +350,10 @@ def _check_vjp_arguments(inputs: tuple[Tensor, ...], cotangents: tuple[Tensor, .
     if elementwise and len({tuple(t.shape) for t in (*inputs, *cotangents)}) != 1:
         shapes = [tuple(t.shape) for t in (*inputs, *cotangents)]
         raise InputError(f"elementwise=True expects inputs and cotangents of one shape, got {shapes}; leave it out")
-    for name, tensors in (("input", inputs), ("cotangent", cotangents)):
-        for t in tensors:
-            if t.is_floating_point() and not bool(t.isfinite().all()):
-                raise NonFiniteError(
-                    f"an {name} holds NaN or infinity" if name == "input" else "g holds NaN or infinity"
-                )
+    if any(t.is_floating_point() and bool(t.isnan().any()) for t in inputs):
+        raise NonFiniteError("an input holds NaN")
+    if not all(bool(g.isfinite().all()) for g in cotangents):
+        raise NonFiniteError("g holds NaN or infinity")
     return int(inputs[0].shape[0])
 
 

@@ -17,6 +17,7 @@ from hzo.finite_differences import (
     directions_per_chunk,
     narrowest,
     over_signs,
+    relative_step,
     scaled_step,
     vjp_rows,
 )
@@ -186,10 +187,13 @@ def _by_differences(
         [value.dtype, *(values[v].dtype for k in node.operations for v in graph.operations[k].writes)]
     )
     step: float | Tensor | None = node.declared_step
+    approximate = probe.coloring is not None and probe.coloring.spacing is not None
     if step is None and node.relative_step is not None:
         step = scaled_step(rows, node.relative_step, where, precision)
     elif step is None:
         step = state.plan.step or state.plan.mu
+    if step is None and approximate:  # elements that share outputs: a larger step would drown a smaller one
+        step = scaled_step(rows, relative_step(state.plan.scheme, precision), where, precision)
 
     def estimate(signs: Tensor | None = None) -> Tensor:
         """In coordinates flipped by the signs, in which every element moves up."""
@@ -207,7 +211,7 @@ def _by_differences(
             noisy=graph.noise is not None or state.plan.noise is not None or state.plan.mu is not None,
         )
 
-    if probe.coloring is None or probe.coloring.spacing is None:
+    if not approximate:
         found = estimate()
     else:
         found = over_signs(

@@ -173,10 +173,20 @@ def loss_pass(
 
 
 def _refuse_hooks(graph: Graph, run: Run) -> None:
-    """Hooks on tensors inside the model would change a gradient that no query sees."""
-    for tensor in run.recorder.hooked:
+    """Hooks on tensors inside the model would change a gradient that no query sees; ``retain_grad`` asks for one."""
+    for tensor in run.recorder.seen():
         value = run.tape._index.get(id(tensor))
-        if value is None or value >= len(graph.values) or tensor.is_leaf or not tensor._backward_hooks:
+        if value is None or value >= len(graph.values) or tensor.is_leaf:
+            continue
+        if tensor.retains_grad:
+            producer = graph.values[value].producer
+            what = "an input" if producer < 0 else f"what {graph.operations[producer].name} made"
+            raise PlanError(
+                f"retain_grad() was called inside the model on {what}, and a plan fills .grad of parameters and inputs "
+                "alone; hzo.cotangents gives the gradients at the boundaries of stages, or leave out plan and options, "
+                "which fills it as autograd does"
+            )
+        if not tensor._backward_hooks:
             continue
         producer = graph.values[value].producer
         what = "an input" if producer < 0 else f"what {graph.operations[producer].name} made"
@@ -211,7 +221,7 @@ def _sorted(
     beside: list[tuple[Tensor, Tensor]] = []
     for value, g in found.items():
         about = graph.values[value] if value < len(graph.values) else None
-        wide = g.to(accumulation_dtype(tape.values[value].dtype))
+        wide = (g.to_dense() if g.is_sparse else g).to(accumulation_dtype(tape.values[value].dtype))
         if about is None:
             if value in tape.leaves:
                 beside.append((tape.leaves[value], wide))

@@ -8,6 +8,7 @@ declared, ``backward`` and ``grad_and_value`` take the gradient of a recording i
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,12 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from hzo._options import factor as factor_of
 from hzo._options import function
 from hzo.distributed import averaged, kind_of_wrapper, refuse_wrappers, shared, unwrapped
-from hzo.errors import InputError
+from hzo.errors import HzoWarning, InputError
 from hzo.execution import contained, undone_on_error
 from hzo.gradients.backward_sweep import Cotangents, sweep
 from hzo.gradients.forward_pass import OtherGraphError, loss_pass
@@ -30,7 +30,7 @@ from hzo.plans import Plan, schedule
 from hzo.reverse import accumulate, gradients_of, hooked, named, one_by_one
 from hzo.tape import Ref
 from hzo.tape.marks import marks_of
-from hzo.tracing import Chain, Graph, batch_size, call_arguments
+from hzo.tracing import Chain, Graph, batch_size, call_arguments, output_leaves
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -61,7 +61,7 @@ def backward(
         y: target; None calls ``loss_fn(output)``.
         plan: from ``hzo.plan``; None plans with ``options`` (those of ``hzo.plan``).
         scale: factor on the gradients, for a ``GradScaler``: ``scale=scaler.scale(torch.ones(()))``.
-        memory: with a plan, bytes that the perturbed copies of one chunk may take; None takes a share of what is
+        memory: with a plan alone, bytes that the perturbed copies of one chunk may take; None takes a share of what is
             free. What is stored of the base pass is the plan's affair: ``hzo.plan(..., memory=)``.
         mesh: a ``torch.distributed.DeviceMesh`` whose dimensions are ``"sample"``, ``"query"`` or both; every process
             of it calls alike. Along ``sample`` each has samples of its own, and all get the gradient and the loss of
@@ -149,6 +149,18 @@ def cotangents(
     return result
 
 
+def estimated_cotangents(
+    model: Chain | nn.Module, loss_fn: Callable[..., Any], x: Any, y: Any = None, *, plan: Plan | None = None,
+    memory: int | None = None, **options: Any,
+) -> tuple[Graph, Cotangents] | None:  # fmt: skip
+    """All cotangents that a plan estimates, by position and value, and the graph; None where ``backward`` uses none."""
+    task = _Task(model, loss_fn, x, y, plan, memory, options)
+    if _on_tape(task):
+        return None
+    found = _estimate(task, keep=True)
+    return found.graph, found.cotangents
+
+
 Leaves = list[tuple[Tensor, Tensor]]
 
 
@@ -188,6 +200,12 @@ def _leaves(
     by_rules = _on_tape(task)
     if keep and not by_rules:
         raise InputError("keep= is for gradients without a plan, whose queries measure no weights that could be kept")
+    if task.memory is not None and by_rules:
+        raise InputError(
+            "memory= bounds the perturbed copies of a plan's queries, and a gradient without a plan makes none. To "
+            "store less of the forward pass use torch.utils.checkpoint in the model, or plan for it: "
+            "hzo.backward(model, loss_fn, x, y, plan=hzo.plan(hzo.trace(model, x), memory=bytes))"
+        )
     with _processes(task, mesh, timeout) as together:
         if by_rules:
             leaves, loss = gradients_of(task.model, task.loss_fn, task.x, task.y, together, keep)
@@ -261,6 +279,14 @@ def _estimate(
             if plan is not None and batch_size(*call_arguments(x)) > 1:
                 raise
             chain, found = prepare(model, x, None, task.options if plan is None else made_with(plan), anew=True)
+            if plan is not None:
+                warnings.warn(
+                    "PyTorch runs other calls for one sample than this plan was made for: it was planned anew, and "
+                    f"takes {found.queries} queries where the plan says {plan.queries} for {plan.batch} samples. Plan "
+                    "for one sample, hzo.plan(hzo.trace(model, x)), or leave a last single sample out",
+                    HzoWarning,
+                    stacklevel=4,
+                )
             graph = chain.traced
             steps = schedule(graph, found)
             base = loss_pass(chain, x, loss_fn, y, steps.base_pass)
@@ -300,8 +326,7 @@ def _elsewhere(module: nn.Module, found: Gradients, by_id: dict[int, Tensor]) ->
 def at_the_end(graph: Graph, cotangent: Any) -> dict[int, Tensor]:
     """The cotangents of the output's values, from a cotangent like the output with None for whatever has none."""
     found: dict[int, Tensor] = {}
-    leaves = pytree.tree_leaves(graph.output)
-    for leaf, g in zip(leaves, pytree.tree_leaves(cotangent), strict=True):
+    for leaf, g in zip(output_leaves(graph.output), output_leaves(cotangent), strict=True):
         if isinstance(leaf, Ref) and isinstance(g, Tensor):  # one value may stand twice in the output
             found[leaf.value] = found[leaf.value] + g if leaf.value in found else g
     return found

@@ -61,7 +61,7 @@ def by_rule(
     grads = [None if v is None or v not in cotangents else cotangents[v].to(tape.values[v].dtype) for v in op.results]
     found: dict[int, Tensor] = {}
     for value, g in carry_back(tape, activations.operation(op.index), grads, wanted, Engine(measure, again)):
-        wide = g.to(accumulation_dtype(tape.values[value].dtype))
+        wide = (g.to_dense() if g.is_sparse else g).to(accumulation_dtype(tape.values[value].dtype))
         if any(wide is t for t in (*grads, *found.values())):  # one cotangent, one tensor: each is released by itself
             wide = wide.view_as(wide)
         found[value] = found[value] + wide if value in found else wide
@@ -158,7 +158,7 @@ def _by_perturbation(local: Local, op: Operation, use: ParameterUse, given: dict
     scheme = local.scheme
     where = use.name or f"an operand of {op.name}"
     precision = narrowest([parameter.dtype, *(local.graph.values[v].dtype for v in given)])
-    step = local.step or default_step(parameter, scheme, where, precision)
+    step = local.step or default_step(parameter.reshape(1, -1), scheme, where, precision).view_as(parameter)
     upper, lower, distance = stepped(parameter, step, scheme, where)
     result = torch.zeros(parameter.numel(), dtype=wide, device=parameter.device)
 

@@ -1,6 +1,6 @@
 """From the loss at the end of a tape back to the gradients of its leaves."""
 
-from hzo.reverse.backward import as_data, check_input, gradients_of, loss_of, named
+from hzo.reverse.backward import as_data, check_input, gradients_of, loss_of, named, recorded_loss
 from hzo.reverse.pullback import Pullback, recorded_call
 from hzo.reverse.step import Gradients, RecordedStep, accumulate, hooked, one_by_one, record
 from hzo.reverse.walk import again, carry_back, measurements_of, sweep, sweep_end
@@ -22,6 +22,7 @@ __all__ = [
     "one_by_one",
     "record",
     "recorded_call",
+    "recorded_loss",
     "sweep",
     "sweep_end",
 ]

@@ -151,4 +151,9 @@ def named(gradients: Gradients, model: nn.Module, loss_fn: Any) -> dict[str, Ten
     names = [*model.named_parameters()]
     if isinstance(loss_fn, nn.Module):
         names += [(f"loss_fn.{name}", p) for name, p in loss_fn.named_parameters()]
-    return {name: torch.empty_like(p, requires_grad=False).copy_(found[id(p)]) for name, p in names if id(p) in found}
+    return {name: _owned(found[id(p)], p) for name, p in names if id(p) in found}
+
+
+def _owned(gradient: Tensor, like: Tensor) -> Tensor:
+    """A gradient in memory of its own, which lies as the parameter does, or is sparse as autograd's would be."""
+    return gradient.clone() if gradient.is_sparse else torch.empty_like(like, requires_grad=False).copy_(gradient)

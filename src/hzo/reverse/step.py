@@ -208,12 +208,14 @@ def accumulate(gradients: Iterable[tuple[Tensor, Tensor]]) -> None:
                     made.append((leaf, gradient, True))
                     continue
             dense = gradient.to(leaf.dtype if before is None else before.dtype)
-            if before is None:
+            if dense.is_sparse and (before is None or before.is_sparse):
+                made.append((leaf, dense.clone() if before is None else before + dense, True))
+            elif before is None:
                 made.append((leaf, torch.empty_like(leaf, requires_grad=False).copy_(dense), True))
             elif _can_be_added_to(before):
                 made.append((leaf, dense, False))
             else:
-                made.append((leaf, torch.add(dense, before), True))
+                made.append((leaf, before + dense if dense.is_sparse else dense + before, True))
         for leaf, dense, new in made:
             if new or leaf.grad is None:
                 leaf.grad = dense

@@ -204,6 +204,8 @@ class _Walk:
         cotangents = self.cotangents
         if value not in cotangents:
             cotangents[value] = grad
+        elif cotangents[value].is_sparse:  # of a table; PyTorch adds it to a dense one, and not the other way round
+            cotangents[value] = grad + cotangents[value]
         elif _is_nobody_elses(cotangents, value):
             cotangents[value] += grad
         else:

@@ -117,6 +117,11 @@ class Call:
         template = self._template(key)
         return type(template) is Ref and self.tape.values[template.value].weight
 
+    def leaf(self, key: Key) -> bool:
+        """Whether this operand was there before the recording, so that its cotangent goes to ``.grad`` as it is."""
+        template = self._template(key)
+        return type(template) is Ref and self.tape.values[template.value].producer < 0
+
     def measure(self, replaced: Mapping[Key, Any], size: Tensor) -> Any:
         """Run the operator again with some arguments replaced; its results.
 

@@ -23,10 +23,12 @@ aten = torch.ops.aten
 
 @vjp(aten.embedding.default, lean=True)
 def embedding(call: Call) -> Cotangents:
-    """Rows of a table."""
+    """Rows of a table; a sparse gradient of one that is a leaf, where the call asks for it."""
     table, indices = call.args[:2]
     padding, by_frequency = call.arg(2, "padding_idx", -1), call.arg(3, "scale_grad_by_freq", False)
-    return {0: aten.embedding_dense_backward(call.grad, indices, table.shape[0], padding, by_frequency)}
+    sparse = call.arg(4, "sparse", False) and call.leaf(0)
+    backward = aten.embedding_sparse_backward if sparse else aten.embedding_dense_backward
+    return {0: backward(call.grad, indices, table.shape[0], padding, by_frequency)}
 
 
 @vjp(aten.embedding_dense_backward.default)
@@ -51,8 +53,9 @@ def embedding_bag(call: Call) -> Cotangents:
     g = call.grad
     found: dict[Key, Tensor] = {}
     if call.needs(0):
+        sparse = call.arg(5, "sparse", False) and call.leaf(0)
         found[0] = aten._embedding_bag_backward(
-            g, indices, offsets, bags, sizes, largest, table.shape[0], by_frequency, mode, False, factors, padding
+            g, indices, offsets, bags, sizes, largest, table.shape[0], by_frequency, mode, sparse, factors, padding
         )
     place: Key = 6 if len(call.args) > 6 else "per_sample_weights"
     if call.needs(place):

@@ -110,6 +110,9 @@ def _replace() -> None:
     # TorchScript's executor would differentiate by itself what it has seen often enough.
     _originals["optimized"] = torch._C._get_graph_executor_optimize()
     torch._C._set_graph_executor_optimize(False)
+    for scripted in _SCRIPTED:
+        _originals[scripted.__name__] = scripted.__call__
+        scripted.__call__ = _interpreted(scripted.__call__)
 
 
 def _put_back() -> None:
@@ -120,6 +123,36 @@ def _put_back() -> None:
         else:
             setattr(owner, name, _originals[name])
     torch._C._set_graph_executor_optimize(_originals["optimized"])
+    for scripted in _SCRIPTED:
+        scripted.__call__ = _originals[scripted.__name__]
+
+
+_SCRIPTED: tuple[Any, ...] = (torch._C.ScriptFunction, torch._C.ScriptMethod)
+
+
+def _interpreted(run: Callable[..., Any]) -> Callable[..., Any]:
+    """TorchScript that its executor has optimized, and differentiates by itself, forgets that: it is interpreted, so
+    that its calls are seen. Autograd compiles it again after some runs."""
+
+    def called(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if current_recorder() is not None and _optimized(self):
+            self._debug_flush_compilation_cache()
+        return run(self, *args, **kwargs)
+
+    return called
+
+
+def _optimized(scripted: Any) -> bool:
+    """Whether an executor has a plan of its own; not known of methods that are no ``forward``."""
+    if isinstance(scripted, torch._C.ScriptMethod):
+        if scripted.name != "forward":
+            return True
+        scripted = scripted.owner
+    try:
+        scripted.get_debug_state()
+    except RuntimeError:  # as PyTorch says that there is none
+        return False
+    return True
 
 
 @contextlib.contextmanager

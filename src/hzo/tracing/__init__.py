@@ -1,6 +1,6 @@
 """What a traced model is: a chain of stages over a graph of operations, and what is promised of its modules."""
 
-from hzo.tracing.arguments import leaves, map_arguments, tensors_in
+from hzo.tracing.arguments import leaves, map_arguments, map_output, output_leaves, tensors_in
 from hzo.tracing.chain import Chain, Stages, noisy
 from hzo.tracing.graph import Graph, Measured, Operation, ParameterUse, Stage, Value, apart
 from hzo.tracing.inputs import batch_size, call_arguments, check_dense, requires_gradient, signature
@@ -39,7 +39,9 @@ __all__ = [
     "leaves",
     "local_along",
     "map_arguments",
+    "map_output",
     "noisy",
+    "output_leaves",
     "requires_gradient",
     "signature",
     "tensors_in",

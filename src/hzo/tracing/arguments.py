@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterator, MutableMapping
+from copy import copy
+from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 
 def map_arguments(function: Callable[[Any], Any], argument: Any) -> Any:
@@ -35,6 +39,53 @@ def leaves(argument: Any) -> Iterator[Any]:
         yield from (argument.start, argument.stop, argument.step)
     else:
         yield argument
+
+
+def map_output(function: Callable[[Any], Any], output: Any, _inside: tuple[int, ...] = ()) -> Any:
+    """Apply ``function`` to every leaf of what a model returns, in copies of whatever holds them.
+
+    Looked into are what PyTorch knows as trees (tuples, lists, dicts, outputs of transformers), dataclasses, and plain
+    objects with attributes.
+    """
+    if isinstance(output, Tensor) or id(output) in _inside:
+        return function(output)
+    inside = (*_inside, id(output))
+    children, form = pytree.tree_flatten(output, is_leaf=lambda part: part is not output)
+    if len(children) != 1 or children[0] is not output:
+        return pytree.tree_unflatten([map_output(function, child, inside) for child in children], form)
+    if isinstance(output, MutableMapping):
+        mapping = copy(output)
+        for key, value in output.items():
+            mapping[key] = map_output(function, value, inside)
+        return mapping
+    held = _held(output)
+    if not held:
+        return function(output)
+    copied = copy(output)
+    for name, value in held.items():
+        object.__setattr__(copied, name, map_output(function, value, inside))
+    return copied
+
+
+def _held(output: Any) -> dict[str, Any]:
+    """The attributes of a dataclass, or of an object that is neither a module nor code."""
+    if isinstance(output, type) or callable(output):
+        return {}
+    if dataclasses.is_dataclass(output):
+        names = (field.name for field in dataclasses.fields(output))
+        return {name: getattr(output, name) for name in names if hasattr(output, name)}
+    plain = type(output).__module__ not in _OF_PYTHON and not isinstance(output, Enum)
+    return dict(getattr(output, "__dict__", {})) if plain else {}
+
+
+_OF_PYTHON = frozenset(("builtins", "torch", "numpy", "hzo.tape.operations"))
+
+
+def output_leaves(output: Any) -> list[Any]:
+    """The leaves of what a model returns, in the order of ``map_output``."""
+    found: list[Any] = []
+    map_output(found.append, output)
+    return found
 
 
 def tensors_in(argument: Any) -> list[Tensor]:

@@ -24,7 +24,7 @@ from hzo.noise import NoiseSource
 from hzo.tape import Ref
 from hzo.tape.marks import marks_of
 from hzo.tape.opaque import Opaque
-from hzo.tracing.arguments import leaves
+from hzo.tracing.arguments import leaves, output_leaves
 from hzo.tracing.promises import declared
 
 
@@ -241,7 +241,7 @@ class Graph:
 
     @cached_property
     def outputs(self) -> tuple[int, ...]:
-        return tuple(dict.fromkeys(leaf.value for leaf in leaves(self.output) if isinstance(leaf, Ref)))
+        return tuple(dict.fromkeys(leaf.value for leaf in output_leaves(self.output) if isinstance(leaf, Ref)))
 
     def passable(self, position: int) -> bool:
         """Whether a position differs from the one before it; behind an operation on parameters alone it does not."""

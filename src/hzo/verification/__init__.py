@@ -1,8 +1,10 @@
 """Slow and obviously right: is every promise about a model kept, and what does an unknown module keep."""
 
 from hzo.verification.coloring import check_coloring
-from hzo.verification.gradient import GradientCheck, Slope, check_gradient
+from hzo.verification.gradient import GradientCheck, check_gradient
 from hzo.verification.inference import InferredStructure, infer_structure
+from hzo.verification.localize import WrongOperation
+from hzo.verification.slopes import Slope
 from hzo.verification.structure import StructureReport, check_structure
 
 __all__ = [
@@ -10,6 +12,7 @@ __all__ = [
     "InferredStructure",
     "Slope",
     "StructureReport",
+    "WrongOperation",
     "check_coloring",
     "check_gradient",
     "check_structure",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import inf, sqrt
+from math import sqrt
 from typing import Any
 
 import torch
@@ -19,40 +19,8 @@ from hzo.errors import InputError
 from hzo.execution import as_checks, contained, counting
 from hzo.gradients import grad_and_value
 from hzo.tracing import Chain, call_arguments
-
-_TOLERANCE = 5.0  # times the error bar of a direction
-
-
-@dataclass(frozen=True)
-class Slope:
-    """The derivative of the loss along one direction in parameter space, twice.
-
-    Attributes:
-        direction: in words. expected: by the gradient, ⟨g, v⟩. measured: by the loss at both sides.
-        error: what rounding and curvature leave uncertain of the measured one.
-    """
-
-    direction: str
-    expected: float
-    measured: float
-    error: float
-
-    @property
-    def ratio(self) -> float:
-        """Expected over measured; 1 for a right gradient."""
-        return self.expected / self.measured if self.measured else (1.0 if self.expected == 0 else inf)
-
-    @property
-    def agrees(self) -> bool:
-        """Whether the two differ by no more than the measurement explains."""
-        return abs(self.expected - self.measured) <= _TOLERANCE * self.error
-
-    def __str__(self) -> str:
-        verdict = "agrees" if self.agrees else "DISAGREES"
-        return (
-            f"{self.direction}: gradient {self.expected:.6g}, loss {self.measured:.6g} ± {self.error:.1g}, "
-            f"ratio {self.ratio:.6f}: {verdict}"
-        )
+from hzo.verification.localize import WrongOperation, locate
+from hzo.verification.slopes import Slope, measured_slope
 
 
 @dataclass(frozen=True)
@@ -62,10 +30,13 @@ class GradientCheck:
     Attributes:
         slopes: along the gradient itself, then along random directions.
         wrong: the parameters whose gradient disagrees with the loss, found by bisection. Empty where all agree.
+        operation: the call that hands back a wrong cotangent, found by bisection over the boundaries between calls.
+            None where all agree, and where the gradient was given and hzo's own is right.
     """
 
     slopes: tuple[Slope, ...]
     wrong: tuple[Slope, ...]
+    operation: WrongOperation | None = None
 
     @property
     def holds(self) -> bool:
@@ -82,6 +53,8 @@ class GradientCheck:
         lines = [head, *(f"  {slope}" for slope in self.slopes)]
         if self.wrong:
             lines += ["the disagreement sits in:", *(f"  {slope}" for slope in self.wrong)]
+        if self.operation is not None:
+            lines += ["and begins, from the loss back, in:", f"  {self.operation}"]
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -102,7 +75,7 @@ def check_gradient(
 
     Along the gradient and along random directions ``v`` in parameter space, the measured slope
     ``(L(θ + εv) − L(θ − εv)) / 2ε`` must equal ``⟨g, v⟩``. Where it does not, parameters are bisected until those are
-    found that disagree.
+    found that disagree, and the boundaries between calls, until the call is found whose cotangent is wrong first.
 
     Args:
         model, loss_fn, x, y: as for ``hzo.backward``.
@@ -110,9 +83,10 @@ def check_gradient(
         gradient: the gradient to test, by parameter name; None takes that of ``hzo.grad_and_value`` with ``options``.
         seed: of the directions, drawn apart from the global random state.
 
-    Returns slopes with error bars and the parameters that are wrong; ``print`` it. Parameters, buffers, ``.grad`` and
-    random state are as before. Cost: 4 forward passes a direction, and 4 for each step of a bisection, counted as
-    ``check_evaluations``. A kink (ReLU) inside the step shows in the error bar. Source: ours.
+    Returns slopes with error bars, the parameters that are wrong and the call that makes them so; ``print`` it.
+    Parameters, buffers, ``.grad`` and random state are as before. Cost: 4 forward passes a direction, and where one
+    disagrees 4 for each step of a bisection over parameters, 12 over calls, counted as ``check_evaluations``. A kink
+    (ReLU) inside the step shows in the error bar. Source: ours.
 
     Raises:
         InputError: nothing to test. Errors of ``hzo.grad_and_value``.
@@ -121,15 +95,17 @@ def check_gradient(
     model = unwrapped(model)  # each process tests its own gradient against its own loss
     module = model.model if isinstance(model, Chain) else model
     whole("directions", directions)
+    was_given = gradient is not None
     with contained([module]), as_checks():
         if gradient is None:
             gradient, _ = grad_and_value(model, loss_fn, x, y, **options)
+    gradient = {name: g.detach().to_dense() for name, g in gradient.items()}
     parameters = {name: p for name, p in module.named_parameters() if name in gradient}
     if not parameters:
         raise InputError("there is no gradient to test: none of the names given belongs to a parameter of the model")
     task = _Task(module, loss_fn, x, y, parameters, gradient)
     generator = torch.Generator().manual_seed(seed)
-    own = {name: g.detach() for name, g in gradient.items() if name in parameters}
+    own = {name: g for name, g in gradient.items() if name in parameters}
     slopes = [task.slope("along the gradient", own)]
     drawn = [task.random(generator) for _ in range(directions)]
     slopes += [task.slope(f"random direction {k + 1}", v) for k, v in enumerate(drawn)]
@@ -137,7 +113,20 @@ def check_gradient(
     for slope, v in zip(slopes, [own, *drawn], strict=True):
         if not slope.agrees and not wrong:
             wrong = task.bisect(list(parameters), v)
-    return GradientCheck(tuple(slopes), tuple(wrong))
+    if all(slope.agrees for slope in slopes):
+        return GradientCheck(tuple(slopes), ())
+    with contained([module]), as_checks():
+        operation = locate(model, loss_fn, x, y, options, seed, () if was_given else wrong)
+    return GradientCheck(tuple(slopes), tuple(wrong), operation)
+
+
+def padding_rows(module: nn.Module) -> dict[int, list[int]]:
+    """Rows of embedding tables that stand for padding, by the table's identity."""
+    found: dict[int, list[int]] = {}
+    for inner in module.modules():
+        if isinstance(inner, (nn.Embedding, nn.EmbeddingBag)) and inner.padding_idx is not None:
+            found.setdefault(id(inner.weight), []).append(inner.padding_idx)
+    return found
 
 
 @dataclass(frozen=True)
@@ -150,12 +139,15 @@ class _Task:
     gradient: dict[str, Tensor]
 
     def random(self, generator: torch.Generator) -> dict[str, Tensor]:
-        """A direction that moves every parameter in proportion to its size."""
-        found = {}
+        """A direction that moves every parameter in proportion to its size, rows of padding, by convention without a
+        gradient, not at all."""
+        found, rows = {}, padding_rows(self.module)
         for name, p in self.parameters.items():
             scale = float(p.detach().square().mean().sqrt()) if p.numel() else 0.0
             noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
             found[name] = (noise * (scale or 1.0)).to(p)
+            for row in rows.get(id(p), ()):
+                found[name][row] = 0
         return found
 
     def slope(self, name: str, direction: dict[str, Tensor]) -> Slope:
@@ -168,11 +160,7 @@ class _Task:
         size = sqrt(sum(float(p.detach().double().square().sum()) for p in (self.parameters[n] for n in direction)))
         unit = max(torch.finfo(p.dtype).eps for p in self.parameters.values())
         step = unit ** (1 / 3) * (size or 1.0) / length
-        values = {k: self.loss(direction, k * step) for k in (1.0, -1.0, 0.5, -0.5)}
-        near, far = (values[0.5] - values[-0.5]) / step, (values[1.0] - values[-1.0]) / (2 * step)
-        rounding = 4 * unit * max(abs(v) for v in values.values()) / step
-        # Rounding of the loss is seldom one unit: it adds up over the network, which the two differences show.
-        return Slope(name, expected, near + (near - far) / 3, abs(near - far) + rounding)
+        return measured_slope(name, expected, lambda by: self.loss(direction, by), step, unit)
 
     def loss(self, direction: dict[str, Tensor], step: float) -> float:
         """The mean loss with the parameters moved; everything else as before."""

@@ -47,7 +47,7 @@ from hzo_lab.cli.options import (
     whole_numbers,
 )
 from hzo_lab.cli.plan_command import plan_command
-from hzo_lab.cli.terminal import announce, conclude, console, errors, train_shown
+from hzo_lab.cli.terminal import DISAGREES, announce, conclude, console, errors, train_shown, verdict
 from hzo_lab.errors import CheckpointError
 from hzo_lab.records import CONFIG
 from hzo_lab.reports import compare as comparing
@@ -56,9 +56,11 @@ from hzo_lab.training import (
     Run,
     TrainConfig,
     check_logs,
+    on_threads,
     ranks_of,
     read_config,
     recipe,
+    refuse_untestable,
     restarted,
     resume,
     run_id,
@@ -129,6 +131,9 @@ def train_command(
     cosine_every: CosineEvery = None,
     checkpoint_every: CheckpointEvery = None,
     log: Log = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="First test the gradient against the loss, by forward passes.")
+    ] = False,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after this step; --resume goes on.")] = None,
     out: Annotated[Path | None, typer.Option(help="New directory for the run. Default: one in runs/.")] = None,
     resume_dir: Annotated[Path | None, typer.Option("--resume", help="Go on with the run in this directory.")] = None,
@@ -142,6 +147,8 @@ def train_command(
         running = _resume(resume_dir, given)
     else:
         config = recipe(**given)
+        if check:
+            refuse_untestable(config.method)
         among = ranks_of(config.device)
         where = out if out is not None else among.on_first(lambda: _free_directory(config))
         # Started anew by torchrun, with the same command: the run is there.
@@ -149,6 +156,11 @@ def train_command(
         running = _resume(where, given) if again else start(config, where)
     console.quiet = not running.ranks.first
     announce(running, resumed=resume_dir is not None or running.counters.step > 0)
+    if check:
+        with on_threads(running.config.threads):
+            found = running.check() if running.ranks.first else None
+        if not running.ranks.on_first(lambda: found is None or verdict(found)):
+            raise typer.Exit(DISAGREES)
     go_on = " ".join([f"hzo train --resume {running.out}", *(f"--log {name}" for name in logs)])
     result = train_shown(running, max_steps, go_on, logs)
     conclude(result, go_on)

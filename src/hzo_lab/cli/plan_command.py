@@ -29,7 +29,7 @@ from hzo_lab.cli.options import (
     given_options,
     numbers,
 )
-from hzo_lab.cli.terminal import console
+from hzo_lab.cli.terminal import DISAGREES, console, verdict
 from hzo_lab.reports import (
     Outcome,
     Problem,
@@ -83,6 +83,9 @@ def plan_command(
     boundaries: Annotated[str | None, typer.Option(help="needed (default) by parameters, or all.")] = None,
     calibrate: Annotated[bool, typer.Option("--calibrate", help="Measure gains, curvature and times first.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="All trees beside each other.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Run one gradient, and test it against the loss and against backprop.")
+    ] = False,
     measure: Annotated[bool, typer.Option("--measure", help="Run one gradient of each, counted.")] = False,
     longest: Annotated[
         float, typer.Option("--measure-seconds", min=0, help="Leave out what would run longer than this.")
@@ -141,10 +144,13 @@ def plan_command(
                 outcomes = [*(outcomes if load else []), *all_trees(given, options)]
         if measure:
             outcomes = _measure(given, outcomes, options.get("noise"), longest)
+        holds = not check or _checked(given, plan if shown else hzo.plan(given.chain, **options))
         if compare or measure:
             _print_outcomes(outcomes, config.assume, config.scheme)
             if all(outcome.plan is None for outcome in outcomes):
                 raise typer.Exit(NOTHING)
+        if not holds:
+            raise typer.Exit(DISAGREES)
 
 
 def _loaded(given: Problem, load: Path, options: dict[str, Any]) -> hzo.Plan:
@@ -180,6 +186,18 @@ def _show(given: Problem, plan: hzo.Plan, rows: int, save: Path | None, picture:
     if picture is not None:
         draw(given.chain, plan, picture)
         console.print(f"  picture  {picture}", highlight=False, soft_wrap=True)
+
+
+def _checked(given: Problem, plan: hzo.Plan) -> bool:
+    """The verdict on one gradient by this plan: of the loss, and of backprop."""
+    with console.status("checking the gradient"):
+        found = hzo.check_gradient(given.chain, loss_fn, given.x, given.y, plan=plan)
+        compared = hzo.compare_gradients(given.chain, loss_fn, given.x, given.y, plan=plan)
+    holds = verdict(found)
+    worst = min(compared.cosines, key=compared.cosines.__getitem__)
+    text = f"beside backprop: 1 − cosine {1 - compared.overall:.1e}, at worst {1 - compared.cosine:.1e} ({worst})"
+    console.print(text, highlight=False, soft_wrap=True)
+    return holds
 
 
 def _measure(given: Problem, outcomes: list[Outcome], noise: hzo.Noise | None, longest: float) -> list[Outcome]:

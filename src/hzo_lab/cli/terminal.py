@@ -9,11 +9,13 @@ from collections.abc import Sequence
 import typer
 from rich.console import Console
 
+from hzo.verification import GradientCheck
 from hzo_lab.cli.interrupt import stop_on_interrupt
 from hzo_lab.records import CURVES, METRICS
 from hzo_lab.reports import clock, display, large, percent
 from hzo_lab.training import Result, Run, train
 
+DISAGREES = 3  # the loss does not agree with the gradient
 INTERRUPTED, TERMINATED = 130, 143  # what a shell reports of a program that Ctrl-C, or SIGTERM, ended
 
 # Where nobody's terminal sets a width (a file, a pipe), tables may be as wide as a page of the sources.
@@ -36,6 +38,12 @@ def announce(running: Run, *, resumed: bool) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def verdict(found: GradientCheck) -> bool:
+    """Say whether the loss agrees with a gradient, and where it does not; returns it."""
+    console.print(str(found), highlight=False, soft_wrap=True, markup=False, style="" if found.holds else "red")
+    return found.holds
 
 
 def train_shown(running: Run, max_steps: int | None, go_on: str, logs: Sequence[str] = ()) -> Result:

@@ -1,10 +1,9 @@
 """Training runs: models, methods, the loop, checkpoints, plots."""
 
 from hzo_lab.training.config import TrainConfig, from_dict, read_config, replace
-from hzo_lab.training.cosine import without_trace
 from hzo_lab.training.loggers import LOGS, check_logs
 from hzo_lab.training.loop import Progress, Result, on_threads, train
-from hzo_lab.training.methods import CHUNK_BYTES, make_plan
+from hzo_lab.training.methods import CHUNK_BYTES, make_plan, refuse_untestable
 from hzo_lab.training.models import mlp, resnet
 from hzo_lab.training.plots import (
     COLORS,
@@ -18,6 +17,7 @@ from hzo_lab.training.plots import (
     series,
     spread,
 )
+from hzo_lab.training.probe import without_trace
 from hzo_lab.training.ranks import ranks as ranks_of
 from hzo_lab.training.ranks import restarted, run_id
 from hzo_lab.training.recipes import recipe
@@ -48,6 +48,7 @@ __all__ = [
     "ranks_of",
     "read_config",
     "recipe",
+    "refuse_untestable",
     "replace",
     "resnet",
     "restarted",

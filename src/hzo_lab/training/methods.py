@@ -27,13 +27,14 @@ class Method:
 
     Attributes:
         passes: forward passes that a gradient is worth beyond its queries; see ``REVERSE_SWEEP``.
-        plan: what HZO does, printable; None for the others.
+        plan: what HZO does, printable; chain: the network that it was made for. None for the others.
     """
 
     name: str
     gradient: Gradient
     passes: int = 0
     plan: hzo.Plan | None = None
+    chain: hzo.Chain | None = None
 
 
 # A sweep by adjoints asks few queries or none, and is not free: by custom it is taken as two forward passes, backprop's
@@ -51,6 +52,15 @@ def make_plan(config: TrainConfig, chain: hzo.Chain) -> hzo.Plan:
     return hzo.plan(chain, **options)
 
 
+def refuse_untestable(method: str) -> None:
+    """Raise where what a method gives is right only on average, and can be tested against no single loss."""
+    if method != "hzo" and not BASELINES[method].reverse:
+        raise InputError(
+            f"{method} gives estimates that are right on average, and no gradient that could be tested against the "
+            "loss: leave out --check, or train by hzo or backprop."
+        )
+
+
 def prepare(config: TrainConfig, model: nn.Module, loss_fn: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Method:
     """Bind ``config.method`` to a model; ``x`` is a batch of the size that it will be trained with."""
     if config.method == "hzo":
@@ -61,7 +71,7 @@ def prepare(config: TrainConfig, model: nn.Module, loss_fn: Callable[[Tensor, Te
         def by_hzo(x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:  # noqa: ARG001
             return hzo.backward(chain, loss_fn, x, y, plan=plan, memory=memory)
 
-        return Method("hzo", by_hzo, passes=REVERSE_SWEEP if plan.adjoints else 0, plan=plan)
+        return Method("hzo", by_hzo, passes=REVERSE_SWEEP if plan.adjoints else 0, plan=plan, chain=chain)
 
     known = BASELINES.get(config.method)
     if known is None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hzo._files import replace_file
 from hzo.errors import InputError, NonFiniteError
 from hzo.execution import count_queries
+from hzo.verification import GradientCheck
 from hzo_lab.data import Dataset, Split, batches_per_epoch, epoch_order, make_batch, registry
 from hzo_lab.records import (
     CONFIG,
@@ -29,9 +30,9 @@ from hzo_lab.records import (
 from hzo_lab.training import checkpoint, models
 from hzo_lab.training.checkpoint import Counters
 from hzo_lab.training.config import TrainConfig, to_json
-from hzo_lab.training.cosine import cosine_to_backprop
 from hzo_lab.training.learning_rate import make_optimizer
 from hzo_lab.training.methods import Method, prepare
+from hzo_lab.training.probe import check, cosine_to_backprop
 from hzo_lab.training.ranks import ranks
 
 EVALUATION_BATCH = 500
@@ -141,6 +142,11 @@ class Run:
     def cosine(self) -> float:
         seed = derive(self.config.seed, "cosine", self.counters.step)
         return cosine_to_backprop(self.method, self.model, loss_fn, *self.probe, seed=seed)
+
+    def check(self) -> GradientCheck:
+        """Whether the loss agrees with the gradient on the probe, by forward passes."""
+        seed = derive(self.config.seed, "check", self.counters.step)
+        return check(self.method, self.model, loss_fn, *self.probe, seed=seed)
 
     def save(self, log: MetricsLog | None) -> Path:
         """Write a checkpoint, with the random states of all processes; None for the log of those that do not write."""

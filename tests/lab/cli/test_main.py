@@ -1,5 +1,6 @@
 """The command line, as a person meets it."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -49,6 +50,40 @@ def test_train_leaves_a_run_directory_and_says_where(hzo):
     assert list(run.glob("checkpoints/*/weights.safetensors"))
     config = json.loads((run / "config.json").read_text())
     assert (config["tree"], config["assume"], config["scheme"], config["seed"]) == ("bisect", "locality", "central", 3)
+
+
+@pytest.mark.parametrize("method", ["hzo", "backprop"])
+def test_train_tests_the_gradient_before_the_first_step(hzo, method):
+    code, out, _ = hzo("train", *SMALL, "--method", method, "--check", "--max-steps", 1, "--out", "a")
+    assert code == 0
+    assert "the gradient agrees with the loss" in out
+    plain = hzo("train", *SMALL, "--method", method, "--max-steps", 1, "--out", "b")
+    assert plain[0] == 0
+    kept = [json.loads(Path(run, "metrics.jsonl").read_text().splitlines()[0]) for run in ("a", "b")]
+    for record in kept:
+        record.pop("seconds")
+    assert kept[0] == kept[1]  # the test left no trace
+
+
+def test_train_does_not_begin_with_a_gradient_that_disagrees(hzo, monkeypatch):
+    from hzo.rules.base import rules
+
+    addmm = torch.ops.aten.addmm.default
+    right = rules[addmm].vjp
+    wrong = lambda call: {k: g if g is None else 2 * g for k, g in right(call).items()}  # noqa: E731
+    monkeypatch.setitem(rules, addmm, dataclasses.replace(rules[addmm], vjp=wrong))
+    code, out, _ = hzo("train", *SMALL, "--check", "--out", "a")
+    assert code == 3
+    assert "the gradient DISAGREES with the loss" in out
+    assert "aten.addmm.default" in out
+    assert not Path("a/metrics.jsonl").exists()
+
+
+def test_estimates_that_are_right_on_average_are_not_tested(hzo):
+    code, _, err = hzo("train", *SMALL, "--check", "--method", "spsa", "--out", "a")
+    assert code == 2
+    assert "right on average" in err
+    assert not Path("a").exists()
 
 
 def test_the_default_is_the_preset_of_the_paper():

@@ -1,5 +1,6 @@
 """``hzo plan``: what it shows, keeps, draws and compares, and what it says of things that do not go together."""
 
+import dataclasses
 import json
 import re
 import sys
@@ -210,3 +211,24 @@ def test_a_mesh_is_reckoned_with(command, tmp_path):
         code, _, err = command(*SMALL, "--mesh", mesh)
         assert code == 2
         assert "mesh to be" in err
+
+
+def test_the_verdict_on_a_gradient(command):
+    code, out, _ = command(*SMALL, "--check")
+    assert code == 0
+    assert "the gradient agrees with the loss" in out
+    found = re.search(r"beside backprop: 1 − cosine (\S+), at worst (\S+) \(", out)
+    assert float(found[1]) <= float(found[2]) < 1e-6
+
+
+def test_the_verdict_on_a_wrong_gradient(command, monkeypatch):
+    from hzo.rules.base import rules
+
+    addmm = torch.ops.aten.addmm.default
+    right = rules[addmm].vjp
+    wrong = lambda call: {k: g if g is None else 2 * g for k, g in right(call).items()}  # noqa: E731
+    monkeypatch.setitem(rules, addmm, dataclasses.replace(rules[addmm], vjp=wrong))
+    code, out, _ = command(*SMALL, "--check", "--assume", "structure")
+    assert code == 3
+    assert "DISAGREES" in out
+    assert "aten.addmm.default" in out

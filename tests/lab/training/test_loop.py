@@ -18,10 +18,10 @@ from hzo_lab.errors import CheckpointError
 from hzo_lab.records.files import METRICS, read_metrics
 from hzo_lab.training import checkpoint
 from hzo_lab.training.config import TrainConfig, replace
-from hzo_lab.training.cosine import cosine_to_backprop
 from hzo_lab.training.learning_rate import relative_rate
 from hzo_lab.training.loop import train
 from hzo_lab.training.methods import Method, prepare
+from hzo_lab.training.probe import cosine_to_backprop
 from hzo_lab.training.run import load_data, loss_fn, resume, start
 
 SMALL = TrainConfig(depth=2, width=8, epochs=1, batch_size=64, log_every=4, cosine_every=9, probe_size=4)

@@ -16,7 +16,7 @@ from hzo.tape import Recorder, Tape, ref
 from hzo.tape.marks import marks_of
 from hzo.tape.opaque import call_opaque
 from hzo.tape.surroundings import recording
-from hzo.tracing import Stages, requires_gradient, tensors_in, untouched
+from hzo.tracing import Stages, map_output, output_leaves, requires_gradient, tensors_in, untouched
 
 
 @dataclass
@@ -147,7 +147,7 @@ def _run_stages(module: nn.Module, run: Run, args: tuple[Any, ...], kwargs: dict
         spread = isinstance(result, tuple) and isinstance(module, Stages)
         args, kwargs = (tuple(result) if spread else (result,)), {}
     run.output = result
-    run.references = pytree.tree_map_only(Tensor, lambda t: ref(run.recorder.read(t)), result)
+    run.references = map_output(lambda t: ref(run.recorder.read(t)) if isinstance(t, Tensor) else t, result)
     run.end = len(run.tape.operations)
     name, _ = run.stages[-1]
     run.stages[-1] = (name, run.end)  # reading what was written to through a view is an operation
@@ -182,7 +182,7 @@ def _run_stage(
 def _lost(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> bool:
     """Whether floating-point numbers go in with a gradient and come out without any."""
     before = [t for t in tensors_in((args, kwargs)) if t.is_floating_point()]
-    after = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor) and t.is_floating_point()]
+    after = [t for t in output_leaves(result) if isinstance(t, Tensor) and t.is_floating_point()]
     return any(t.requires_grad for t in before) and bool(after) and not any(t.requires_grad for t in after)
 
 

@@ -31,7 +31,7 @@ from hzo.tracing import (
     batch_size,
     call_arguments,
     check_dense,
-    leaves,
+    output_leaves,
     requires_gradient,
     signature,
 )
@@ -78,19 +78,30 @@ def trace(model: nn.Module | Chain | Callable[..., Any], x: Any, *, samples: int
     nominal = batch_size(*call_arguments(x))
     trial = counting.doing(counting.TRIAL_RUN)
     with _ONE_AT_A_TIME, torch.inference_mode(False), torch.no_grad(), contained([module]), trial:
-        if samples is not None:
-            graph = _graph(module, x, samples)
-        else:
-            try:
-                graph = _graph(module, x, max(2, min(nominal, _SAMPLES)))
-            except HzoError:
-                raise
-            except Exception:
-                if nominal == max(2, min(nominal, _SAMPLES)):
-                    raise
-                graph = _graph(module, x, nominal)
+        graph = _graph_of_some(module, x, nominal) if samples is None else _graph(module, x, samples)
     graph = replace(graph, nominal_batch=nominal, signature=signature(module, x))
     return Chain(module, graph)
+
+
+def _graph_of_some(module: nn.Module, x: Any, nominal: int) -> Graph:
+    """The graph of so many samples as tell them apart; of one where PyTorch runs other calls for that."""
+    samples = max(2, min(nominal, _SAMPLES))
+    try:
+        graph = _graph(module, x, samples)
+    except HzoError:
+        raise
+    except Exception:
+        if nominal == samples:
+            raise
+        return _graph(module, x, nominal)
+    if nominal > 1:
+        return graph
+    args, kwargs = call_arguments(x)
+    with recorded(module, args, kwargs, opaque=graph.opaque_stages) as run:
+        pass
+    run.recorder.undo.restore()
+    made = [(op.target, op.writes) for op in run.tape.operations[: run.end]]
+    return graph if made == [(op.target, op.results) for op in graph.operations] else _graph(module, x, 1)
 
 
 def _graph(module: nn.Module, x: Any, samples: int) -> Graph:
@@ -178,7 +189,13 @@ def graph_of(module: nn.Module, run: Run, batch: int) -> Graph:
         differentiated=tuple(v for v, t in zip(run.inputs, run.given, strict=True) if requires_gradient(t)),
         opaque_stages=run.opaque,
     )
-    if not any(isinstance(leaf, Ref) and values[leaf.value].batched for leaf in leaves(run.references)):
+    returned = [leaf for leaf in output_leaves(run.references) if isinstance(leaf, Ref)]
+    if not returned:
+        raise TraceError(
+            f"no tensor was found in what the model returned, a {type(run.output).__name__}; return tensors, in "
+            "tuples, lists, dicts, dataclasses or objects with attributes"
+        )
+    if not any(values[leaf.value].batched for leaf in returned):
         raise TraceError("the model's output is not computed from its input by torch calls; " + BY_HAND)
     # Two runs of the batch with other samples, one more of what a rule measures, and one for the price.
     stages = _named_stages(run) if stages_of(module) is not None else _cut(graph)
