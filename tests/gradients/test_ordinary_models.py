@@ -69,6 +69,24 @@ def test_queries_through_a_custom_function_are_refused(tree, assume, memory):
         hzo.grad_and_value(model, oracles.distance, x, tree=tree, assume=assume)
 
 
+def quantized(h):
+    return torch.fake_quantize_per_tensor_affine(h, 0.1, 0, -8, 7)
+
+
+def test_fake_quantization_passes_straight_through():
+    """Differences of a staircase are no slope; PyTorch's backward of it is one."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 4), Does(quantized), nn.Linear(4, 2)), normal(3, 4).float()
+    for tree, assume in (("stagewise", "structure"), ("flat", "nothing")):
+        with pytest.raises(PlanError, match=r"fake_quantize.*forward and backward may disagree"):
+            hzo.grad_and_value(model, oracles.distance, x, tree=tree, assume=assume)
+    chain = hzo.trace(model, x)
+    found, _ = hzo.grad_and_value(chain, oracles.distance, x, plan=hzo.plan(chain))
+    exact = torch.autograd.grad(oracles.distance(model(x)).mean(), list(model.parameters()))
+    for (name, _), gradient in zip(model.named_parameters(), exact, strict=True):
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5)
+
+
 def test_a_custom_function_carries_back_by_its_own_backward():
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(4, 4), Does(sign), nn.Linear(4, 2)).double(), normal(3, 4)

@@ -124,6 +124,29 @@ def test_nested_tensors_are_refused_by_name():
         torch.tanh(torch.nested.nested_tensor_from_jagged(layer(torch.randn(5, 3)), offsets))
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors")
+def test_tensors_that_wrap_others_are_refused_by_name():
+    layer, x = nn.Linear(3, 4), torch.randn(5, 3)
+
+    def masked(h):
+        return torch.masked.as_masked_tensor(h, h > 0).mul(2).to_tensor(0.0)
+
+    with pytest.raises(TapeError, match="MaskedTensor, a tensor that wraps others"), hzo.record():
+        masked(layer(x))
+
+
+def test_plain_subclasses_are_followed():
+    class Image(torch.Tensor):
+        """As torchvision's are."""
+
+    layer, x = nn.Linear(3, 4), torch.randn(5, 3).as_subclass(Image)
+    hzo.backward(layer, lambda out: out.square().mean(), x)
+    found = layer.weight.grad.clone()
+    layer.zero_grad()
+    layer(x).square().mean().backward()
+    torch.testing.assert_close(found, layer.weight.grad)
+
+
 def test_masks_of_minus_infinity_are_inputs():
     model = nn.Transformer(4, 1, 1, 1, 8, dropout=0.0, batch_first=True).double()
     x = torch.randn(2, 3, 4, dtype=torch.float64)

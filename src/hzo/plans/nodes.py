@@ -141,8 +141,9 @@ def check_queries(graph: Graph, node: Node) -> None:
     for k in node.operations:
         op = graph.operations[k]
         if op.own_backward:
+            kind = "a custom autograd Function" if op.rule == "custom Function" else "an operator of PyTorch's"
             raise PlanError(
-                f"{op.target!r} is a custom autograd Function, whose forward and backward may disagree (as in a "
+                f"{op.target!r} is {kind}, whose forward and backward may disagree (as in a "
                 f"straight-through estimator); differences of its forward, between {graph.describe(node.target)} and "
                 f"{graph.describe(node.source)}, would leave out its backward. Plan with tree='planned', "
                 "assume='structure', which calls its backward; or, to follow its forward, call that without the "

@@ -191,6 +191,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """A value for what ``tensor`` holds now."""
         if tensor.is_nested:
             raise TapeError(NESTED)
+        if requires and type(tensor) is not Tensor and _wraps(tensor):
+            raise TapeError(
+                f"a {type(tensor).__name__}, a tensor that wraps others, carries a gradient, which hzo does not "
+                "follow; compute with the tensors inside of it"
+            )
         tape = self.tape
         index = len(tape.values)
         if self.taint is not None and producer < 0 and storage_of(tensor) in self.taint:
@@ -780,6 +785,12 @@ def _unrecorded(tensor: Tensor) -> str:
         "begin the recording earlier (hzo.record around all that has a part in the loss), or detach the tensor where "
         "its history does not matter"
     )
+
+
+def _wraps(tensor: Tensor) -> bool:
+    """Whether calls of this tensor go on to others inside of it, where autograd does not see them."""
+    kind = type(tensor)
+    return kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl and not issubclass(kind, nn.Parameter)
 
 
 def _is_parameter(tensor: Tensor) -> bool:

@@ -27,6 +27,8 @@ from hzo.tape.opaque import Opaque
 from hzo.tracing.arguments import leaves, output_leaves
 from hzo.tracing.promises import declared
 
+_STRAIGHT_THROUGH = ("aten.fake_quantize_", "aten._fake_quantize_")
+
 
 @dataclass(frozen=True)
 class Value:
@@ -196,8 +198,10 @@ class Operation:
 
     @property
     def own_backward(self) -> bool:
-        """Whether it is a custom autograd Function, whose backward need not be the derivative of its forward."""
-        return self.rule == "custom Function"
+        """Whether it is a custom autograd Function, whose backward need not be the derivative of its forward, or one of
+        PyTorch's own that is known to differ: fake quantization is a staircase, and passes gradients straight through.
+        """
+        return self.rule == "custom Function" or str(self.target).startswith(_STRAIGHT_THROUGH)
 
     @property
     def described(self) -> tuple[Any, ...]:
