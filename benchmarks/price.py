@@ -95,6 +95,13 @@ def on_images(model: nn.Module, batch: int, size: int) -> Problem:
     return model, lambda m: F.cross_entropy(m(x), y)
 
 
+def words() -> Problem:
+    """The loss of a language model, written in a lambda as for ``hzo.backward``, and the layer before it."""
+    hidden, tokens = torch.randn(4, 128, 64), torch.randint(50257, (4, 128))
+    loss_fn = lambda out, y: F.cross_entropy(out.flatten(0, 1), y.flatten())  # noqa: E731
+    return nn.Linear(64, 50257), lambda m: loss_fn(m(hidden), tokens)
+
+
 def llama() -> Problem:
     tokens = torch.randint(200, (16, 64))
     return networks.Llama(), lambda m: F.cross_entropy(m(tokens).flatten(0, 1), tokens.flatten())
@@ -110,6 +117,7 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "GPT 4x128, 16x64 tokens": lambda: gpt(4, 128, 16, 64),
     "GPT 12x256, 4x128 tokens": lambda: gpt(12, 256, 4, 128),
     "GPT 1x64, 50,257 words, 4x128 tokens": lambda: gpt(1, 64, 4, 128, 50257),
+    "a loss of 50,257 words, 4x128 tokens": words,
     "ViT-tiny, batch 8": lambda: on_images(networks.ViT(), 8, 224),
     "ConvNeXt, batch 16, 64 pixels": lambda: on_images(networks.ConvNeXt(), 16, 64),
     "MobileNetV2, batch 16, 64 pixels": lambda: on_images(networks.MobileNetV2(), 16, 64),
