@@ -75,6 +75,14 @@ class Shifted(nn.Module):
         return x + self.shift
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+@pytest.mark.parametrize("shift", [11.0, 12.0, 13.0, 14.0])
+def test_they_drown_whatever_the_size_of_the_loss(shift, scale):
+    model, x, y = saturated(shift)
+    with pytest.raises(PrecisionError, match="drown in rounding"):
+        hzo.backward(model, lambda out, y: scale * F.mse_loss(out, y), x, y, tree="bisect", assume="nothing")
+
+
 @pytest.mark.parametrize("tree", ["flat", "bisect"])
 def test_estimates_that_drown_in_rounding_are_no_gradients(tree):
     """Twelve deep in a sigmoid's tail, a step of float32 moves it by as much as its rounding."""

@@ -58,6 +58,16 @@ def test_one_outlier_spoils_no_neighbour():
         assert 1 - found.overall < 1e-12
 
 
+@pytest.mark.parametrize("scale", [1e-9, 1e-5, 1.0, 1e5])
+def test_rounding_is_judged_whatever_the_size_of_the_loss(scale):
+    """The gradient of a small loss drowns in rounding no sooner than that of a large one."""
+    torch.manual_seed(0)
+    model, x, y = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), torch.randn(5, 6), torch.randint(3, (5,))
+    options = {"tree": "bisect", "assume": "nothing"}
+    loss = lambda out, y: scale * F.cross_entropy(out, y)  # noqa: E731
+    assert hzo.compare_gradients(model, loss, x, y, **options).overall > 0.9999
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_perturbed_parameters_have_steps_of_their_own(dtype):
     """Parameters of a declared module: one at 1e-4 of the others, which counts as much, and one masked."""
