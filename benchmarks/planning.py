@@ -4,7 +4,8 @@
     python benchmarks/planning.py --networks GPT-2 --rounds 3
 
 ``trace`` runs every call of a network by itself a few times, on a few samples; ``plan`` decides. Networks of the same
-kind and growing depth show the exponent of time in the number of calls, by least squares in logarithms. One thread.
+kind and growing depth show the exponent of time in the number of calls, by least squares in logarithms. One thread;
+seconds of its processor and, in brackets, of the clock, which counts what else the machine does.
 """
 
 from __future__ import annotations
@@ -43,6 +44,31 @@ def gpt2() -> tuple[nn.Module, Tensor]:
     return model, torch.randint(50257, (2, 128))
 
 
+class Adapted(nn.Module):
+    """A frozen layer with an adapter of low rank."""
+
+    def __init__(self, layer: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.layer = layer.requires_grad_(False)
+        self.down = nn.Linear(layer.in_features, rank, bias=False)
+        self.up = nn.Linear(rank, layer.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + self.up(self.down(x))
+
+
+def lora() -> tuple[nn.Module, Tensor]:
+    """The same Llama, frozen, with adapters at all linear layers of its blocks."""
+    model, tokens = llama()
+    model.requires_grad_(False)
+    for block in model.blocks:
+        for name, layer in list(block.named_modules()):
+            if isinstance(layer, nn.Linear):
+                owner, _, attribute = name.rpartition(".")
+                setattr(block.get_submodule(owner), attribute, Adapted(layer, 4))
+    return model, tokens
+
+
 def mlp(depth: int) -> tuple[nn.Module, Tensor]:
     layers = (m for _ in range(depth) for m in (nn.Linear(16, 16), nn.Tanh()))
     return nn.Sequential(*layers), torch.randn(4, 16)
@@ -52,28 +78,36 @@ NETWORKS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "ResNet-50": resnet50,
     "Llama, 16 blocks": llama,
     "GPT-2": gpt2,
+    "LoRA, 16 blocks": lora,
 }
-DEPTHS = (333, 1000, 3333)
+DEPTHS = (333, 1000, 3333, 6667)  # layers of three calls each
 
 
 def measure(make: Callable[[], tuple[nn.Module, Tensor]], rounds: int) -> dict[str, float]:
-    """Seconds of the trace and of the plan (medians), calls, and the peak of Python's own memory while planning."""
+    """Seconds of trace, plan and both by the clock (medians), calls, and the peak of Python's memory in planning."""
     torch.manual_seed(0)
     model, x = make()
-    traces, plans, calls = [], [], 0
+    traces, plans, clock, calls = [], [], [], 0
     for _ in range(rounds):
-        start = time.perf_counter()
+        begin, start = time.perf_counter(), time.process_time()
         chain = hzo.trace(model, x)
-        between = time.perf_counter()
+        between = time.process_time()
         hzo.plan(chain)
         traces.append(between - start)
-        plans.append(time.perf_counter() - between)
+        plans.append(time.process_time() - between)
+        clock.append(time.perf_counter() - begin)
         calls = len(chain.traced.operations)
     tracemalloc.start()
     hzo.plan(chain)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    return {"calls": calls, "trace": median(traces), "plan": median(plans), "plan_bytes_per_call": peak / calls}
+    return {
+        "calls": calls,
+        "trace": median(traces),
+        "plan": median(plans),
+        "clock": median(clock),
+        "plan_bytes_per_call": peak / calls,
+    }
 
 
 def exponent(rows: list[dict[str, float]]) -> float:

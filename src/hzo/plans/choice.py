@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 from hzo.declared import find_adjoint
 from hzo.finite_differences import DRAWS, Probe, Scheme, color, thin
 from hzo.locality import slice_locality
+from hzo.plans.alike import slice_key
 from hzo.plans.cost import adjoint_cost, node_cost, rule_cost
 from hzo.plans.plan import Cost, Estimator, Rule
 from hzo.structure import Assume, elementwise_slice
 from hzo.tracing import Graph, Operation
+
+_known: WeakKeyDictionary[Graph, dict[Hashable, Probe | None]] = WeakKeyDictionary()
+"""Colorings by what slices are made of: blocks that are alike are colored once."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,16 @@ def _colored(
     graph: Graph, value: int, operations: Sequence[int], outputs: Sequence[int], spacing: int | None
 ) -> Probe | None:
     """An exact coloring, or an approximate one of fewer directions; None where every element needs its own."""
+    known = _known.setdefault(graph, {})
+    key = slice_key(graph, value, operations, outputs), spacing
+    if key not in known:
+        known[key] = _colored_anew(graph, value, operations, outputs, spacing)
+    return known[key]
+
+
+def _colored_anew(
+    graph: Graph, value: int, operations: Sequence[int], outputs: Sequence[int], spacing: int | None
+) -> Probe | None:
     elements = graph.values[value].per_sample
     found = slice_locality(graph, value, operations, outputs)
     probe = Probe("colored", elements, coloring=color(found.patterns))

@@ -172,7 +172,7 @@ def measured_once(
         measure: taken where it is not known from another call.
         trial: how it is tried before it is used in another gradient; without, it is not kept for one.
     """
-    if weight.layout != torch.strided or weight.numel() == 0:
+    if weight.layout != torch.strided or weight.numel() == 0 or weight.is_meta:  # shapes alone have nothing to keep
         return measure()
     kept = _kept.get(call.tape)
     if kept is None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from hzo_lab.records import disk_errors
 from hzo_lab.zoo import table
 from hzo_lab.zoo.case import NotBuiltError
 from hzo_lab.zoo.registry import LIBRARIES, Family, distribution, families
@@ -29,6 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit status is 1 where a gradient is wrong, or a family that should be right is not."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    if options.page is not None:
+        with disk_errors(f"writing {options.page}", "choose another place with --page"):
+            options.page.write_text(table.page(read_results(options.results)), encoding="utf-8")
+        return 0
     if options.table or options.count_calls:
         records = read_results(options.results)
         print(table.calls(records) if options.count_calls else table.table(records, options.markdown))
@@ -96,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--list", action="store_true", help="print the names of the families and stop")
     parser.add_argument("--table", action="store_true", help="print the table of the file and stop")
     parser.add_argument("--markdown", action="store_true", help="the table in Markdown")
+    parser.add_argument("--page", type=Path, help="write counts and causes as a page of Markdown there and stop")
     parser.add_argument(
         "--count-calls", action="store_true", help="print how many families use each ATen call and stop"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from hzo_lab.zoo.trial import NOT_BUILT, VERDICTS, Record
+from hzo_lab.zoo.trial import NOT_BUILT, RIGHT, VERDICTS, Record
 
 _HEADINGS = ("family", "verdict", "error", "fwd eq.", "queries", "1st s", "2nd s", "backprop s", "ratio", "reason")
 
@@ -57,6 +57,63 @@ def counts(records: Iterable[Record]) -> str:
         parts = ", ".join(f"{verdicts[v]} {v}" for v in VERDICTS if verdicts[v])
         lines.append(f"{library}: {tried} tried: {parts}")
     return "\n".join(lines)
+
+
+def page(records: Sequence[Record]) -> str:
+    """A page of documentation: counts by library, then every family that is not right, or was not built, and why."""
+    libraries = dict.fromkeys(r["library"] for r in records)
+    rows = [_counted(name, [r for r in records if r["library"] == name]) for name in libraries]
+    rows.append(_counted("all", records))
+    lines = [
+        "# Networks of other libraries",
+        "",
+        "<!-- written by: hzo zoo --page docs/zoo.md -->",
+        "",
+        "`hzo zoo` makes model families of other libraries tiny, with random weights, runs each as its users call it,",
+        "and sets hzo's gradient of every parameter beside backpropagation's. Right is a relative error of at most",
+        "1e-6 in float64, 1e-4 where the library computes in float32 inside, for the first gradient and the second,",
+        "and buffers as backpropagation leaves them. All are of the last sweep of record, which",
+        "`results/zoo/families.jsonl` holds.",
+        "",
+        "| library | tried | right | share | worst error | most forward equivalents | not right | not built |",
+        "|---|---|---|---|---|---|---|---|",
+        *("| " + " | ".join(row) + " |" for row in rows),
+        "",
+        "Forward equivalents are what the gradient measures, over one forward pass: of networks this small, with a",
+        "batch of two, they are many. Not built are families whose library lacks a dependency here, whose",
+        "configuration does not shrink, or whose own backpropagation fails.",
+        "",
+        "## Not right",
+        "",
+        *(_reasons(r for r in records if r["verdict"] not in (RIGHT, NOT_BUILT)) or ["None."]),
+        "",
+        "## Not built",
+        "",
+        *(_reasons(r for r in records if r["verdict"] == NOT_BUILT) or ["None."]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _counted(name: str, records: Sequence[Record]) -> tuple[str, ...]:
+    found = Counter(r["verdict"] for r in records)
+    tried, right = len(records) - found[NOT_BUILT], [r for r in records if r["verdict"] == RIGHT]
+    others = ", ".join(f"{found[v]} {v}" for v in VERDICTS if found[v] and v not in (RIGHT, NOT_BUILT))
+    worst = max((r["error"] for r in right), default=None)
+    most = max((r["forward_equivalents"] for r in right if r.get("forward_equivalents") is not None), default=None)
+    share = f"{100 * len(right) / tried:.1f} %" if tried else ""
+    cells = _number(worst, "{:.0e}"), _number(most, "{:.0f}"), others or "0", str(found[NOT_BUILT])
+    return (name, str(tried), str(len(right)), share, *cells)
+
+
+def _reasons(records: Iterable[Record]) -> list[str]:
+    ranked = sorted(records, key=lambda r: (r["library"], r["family"]))
+    return [f"- `{r['library']}:{r['family']}`, {r['verdict']}: {_plain(r['reason'])}" for r in ranked]
+
+
+def _plain(reason: str) -> str:
+    """A reason as code, cut, so that nothing in it is taken for Markdown."""
+    text = reason.replace("`", "'")
+    return f"`{text[:160]}{'…' if len(text) > 160 else ''}`"
 
 
 def calls(records: Iterable[Record]) -> str:

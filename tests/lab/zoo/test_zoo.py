@@ -228,6 +228,21 @@ def test_tables_take_records_of_every_verdict():
     assert counts(records).splitlines()[0].startswith("l: 5 tried: 1 right, 1 WRONG")
 
 
+def test_a_page_counts_and_says_every_cause(tmp_path):
+    right = {"library": "l", "family": "good", "verdict": "right", "error": 2e-9, "forward_equivalents": 3.2}
+    bad = {"library": "l", "family": "bad", "verdict": "refused", "reason": "a `cause` | of [it]"}
+    absent = {"library": "m", "family": "gone", "verdict": "not built", "reason": "r" * 500}
+    path, out = tmp_path / "r.jsonl", tmp_path / "page.md"
+    path.write_text("\n".join(json.dumps({"asked": "float64", **r}) for r in (right, bad, absent)), encoding="utf-8")
+    assert main(["--results", str(path), "--page", str(out)]) == 0
+    text = out.read_text(encoding="utf-8")
+    assert "| l | 2 | 1 | 50.0 % | 2e-09 | 3 | 1 refused | 0 |" in text
+    assert "| m | 0 | 0 |  |  |  | 0 | 1 |" in text
+    assert "| all | 2 | 1 | 50.0 % |" in text
+    assert "- `l:bad`, refused: `a 'cause' | of [it]`" in text
+    assert "`m:gone`, not built: `" + "r" * 160 + "…`" in text
+
+
 def test_sizes_shrink_together():
     before = {
         "hidden_size": 4096,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -211,7 +212,7 @@ def _other(tensor: Tensor | None, axis: Axis | None, batch: int, samples: slice,
         if tensor.numel() > _SHUFFLED:  # of many elements another order takes seconds, and a turn tells as much
             flat = flat.roll(int(0.381966 * tensor.numel()))
         else:
-            flat = flat[torch.randperm(tensor.numel(), device="cpu").to(tensor.device)]
+            flat = flat[_order(tensor.numel()).to(tensor.device)]
         new = flat.view(moved.shape)
     else:
         generator = torch.Generator().manual_seed(0)
@@ -221,6 +222,12 @@ def _other(tensor: Tensor | None, axis: Axis | None, batch: int, samples: slice,
         new = (new.roll(1, 0) if kind == "turned" else new).view(moved.shape)
     target[samples] = new[samples]
     return back
+
+
+@lru_cache(maxsize=16)
+def _order(elements: int) -> Tensor:
+    """A random order, the same whenever as many elements ask for one."""
+    return torch.randperm(elements, generator=torch.Generator().manual_seed(0), device="cpu")
 
 
 def batched_values(tape: Tape, inputs: Sequence[int], batch: int) -> Axes:
