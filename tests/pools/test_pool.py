@@ -254,3 +254,19 @@ class TestCopiesOfAProgram:
             hzo.simulator(["true"], copies=0)
         with pytest.raises(InputError, match="hedge"):
             hzo.blackbox(np.sin, executor=ThreadPoolExecutor, hedge=-1.0)
+
+
+def test_dask_is_told_that_a_part_is_not_pure():
+    """It would hash the part and its arguments for each call, and answer equal questions once."""
+    asked = []
+
+    class ClientExecutor(ThreadPoolExecutor):
+        __module__ = "distributed.cfexecutor"  # as dask's
+
+        def submit(self, fn, /, *args, pure=True):
+            asked.append(pure)
+            return super().submit(fn, *args)
+
+    with ClientExecutor(2) as executor:
+        assert Pool(executor).ask(abs, [((-1,), {}), ((-1,), {})]) == [1, 1]
+    assert asked == [False, False]

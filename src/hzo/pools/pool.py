@@ -178,7 +178,7 @@ class Pool:
                 assert asked.run is not None
                 written = isinstance(executor, ProcessPoolExecutor)
                 given = (_written(asked.calls[k]),) if written else asked.calls[k]
-                future: Future[Any] = executor.submit(asked.run, *given)
+                future: Future[Any] = executor.submit(asked.run, *given, **_options(executor))
                 break
             except (BrokenExecutor, CancelledError, OSError, RuntimeError) as error:  # RuntimeError: it was shut down
                 if isinstance(error, QueryError):
@@ -295,6 +295,12 @@ def _arrived(done: SimpleQueue[Future[Any]], tick: float | None) -> Iterator[Fut
         yield done.get(timeout=tick)
         while True:
             yield done.get_nowait()
+
+
+def _options(executor: Any) -> dict[str, Any]:
+    """Options of a submission. dask takes functions to be pure: it would write down and hash the part and its arguments
+    for each call, and give two equal questions one answer."""
+    return {"pure": False} if type(executor).__module__.startswith("distributed.") else {}
 
 
 def _written(what: Any) -> bytes:
