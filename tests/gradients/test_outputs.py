@@ -146,9 +146,8 @@ def test_one_sample_under_a_plan_for_more_says_what_it_costs():
     model, x, y = Single().double(), torch.randn(5, 4, dtype=torch.float64), torch.randint(3, (5,))
     chain = hzo.trace(model, x)
     plan = hzo.plan(chain, tree="bisect", assume="nothing")
-    with pytest.warns(
-        hzo.errors.HzoWarning, match=r"planned anew, and takes \d+ queries where the plan says \d+ for 5 samples"
-    ):
+    said = "planned anew, and takes 120 stage evaluations where the plan says 132 for one sample"
+    with pytest.warns(hzo.errors.HzoWarning, match=said):
         hzo.backward(chain, F.cross_entropy, x[:1], y[:1], plan=plan)
     found = model.a.weight.grad
     model.zero_grad()

@@ -279,11 +279,12 @@ def _estimate(
             if plan is not None and batch_size(*call_arguments(x)) > 1:
                 raise
             chain, found = prepare(model, x, None, task.options if plan is None else made_with(plan), anew=True)
-            if plan is not None:
+            predicted = None if plan is None else plan.cost.stage_evaluations + plan.cost.measurements  # of one sample
+            if predicted is not None and predicted != found.stage_evaluations:
                 warnings.warn(
                     "PyTorch runs other calls for one sample than this plan was made for: it was planned anew, and "
-                    f"takes {found.queries} queries where the plan says {plan.queries} for {plan.batch} samples. Plan "
-                    "for one sample, hzo.plan(hzo.trace(model, x)), or leave a last single sample out",
+                    f"takes {found.stage_evaluations} stage evaluations where the plan says {predicted} for one "
+                    "sample. Plan for one sample, hzo.plan(hzo.trace(model, x)), or leave a last single sample out",
                     HzoWarning,
                     stacklevel=4,
                 )
