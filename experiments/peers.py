@@ -234,7 +234,7 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
             axes.plot(across, up, marker=".", label=name)
     by_time.set(xlabel="processor seconds", ylabel="test accuracy, %")
     by_passes.set(xlabel="forward passes of a batch", xscale="log")
-    by_passes.legend(fontsize=8)
+    by_passes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 

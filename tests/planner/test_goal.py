@@ -95,6 +95,18 @@ def test_a_budget_buys_the_best_cosine():
     assert hzo.plan(chain, budget=3 * target.forward_equivalents, **options).expected.cosine > bought.expected.cosine
 
 
+def test_a_budget_that_pays_one_repeat_of_each_is_enough():
+    """However loud the noise: the plan is then what the money buys, and says how bad it expects to be."""
+    chain, _, _ = residual(6)
+    options = {"step": 0.1, "noise": 1e6, **OPTIONS}
+    once = hzo.plan(chain, "bisect", step=0.1, **OPTIONS).forward_equivalents
+    plan = hzo.plan(chain, "bisect", budget=1.5 * once, **options)
+    assert once <= plan.forward_equivalents <= 1.5 * once
+    assert plan.expected.cosine < 1e-3
+    with pytest.raises(PlanError, match="the cheapest plan takes"):
+        hzo.plan(chain, "bisect", budget=0.9 * once, **options)
+
+
 def test_seconds_are_a_budget_too():
     chain, x, y = residual(8)
     known = hzo.calibrate(hzo.noisy(chain, 3e-3), x, F.mse_loss, y, assume="nothing")

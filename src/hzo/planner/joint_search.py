@@ -173,17 +173,22 @@ def _edge_table(choice: Balance, best: Tensor) -> EdgeTable:
 
 def affordable(choice: Balance, fits: Callable[[list[PlannedEdge]], bool]) -> list[PlannedEdge] | None:
     """The edges of the smallest error that still fit a budget; None where not even one query each does."""
-    best = keeping(choice, _ANY, programme=False)
+    best = keeping(choice, inf, programme=False)
     if best is None or not fits(best):
         return None
-    best, high = _lowest(choice, fits, best, 1e-12, _ANY, programme=False)
+    high = 1e6
+    while not ((found := keeping(choice, high, programme=False)) and fits(found)):
+        high *= 1e3  # a signal that drowns: even this error asks for more repeats than the budget has
+        if high > _LARGEST:
+            return best
+    best, high = _lowest(choice, fits, found, 1e-12, high, programme=False)
     if choice.free and len(choice.candidates.points) <= _PROGRAMME:
         # Tree and whole repeats looked for together have a smaller error for the same price, but take their time.
         best, _ = _lowest(choice, fits, best, high / 2, high, programme=True)
     return best
 
 
-_ANY = 1e6  # an error that every plan keeps
+_LARGEST = 1e30  # an error beyond which nothing is told apart
 
 
 def _lowest(
