@@ -112,8 +112,14 @@ def test_a_hook_that_solves_for_the_adjoint():
     check(fixed_point, leaves_of((3, 4), (4, 4)), dropped=False)
 
 
-def test_cond_runs_as_eager():
-    check(lambda x: torch.cond(x.sum() > 0, lambda t: t.sin(), lambda t: t.exp(), (x,)), leaves_of((3, 4)))
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_cond_runs_as_eager(sign):
+    """Beside the branch that was taken: autograd of ``torch.cond`` compiles, which depends on what ran before."""
+    x = (sign * torch.rand(3, 4, dtype=torch.float64)).requires_grad_()
+    with hzo.record() as tape:
+        loss = torch.cond(x.sum() > 0, lambda t: t.sin(), lambda t: t.exp(), (x,)).sum()
+    tape.backward(loss)
+    torch.testing.assert_close(x.grad, (x.cos() if sign > 0 else x.exp()).detach(), rtol=1e-12, atol=0)
     assert torch.cond is torch._higher_order_ops.cond
 
 

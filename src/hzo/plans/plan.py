@@ -356,8 +356,8 @@ def measuring(plan: Plan, rows: int = 3) -> list[str]:
         return []
     share = float(cost.measured / plan.batch)
     lines = [
-        f"weights are measured by {cost.measurements:,} queries whatever the batch: {float(cost.measured):,.3g} / B "
-        f"forward passes of B samples, {share:,.2g} here, about {share / 3:.0%} of backprop"
+        f"weights are measured by {cost.measurements:,} queries whatever the batch B: {float(cost.measured):,.3g} / B "
+        f"forward passes, {share:,.2g} here",
     ]
     measured = sorted((n for n in plan.nodes if n.cost.measured), key=lambda n: -n.cost.measured)
     for node in measured[:rows]:
