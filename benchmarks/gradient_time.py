@@ -23,13 +23,12 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 import hzo
 from hzo.finite_differences import directions_per_chunk
 from hzo.gradients import base_pass
 from hzo.plans import bytes_per_direction, schedule
-from hzo_lab.records import environment
+from hzo_lab.records import environment, peak_of
 
 MIB = 2**20
 OUT = Path(__file__).parents[1] / "results" / "benchmarks" / "gradient_time.json"
@@ -71,21 +70,9 @@ def by_chunk(chain: hzo.Chain, plan: hzo.Plan, batch: int, memory: int) -> dict[
     found: dict[int, float] = {}
     for node in plan.nodes:
         needed = bytes_per_direction(chain.traced, node, batch)
-        chunk = min(directions_per_chunk(needed, memory, torch.device("cpu")), max(1, node.probe.directions))
+        chunk = min(directions_per_chunk(needed, memory, torch.device("cpu")), max(1, node.directions))
         found[chunk] = found.get(chunk, 0.0) + float(node.cost.forward_equivalents_of(batch))
     return found
-
-
-def peak_bytes(run: object) -> int:
-    """The largest sum of allocations during a call, above what there was before it."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        run()  # type: ignore[operator]
-    level = peak = 0
-    events = recorded.profiler.kineto_results.events()
-    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        level += event.nbytes()
-        peak = max(peak, level)
-    return peak
 
 
 def held_bytes(chain: hzo.Chain, plan: hzo.Plan, x: Tensor) -> int:
@@ -122,7 +109,7 @@ def measure(name: str, tree: str, memory: int, rounds: int) -> dict[str, object]
         "tree": tree,
         "batch": len(x),
         "budget_mib": memory / MIB,
-        "peak_mib": (peak_bytes(gradient) - held_bytes(chain, plan, x)) / MIB,
+        "peak_mib": (peak_of(gradient) - held_bytes(chain, plan, x)) / MIB,
         "forward_equivalents": plan.forward_equivalents,
         "queries_predicted": plan.queries,
         "queries_counted": count.queries,

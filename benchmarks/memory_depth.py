@@ -26,10 +26,10 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import hzo
+from hzo_lab.records import peak_of
 from record import write
 
 OUT = Path(__file__).parents[1] / "results" / "benchmarks" / "memory_depth.json"
@@ -79,18 +79,6 @@ def gradients(model: nn.Sequential, x: Tensor, y: Tensor) -> tuple[dict[str, Cal
     }, plans
 
 
-def peak_bytes(run: Callable[[], Any], ignored: set[int]) -> int:
-    """The most that is allocated at once during a call, without allocations of the sizes ``ignored``."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        run()
-    level = highest = 0
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        level += event.nbytes() if abs(event.nbytes()) not in ignored else 0
-        highest = max(highest, level)
-    return highest
-
-
 def cosine(model: nn.Sequential, run: Callable[[], Any], reference: dict[str, Tensor]) -> float:
     """The least over all parameters."""
     model.zero_grad()
@@ -113,7 +101,7 @@ def measure(depth: int, options: argparse.Namespace) -> dict[str, Any]:
     activation = options.batch * options.width * 4
     if activation in ignored:
         raise SystemExit("an activation is as large as a weight; choose another --batch")
-    peaks = {name: peak_bytes(function, ignored) for name, function in run.items()}
+    peaks = {name: peak_of(function, ignored) for name, function in run.items()}
     seconds: dict[str, list[float]] = {name: [] for name in run}
     for _ in range(options.rounds):
         for name, function in run.items():

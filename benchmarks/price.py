@@ -25,10 +25,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 import hzo
 from hzo_lab import networks
+from hzo_lab.records import peak_of
 from hzo_lab.training.models import build
 from record import write
 
@@ -201,7 +201,7 @@ def measure(name: str, rounds: int) -> dict[str, float]:
     peaks = {}
     for method in ("backprop", "hzo"):
         model.zero_grad()
-        peaks[method] = held_at_most(lambda run=METHODS[method]: run(model, loss))
+        peaks[method] = peak_of(lambda run=METHODS[method]: run(model, loss)) / 2**20
     median = {key: statistics.median(values) for key, values in times.items()}
     a, b = gradients["hzo"], gradients["backprop"]
     recording = median["recorded forward"] - median["forward"]
@@ -219,18 +219,6 @@ def measure(name: str, rounds: int) -> dict[str, float]:
         "1 - cosine": 1 - float(a @ b) / math.sqrt(float(a @ a) * float(b @ b)),
         "queries": count.queries,
     }
-
-
-def held_at_most(run: Callable[[], object]) -> float:
-    """MiB that tensors take at the peak, above what they took before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        run()
-    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak / 2**20
 
 
 def resident_of(name: str, method: str) -> float:

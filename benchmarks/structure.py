@@ -31,7 +31,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import hzo
 from hzo_lab.networks import GPT, BasicBlock, ResNet
-from hzo_lab.records import environment
+from hzo_lab.records import environment, peak_of
 from hzo_lab.training import resnet
 
 Problem = tuple[nn.Module, Tensor, Tensor]
@@ -127,14 +127,7 @@ def peak(run: Callable[[], None], device: torch.device) -> int:
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    held = highest = 0
-    allocations = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(allocations, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        highest = max(highest, held)
-    return highest
+    return peak_of(run)
 
 
 def kernels(run: Callable[[], None], device: torch.device) -> dict[str, float]:

@@ -8,7 +8,7 @@ import hzo
 from hzo.execution.counting import count_queries
 from hzo.plans.memory import stored
 from hzo.rules import base
-from support.allocations import peak_of
+from hzo_lab.records import peak_of
 
 WIDTH, DEPTH, BATCH = 128, 16, 32
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 import hzo
 import hzo.gradients.backward_sweep
@@ -19,6 +18,7 @@ from hzo.plans.activation_schedule import schedule
 from hzo.plans.memory import activation_bytes
 from hzo.plans.storage import Event, Pass, last_uses, passes, run_again
 from hzo.tape.marks import Marks
+from hzo_lab.records import peak_of
 from support import oracles
 from support.architectures import NETWORKS
 from support.cases import CASES, Problem
@@ -266,18 +266,6 @@ def test_steps_keep_what_they_read_and_not_what_their_queries_make(tree):
     assert plan.activation_bytes <= 2 * 4 * 8 * (5 + 6 + 3)  # spine, pending cotangents, one stage
 
 
-def allocated(run):
-    """The most that is allocated at once during a call, above what there was before it."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        run()
-    level = highest = 0
-    events = recorded.profiler.kineto_results.events()
-    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        level += event.nbytes()
-        highest = max(highest, level)
-    return highest
-
-
 def test_predicted_bytes_are_allocated_bytes():
     """What a step works with is the same at every depth and either way; all else is as predicted.
 
@@ -300,7 +288,7 @@ def test_predicted_bytes_are_allocated_bytes():
                 hzo.grad_and_value(chain, F.mse_loss, x, x, plan=plan, memory=1)
 
             gradient()
-            beyond.append((allocated(gradient) - plan.activation_bytes) / boundary)
+            beyond.append((peak_of(gradient) - plan.activation_bytes) / boundary)
     assert max(beyond) - min(beyond) < 0.1
     assert 0 < min(beyond) < 12  # two perturbed copies, their results, differences in two forms, the step's own means
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hzo.baselines._backprop import backprop
 from hzo.execution import as_checks, contained
 from hzo.gradients import grad_and_value
-from hzo.tracing import Chain
+from hzo.tracing import Chain, module_of
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def compare_gradients(
     Returns cosines and relative errors; ``print`` it. ``.grad``, buffers and random state are as before. Cost: one
     gradient of each, from the same random numbers. Source: ours.
     """
-    module = model.model if isinstance(model, Chain) else model
+    module = module_of(model)
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     held = {name: p.grad for name, p in parameters.items()}
     with as_checks():

@@ -22,7 +22,7 @@ from hzo.errors import InputError, NonFiniteError, StepError
 from hzo.execution import counting, restore_snapshot, take_snapshot
 from hzo.losses import check_finite, check_loss
 from hzo.reverse import accumulate
-from hzo.tracing import Chain, batch_size, call_arguments, tensors_in
+from hzo.tracing import Chain, batch_size, call_arguments, module_of, tensors_in
 
 Model = nn.Module | Chain
 LossFn = Callable[..., Any]
@@ -60,7 +60,7 @@ def problem(model: Model, loss_fn: LossFn, x: Any, y: Any, *, by_autograd: bool 
         NonFiniteError: NaN or infinity in ``x``.
         DistributedError: a wrapper that shards parameters.
     """
-    module = model.model if isinstance(model, Chain) else model
+    module = module_of(model)
     if not by_autograd:
         refuse_wrappers(module)
         module = unwrapped(module)

@@ -30,7 +30,7 @@ from hzo.plans import Plan, schedule
 from hzo.reverse import accumulate, gradients_of, hooked, named, one_by_one
 from hzo.tape import Ref
 from hzo.tape.marks import marks_of
-from hzo.tracing import Chain, Graph, batch_size, call_arguments, output_leaves
+from hzo.tracing import Chain, Graph, batch_size, call_arguments, module_of, output_leaves
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -210,7 +210,7 @@ def _leaves(
         if by_rules:
             leaves, loss = gradients_of(task.model, task.loss_fn, task.x, task.y, together, keep)
             return list(leaves), loss, None
-        spread = mesh is not None or bool(kind_of_wrapper(_module(task.model)))
+        spread = mesh is not None or bool(kind_of_wrapper(module_of(task.model)))
         found = _estimate(task, together=together, widely=spread)
         names = {name: parameter for name, (parameter, _) in found.gradients.items()}
         if isinstance(task.loss_fn, nn.Module):
@@ -228,15 +228,11 @@ def _processes(
     if mesh is None:
         yield lambda gradients, loss: (averaged(model, gradients), loss)
         return
-    module = _module(model)
+    module = module_of(model)
     made = () if plan is None else (plan.fingerprint, plan.edges, plan.scheme, plan.step, plan.mu, plan.spacing)
     same = f"{made} {sorted(task.options.items())}"
     with shared(mesh, module, task.x, task.y, same, timeout) as (here, weight):
         yield lambda gradients, loss: here.finish(module, gradients, loss, weight)
-
-
-def _module(model: Chain | nn.Module) -> nn.Module:
-    return model.model if isinstance(model, Chain) else model
 
 
 def _on_tape(task: _Task) -> bool:
@@ -265,7 +261,7 @@ def _estimate(
     """
     model, loss_fn, x, y, plan = task.model, task.loss_fn, task.x, task.y, task.plan
     function("loss_fn", loss_fn)
-    refuse_wrappers(_module(model))
+    refuse_wrappers(module_of(model))
     model = unwrapped(model)
     chain, found = prepare(model, x, plan, task.options)
     graph = chain.traced

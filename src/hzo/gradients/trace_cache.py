@@ -12,7 +12,7 @@ from torch import nn
 from hzo.errors import InputError, PlanError
 from hzo.planner import plan as make_plan
 from hzo.plans import Plan
-from hzo.tracing import Chain, batch_size, call_arguments, check_dense, signature
+from hzo.tracing import Chain, batch_size, call_arguments, check_dense, module_of, signature
 from hzo.tracing.recorder import check_tensors, trace
 
 _KEPT = 8  # traces a module: shapes and modes that alternate (train and eval, the last smaller batch) stay
@@ -87,7 +87,7 @@ def plan_of(chain: Chain, options: Mapping[str, Any]) -> Plan:
 
 def traced_for(model: Chain | nn.Module, x: Any, *, strict: bool, anew: bool = False) -> Chain:
     """``model`` itself where it is a chain traced for inputs like ``x``, else a trace of it, from memory if there."""
-    module = model.model if isinstance(model, Chain) else model
+    module = module_of(model)
     if not isinstance(module, nn.Module):
         raise InputError(f"expected an nn.Module or an hzo.Chain, got {type(model).__name__}; wrap it: hzo.Chain([f])")
     check_tensors(module)

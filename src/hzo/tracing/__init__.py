@@ -1,7 +1,7 @@
 """What a traced model is: a chain of stages over a graph of operations, and what is promised of its modules."""
 
 from hzo.tracing.arguments import leaves, map_arguments, map_output, output_leaves, tensors_in
-from hzo.tracing.chain import Chain, Stages, noisy
+from hzo.tracing.chain import Chain, Stages, module_of, noisy
 from hzo.tracing.graph import Graph, Measured, Operation, ParameterUse, Stage, Value, apart
 from hzo.tracing.inputs import batch_size, call_arguments, check_dense, requires_gradient, signature
 from hzo.tracing.promises import (
@@ -40,6 +40,7 @@ __all__ = [
     "local_along",
     "map_arguments",
     "map_output",
+    "module_of",
     "noisy",
     "output_leaves",
     "requires_gradient",

@@ -93,6 +93,11 @@ class Chain:
         return "\n".join(lines)
 
 
+def module_of(model: Chain | nn.Module) -> nn.Module:
+    """The module that a chain runs; a module is its own."""
+    return model.model if isinstance(model, Chain) else model
+
+
 def noisy(chain: Chain, readout: Level = 0.0, process: Level = 0.0, seed: int = 0) -> Chain:
     """A copy of a chain that adds Gaussian noise to whatever runs it, to try out how training bears noisy hardware.
 

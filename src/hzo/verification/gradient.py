@@ -18,7 +18,7 @@ from hzo.distributed import refuse_wrappers, unwrapped
 from hzo.errors import InputError
 from hzo.execution import as_checks, contained, counting
 from hzo.gradients import grad_and_value
-from hzo.tracing import Chain, call_arguments
+from hzo.tracing import Chain, call_arguments, module_of
 from hzo.verification.localize import WrongOperation, locate
 from hzo.verification.slopes import Slope, measured_slope
 
@@ -93,7 +93,7 @@ def check_gradient(
     """
     refuse_wrappers(model)
     model = unwrapped(model)  # each process tests its own gradient against its own loss
-    module = model.model if isinstance(model, Chain) else model
+    module = module_of(model)
     whole("directions", directions)
     was_given = gradient is not None
     with contained([module]), as_checks():

@@ -22,7 +22,7 @@ from hzo.gradients import estimated_cotangents
 from hzo.losses import fitting_loss
 from hzo.reverse import RecordedStep, recorded_loss, sweep_end
 from hzo.tape import Tape, current_recorder
-from hzo.tracing import Chain, Graph, call_arguments
+from hzo.tracing import Chain, Graph, call_arguments, module_of
 from hzo.tracing.recorder import recorded
 from hzo.verification.slopes import Slope, measured_slope
 
@@ -75,7 +75,7 @@ def locate(
     Cost: about log₂ of the number of calls times 12 runs of a part of the tape. None where nothing disagrees on the
     way, so that what is wrong was not computed here, or where queries return noise.
     """
-    module = model.model if isinstance(model, Chain) else model
+    module = module_of(model)
     estimated = estimated_cotangents(model, loss_fn, x, y, **options)
     with _scopes(module) as scopes:
         if estimated is None:

@@ -1,6 +1,7 @@
-"""What a run leaves on disk, and what makes it repeatable: files, seeds, and where a number comes from."""
+"""What a run leaves on disk, and what makes it repeatable: files, seeds, memory, and where a number comes from."""
 
 from hzo._seeds import derive
+from hzo_lab.records.allocations import peak_of
 from hzo_lab.records.files import (
     CONFIG,
     CURVES,
@@ -36,6 +37,7 @@ __all__ = [
     "generator",
     "generator_states",
     "new_run_directory",
+    "peak_of",
     "read_metrics",
     "refuse_used_directory",
     "restore_generators",
