@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from hzo.execution import READS_BASE
-from hzo.plans.plan import Node, Plan, Rule
+from hzo.plans.plan import ByRule, Node, Plan
 from hzo.plans.storage import Event, last_uses, passes
 from hzo.tracing import Graph
 
@@ -120,7 +120,7 @@ def reads_of_step(graph: Graph, plan: Plan, step: int, nodes: Iterable[Node]) ->
 
 def read_by_node(graph: Graph, plan: Plan, node: Node) -> Iterator[int]:
     """The values whose activations the estimate of a node reads."""
-    if isinstance(node.estimator, Rule):
+    if isinstance(node.estimator, ByRule):
         op = graph.operations[node.operations[0]]
         yield from op.reads
         yield from op.writes

@@ -11,7 +11,7 @@ from hzo.finite_differences import DRAWS, Probe, Scheme, color, thin
 from hzo.locality import slice_locality
 from hzo.plans.alike import slice_key
 from hzo.plans.cost import adjoint_cost, node_cost, rule_cost
-from hzo.plans.plan import Cost, Estimator, Rule
+from hzo.plans.plan import ByRule, Cost, Estimator
 from hzo.structure import Assume, elementwise_slice
 from hzo.tracing import Graph, Operation
 
@@ -36,11 +36,11 @@ def choose_estimator(
     if allowed.assume == "structure" and len(operations) == 1:
         op = graph.operations[operations[0]]
         if has_adjoint(op):
-            return Rule(op.rule), rule_cost(graph, op, value)
+            return ByRule(op.rule), rule_cost(graph, op, value)
         declared = find_adjoint(graph, op, value)
         if declared is not None:
             shapes = declared.probes(graph, op, value)
-            return Rule(declared.promise), adjoint_cost(graph, operations[0], value, shapes)
+            return ByRule(declared.promise), adjoint_cost(graph, operations[0], value, shapes)
     probe = Probe("coordinate", elements)
     apart = all(graph.values[v].batch_dim is not None for v in (value, *outputs))
     if operations and allowed.assume != "nothing" and apart:

@@ -28,7 +28,7 @@ class PlannedEdge:
 
 
 @dataclass(frozen=True)
-class Rule:
+class ByRule:
     """The VJP rule of a single operation: it carries the cotangent, and nothing is perturbed.
 
     ``name`` says which: "closed", "decomposition", "slope", or what ``hzo.declare`` was told of a module.
@@ -40,7 +40,7 @@ class Rule:
         return f"adjoint ({self.name})" if self.name else "adjoint"
 
 
-Estimator = Probe | Rule
+Estimator = Probe | ByRule
 """How a node's cotangent is found: by finite differences of a slice, or by the rule of one operation."""
 
 
