@@ -148,11 +148,11 @@ def replayed(modules: Iterable[nn.Module]) -> Iterator[Callable[[Callable[[], T]
 
 
 LossAt = Callable[[], float]
-Run = Callable[[Callable[[], Any]], Any]
+Ordered = Callable[[Callable[[], Any]], Any]
 
 
 @contextmanager
-def queried(p: Problem) -> Iterator[tuple[Tensor, LossAt, Run]]:
+def queried(p: Problem) -> Iterator[tuple[Tensor, LossAt, Ordered]]:
     """Run the base pass; yield its loss, a function that queries the loss at what parameters then hold, and one that
     runs what it is given from where the base pass began.
 

@@ -94,7 +94,7 @@ def forward_gradient(
     return loss
 
 
-def _slopes_together(p: ev.Problem, seeds: list[int], loss: Tensor, run: ev.Run) -> list[float] | None:
+def _slopes_together(p: ev.Problem, seeds: list[int], loss: Tensor, run: ev.Ordered) -> list[float] | None:
     """As ``_loss_and_slope`` for many seeds, many directions in a call of the model; None where it cannot be so."""
     parameters = {name: parameter.detach() for name, parameter in p.parameters.items()}
     step = together.at_once(p) // 2

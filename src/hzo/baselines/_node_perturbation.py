@@ -13,7 +13,7 @@ from hzo.baselines._per_sample import contributions
 from hzo.baselines._registry import baseline
 from hzo.errors import CoupledSamplesError, InputError
 from hzo.execution import Activations, query
-from hzo.gradients import Local, base_pass, parameter_gradients, traced_for
+from hzo.gradients import LocalStep, base_pass, parameter_gradients, traced_for
 from hzo.plans import has_rule
 from hzo.tape import Ref
 from hzo.tracing import Chain, Graph, Operation, map_output
@@ -103,7 +103,7 @@ def node_perturbation(
             noise = ev.directions([*nodes.values()], ev.gaussian, seed)
             for value, xi in zip(nodes, noise, strict=True):
                 cotangents[value] += _credit(graph, value, xi.to(cotangents[value].dtype), slope, p.batch)
-        gradients = parameter_gradients(Local(graph, activations, perturbed=()), cotangents)
+        gradients = parameter_gradients(LocalStep(graph, activations, perturbed=()), cotangents)
     ev.add_to_grad(p, gradients.values())
     return loss
 

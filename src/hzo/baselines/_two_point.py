@@ -69,7 +69,7 @@ def two_point(
 
 
 def _slopes_together(
-    p: ev.Problem, draw: ev.Draw, seeds: list[int], mu: float, loss: Tensor, run: ev.Run
+    p: ev.Problem, draw: ev.Draw, seeds: list[int], mu: float, loss: Tensor, run: ev.Ordered
 ) -> list[float] | None:
     """As ``_slope`` for many seeds, with many directions in a call of the model; None where it cannot be run so."""
     parameters = [parameter.detach() for parameter in p.parameters.values()]

@@ -20,7 +20,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Call:
+class DeclaredCall:
     """One operation in the base pass, the cotangent of its output, and the means to measure it.
 
     Attributes:
@@ -54,14 +54,14 @@ class Adjoint:
     """
 
     promise: str
-    apply: Callable[[Call, int], Tensor]
+    apply: Callable[[DeclaredCall, int], Tensor]
     accepts: Callable[[Graph, Operation, int], bool] = lambda _graph, _op, _value: True
     probes: Callable[[Graph, Operation, int], list[Shape]] = lambda _graph, _op, _value: []
 
 
 def call_of(
     graph: Graph, op: Operation, activations: Activations, value: int, cotangents: Mapping[int, Tensor]
-) -> Call:
+) -> DeclaredCall:
     """A declared module as it ran, its cotangent, and the means to measure it."""
     (cotangent,) = cotangents.values()
     call = activations.operation(op.index)
@@ -81,7 +81,7 @@ def call_of(
         )
         return run(probe)
 
-    return Call(graph, op, activations.tensor(value), cotangent, measure, run)
+    return DeclaredCall(graph, op, activations.tensor(value), cotangent, measure, run)
 
 
 def is_first_operand(op: Operation, value: int) -> bool:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hzo.declared.common import Call, Shape, impulse_size
+from hzo.declared.common import DeclaredCall, Shape, impulse_size
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Geometry:
         return (count, self.channels_in, *self.canvas)
 
 
-def measured_weight(call: Call, shape: Geometry) -> Tensor:
+def measured_weight(call: DeclaredCall, shape: Geometry) -> Tensor:
     """The kernel that the layer's responses to impulses show, in the layout of ``torch`` for such a layer."""
     per_group = shape.channels_in // shape.groups
     operand = call.operand
@@ -128,7 +128,7 @@ def where_taps_answer(shape: Geometry, phase: tuple[int, ...], outputs: tuple[in
     return (*every, *torch.meshgrid(*places, indexing="ij")), (*every, *torch.meshgrid(*taps, indexing="ij"))
 
 
-def _backward(call: Call, shape: Geometry) -> Tensor:
+def _backward(call: DeclaredCall, shape: Geometry) -> Tensor:
     weight = measured_weight(call, shape)
     operand = call.operand
     axes = len(shape.kernel)
@@ -157,7 +157,7 @@ def pads_by_hand(shape: Geometry) -> bool:
     return shape.mode != "zeros" or any(before != behind for before, behind in shape.padding)
 
 
-def carry_back(call: Call, shape: Geometry) -> Tensor:
+def carry_back(call: DeclaredCall, shape: Geometry) -> Tensor:
     """The cotangent of what went into a convolution of this geometry."""
     found = _backward(call, shape)
     return _fold_padding(found, call.operand.shape, shape) if pads_by_hand(shape) else found

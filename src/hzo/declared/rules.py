@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hzo.declared import impulses
-from hzo.declared.common import Adjoint, Call, Shape, impulse_size, is_first_operand
+from hzo.declared.common import Adjoint, DeclaredCall, Shape, impulse_size, is_first_operand
 from hzo.declared.impulses import Geometry
 from hzo.tracing import Graph, Local, Operation, Promise, declared, local_along
 
@@ -65,7 +65,7 @@ def _affine_probes(graph: Graph, _: Operation, value: int) -> list[Shape]:
     return [(shape[0], *shape[1:]), *chunks]
 
 
-def _affine(call: Call, value: int) -> Tensor:
+def _affine(call: DeclaredCall, value: int) -> Tensor:
     operand = call.operand
     sample, h = _sample(call.graph, value), impulse_size(operand.dtype)
     n = prod(sample)
@@ -91,7 +91,7 @@ def _diagonal_probes(graph: Graph, _: Operation, value: int) -> list[Shape]:
     return [(2, *_sample(graph, value)[1:])]
 
 
-def _diagonal(call: Call, _: int) -> Tensor:
+def _diagonal(call: DeclaredCall, _: int) -> Tensor:
     operand = call.operand
     h = impulse_size(operand.dtype)
     probe = torch.zeros(2, *operand.shape[1:], dtype=operand.dtype, device=operand.device)
@@ -113,7 +113,7 @@ def _token_probes(graph: Graph, _: Operation, value: int) -> list[Shape]:
     return [(-(-(shape[-1] + 1) // places), *shape[1:])]
 
 
-def _tokens(call: Call, value: int) -> Tensor:
+def _tokens(call: DeclaredCall, value: int) -> Tensor:
     """Impulses in the features, packed into as few samples as hold so many tokens."""
     operand = call.operand
     n, h = operand.shape[-1], impulse_size(operand.dtype)
@@ -133,7 +133,7 @@ def _tokens_accept(graph: Graph, op: Operation, value: int) -> bool:
 # ---- reindexing: the places that a run on their numbers shows -------------------------------------------------------
 
 
-def _copied(call: Call, _: int) -> Tensor:
+def _copied(call: DeclaredCall, _: int) -> Tensor:
     operand = call.operand
     # A module of the user's own may insist on its dtype; where that cannot count so far, float64 can.
     countable = operand.numel() < 2 / torch.finfo(operand.dtype).eps
@@ -198,7 +198,7 @@ def _stationary_probes(graph: Graph, op: Operation, value: int) -> list[Shape]:
     return [geometry.probe]
 
 
-def _stationary(call: Call, value: int) -> Tensor:
+def _stationary(call: DeclaredCall, value: int) -> Tensor:
     geometry = declared_geometry(call.graph, call.op, value)
     assert geometry is not None
     return impulses.carry_back(call, geometry)

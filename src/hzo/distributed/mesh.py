@@ -26,7 +26,7 @@ from hzo.errors import DistributedError, HzoError, InputError
 
 SAMPLE, QUERY = "sample", "query"
 
-Gradients = Sequence[tuple[Tensor, Tensor]]
+LeafGradients = Sequence[tuple[Tensor, Tensor]]
 
 
 class Shares:
@@ -206,8 +206,8 @@ class Shares:
                 self.meet(dimension, self._at, error)
 
     def finish(
-        self, model: nn.Module | None, gradients: Gradients, loss: Tensor, weight: float
-    ) -> tuple[Gradients, Tensor]:
+        self, model: nn.Module | None, gradients: LeafGradients, loss: Tensor, weight: float
+    ) -> tuple[LeafGradients, Tensor]:
         """Gradients and loss of all samples, equal to the bit on all processes.
 
         Args:
@@ -229,7 +229,7 @@ class Shares:
 
         return mean_over(group, parameters, gradients, weight, add_up), loss / torch.distributed.get_world_size(group)
 
-    def _alike(self, gradients: Gradients) -> Gradients:
+    def _alike(self, gradients: LeafGradients) -> LeafGradients:
         """Those of the first along the query dimension where they differ, as by a part that is noisy."""
         group = self._groups.get(QUERY)
         if group is None:

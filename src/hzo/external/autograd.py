@@ -16,11 +16,11 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from hzo.errors import DerivativeError
-from hzo.external.call import Call
+from hzo.external.call import BoxCall
 from hzo.external.products import jvp, vjp
 
 
-def through(call: Call, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def through(call: BoxCall, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """What a part makes of these leaves; autograd takes its derivatives from ``call``."""
     found: tuple[Tensor, ...] = _Part.apply(call, *leaves)  # type: ignore[no-untyped-call]
     return found
@@ -36,7 +36,7 @@ class _Spec:
             one.
     """
 
-    call: Call
+    call: BoxCall
     leaves: int
     wanted: tuple[int, ...]
     given: tuple[int, ...]
@@ -45,7 +45,7 @@ class _Spec:
 
 class _Part(torch.autograd.Function):
     @staticmethod
-    def forward(call: Call, *leaves: Tensor) -> tuple[Tensor, ...]:
+    def forward(call: BoxCall, *leaves: Tensor) -> tuple[Tensor, ...]:
         _check_untraced(call)
         return call.forward(leaves)
 
@@ -92,7 +92,7 @@ class _Part(torch.autograd.Function):
         return found
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], call: Call, *leaves: Tensor) -> tuple[tuple[Tensor, ...], Any]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], call: BoxCall, *leaves: Tensor) -> tuple[tuple[Tensor, ...], Any]:
         dims, size = in_dims[1:], info.batch_size
         first = _picked(leaves, dims, 0)
         inner = call.again()
@@ -247,7 +247,7 @@ class _Once(torch.autograd.Function):
     """The point at which a derivative was taken: nothing may be differentiated through it once more."""
 
     @staticmethod
-    def forward(call: Call, leaf: Tensor) -> Tensor:  # noqa: ARG004
+    def forward(call: BoxCall, leaf: Tensor) -> Tensor:  # noqa: ARG004
         return leaf.view_as(leaf)
 
     @staticmethod
@@ -264,7 +264,7 @@ class _Once(torch.autograd.Function):
         return None if tangent is None else tangent.view_as(tangent)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], call: Call, leaf: Tensor) -> tuple[Tensor, Any]:  # noqa: ARG004
+    def vmap(info: Any, in_dims: tuple[Any, ...], call: BoxCall, leaf: Tensor) -> tuple[Tensor, Any]:  # noqa: ARG004
         return _Once.apply(call, leaf), in_dims[1]  # type: ignore[no-untyped-call]
 
 
@@ -285,14 +285,14 @@ def _without_level(tensors: Sequence[Tensor], level: int) -> list[Tensor]:
     return [t if flag else t.expand(size, *t.shape) for t, flag in zip(found, batched, strict=True)]
 
 
-def _once(call: Call, leaves: Sequence[Tensor]) -> list[Tensor]:
+def _once(call: BoxCall, leaves: Sequence[Tensor]) -> list[Tensor]:
     return [
         _Once.apply(call, t) if t.is_floating_point() or t.is_complex() else t  # type: ignore[no-untyped-call]
         for t in leaves
     ]
 
 
-def _check_untraced(call: Call) -> None:
+def _check_untraced(call: BoxCall) -> None:
     """A trace without values (make_fx, torch.func.linearize, FakeTensor) cannot run a part that needs them."""
     for mode in _get_current_dispatch_mode_stack():
         if type(mode).__name__ in ("ProxyTorchDispatchMode", "FakeTensorMode"):
@@ -302,7 +302,7 @@ def _check_untraced(call: Call) -> None:
             )
 
 
-def _second(call: Call) -> DerivativeError:
+def _second(call: BoxCall) -> DerivativeError:
     return DerivativeError(
         f"a second derivative of {call.guard} was asked for, which it does not have (it is once_differentiable): "
         "differences of differences lose all digits. Take differences of its gradient yourself, at a step that suits "
@@ -310,7 +310,7 @@ def _second(call: Call) -> DerivativeError:
     )
 
 
-def _shaped(call: Call, changes: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
+def _shaped(call: BoxCall, changes: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
     """Changes in shape and dtype of what the forward pass returned."""
     count, dtype, found = len(call.result_positions), call.dtype_of(leaves), []
     for k, (change, shape) in enumerate(zip(changes, call.shapes, strict=True)):

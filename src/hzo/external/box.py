@@ -20,11 +20,11 @@ from hzo._options import positive, whole
 from hzo.errors import InputError
 from hzo.execution import counting
 from hzo.external.autograd import through, through_planned
-from hzo.external.call import Call, OnFailure, Settings
+from hzo.external.call import BoxCall, OnFailure, Settings
 from hzo.external.cost import BoxPlan, ChainPlan, plan_of_call
 from hzo.external.guard import Guarded, expect
 from hzo.external.history import History
-from hzo.external.planned import Pass, forget, in_dtype_of, planned, seconds_of_plan
+from hzo.external.planned import PlannedCall, forget, in_dtype_of, planned, seconds_of_plan
 from hzo.external.signature import flatten, names_of
 from hzo.external.state import floating
 from hzo.external.steps import Bounds, Steps
@@ -309,7 +309,7 @@ class BlackBox(nn.Module):
         self._history.note(call, guard, found, len(call.result_positions), _transformed(tensors))
         return call.outputs(found[: len(call.result_positions)])
 
-    def _plain(self, call: Call, tensors: Sequence[Tensor], parameters: Sequence[Tensor]) -> Any:
+    def _plain(self, call: BoxCall, tensors: Sequence[Tensor], parameters: Sequence[Tensor]) -> Any:
         """Without a gradient: nothing is checked, and nothing counted."""
         if _transformed(tensors):
             found = through(call, [*tensors, *parameters])
@@ -324,7 +324,7 @@ class BlackBox(nn.Module):
         (found,) = (part for part in self.stages.children() if isinstance(part, Guarded))
         return found
 
-    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, list[Tensor], list[Tensor]]:
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[BoxCall, list[Tensor], list[Tensor]]:
         leaves, structure = flatten((args, kwargs))
         positions = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         if not positions:
@@ -335,7 +335,7 @@ class BlackBox(nn.Module):
         parameters = {
             name: p for name, p in self.stages.named_parameters() if p.requires_grad or not torch.is_grad_enabled()
         }
-        call = Call(
+        call = BoxCall(
             guard,
             self.stages,
             self._promised(settings),
@@ -388,7 +388,7 @@ class BlackBox(nn.Module):
         if not any(t.requires_grad for t in (*inputs, *parameters.values())) and not _transformed(inputs):
             with torch.no_grad():
                 return in_dtype_of(inputs, self.stages(*inputs))
-        this = Pass(
+        this = PlannedCall(
             self.stages,
             self.options,
             self.measured,

@@ -31,7 +31,7 @@ from hzo.execution import contained, counting, with_parameters
 from hzo.external.guard import Guarded
 from hzo.external.randomness import Randomness, randomness
 from hzo.external.signature import Structure, flatten
-from hzo.external.state import Key, Saved, floating
+from hzo.external.state import Saved, StateKey, floating
 from hzo.external.steps import Bounds, Steps
 from hzo.finite_differences import Pattern, Scheme
 
@@ -84,7 +84,7 @@ class Layout:
 
 
 @dataclass
-class Call:
+class BoxCall:
     """One forward pass of a part, and what its backward pass needs of it."""
 
     guard: Guarded
@@ -95,7 +95,7 @@ class Call:
     positions: list[int]  # of the tensors among them
     names: list[str]  # for each leaf: argument, parameter, or state
     parameters: tuple[str, ...]
-    state_keys: tuple[Key, ...] = ()
+    state_keys: tuple[StateKey, ...] = ()
     known: dict[Any, Any] = field(default_factory=dict)  # layouts and steps that were found, shared by calls of a box
     watched: bool = True  # look for trainable tensors inside
 
@@ -109,8 +109,8 @@ class Call:
     complex: list[bool] = field(default_factory=list)
     made: list[torch.dtype] = field(default_factory=list)  # as they were handed out
     failed: Tensor | None = None  # (B,): samples that came out as NaN or infinity
-    left: tuple[Key, ...] = ()  # the places of its state that it changed and a gradient may flow through
-    moved_on: tuple[Key, ...] = ()  # all places that it changed
+    left: tuple[StateKey, ...] = ()  # the places of its state that it changed and a gradient may flow through
+    moved_on: tuple[StateKey, ...] = ()  # all places that it changed
     stuck: bool = False  # it changed what no gradient can follow
     start: Saved | None = None
     end: Saved | None = None
@@ -122,21 +122,21 @@ class Call:
     seed: int = 0
     consumed: bool = False  # a backward pass has been through it
     on_tape: bool = False
-    slices: list[Call] = field(default_factory=list)  # under vmap, the calls that stand for this one
-    whole: Call | None = None  # under several, the one into whose batch all slices went
+    slices: list[BoxCall] = field(default_factory=list)  # under vmap, the calls that stand for this one
+    whole: BoxCall | None = None  # under several, the one into whose batch all slices went
 
     @property
     def count(self) -> int:
         return len(self.positions)
 
-    def again(self) -> Call:
+    def again(self) -> BoxCall:
         """A call of the same part with the same structure, which has not run yet."""
-        return Call(
+        return BoxCall(
             self.guard, self.stages, self.settings, self.structure, self.constants, self.positions, self.names,
             self.parameters, self.state_keys, self.known, self.watched,
         )  # fmt: skip
 
-    def adopt(self, other: Call) -> None:
+    def adopt(self, other: BoxCall) -> None:
         """Results are structured as those of another call."""
         self.result, self.result_constants = other.result, other.result_constants
         self.result_positions, self.moved_on, self.left, self.stuck = (
@@ -144,7 +144,7 @@ class Call:
         )  # fmt: skip
         self.layout = other.layout
 
-    def part(self, start: int, stop: int) -> Call:
+    def part(self, start: int, stop: int) -> BoxCall:
         """The call that some samples of this one would have been."""
         made = replace(self, layout=replace(self.layout, batch=stop - start), slices=[])
         pairs = list(zip(self.base, self.layout.outputs, strict=True))

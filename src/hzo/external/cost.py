@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from hzo.execution import counting
-from hzo.external.call import Call
+from hzo.external.call import BoxCall
 from hzo.external.sites import Method, Site, method_of, site_of
 from hzo.plans import Plan
 
@@ -102,7 +102,7 @@ class ChainPlan:
         )
 
 
-def plan_of_call(call: Call, leaves: Sequence[Tensor], wanted: Sequence[bool]) -> BoxPlan:
+def plan_of_call(call: BoxCall, leaves: Sequence[Tensor], wanted: Sequence[bool]) -> BoxPlan:
     """Run the part once, as a check, and say what its backward pass would ask for the leaves that are wanted."""
     guard = call.guard
     now = guard.state.save()
@@ -144,7 +144,7 @@ def _words(method: Method) -> str:
     return f"{how}, affine: one sample for all" if method.alike else how
 
 
-def _calls(call: Call, site: Site, method: Method) -> int:
+def _calls(call: BoxCall, site: Site, method: Method) -> int:
     fixed = call.guard.batched
     if type(fixed) is int:
         folded = site.apart and call.folds

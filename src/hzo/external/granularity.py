@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hzo.execution import counting
-from hzo.external.queries import Sweep
+from hzo.external.queries import BoxSweep
 from hzo.external.sites import Site
 from hzo.finite_differences import element_scale
 
@@ -39,7 +39,7 @@ class MeasuredStep:
         return torch.full_like(rows, self.length) if self.absolute else self.length * element_scale(rows)
 
 
-def measured_step(sweep: Sweep, site: Site, bounds: tuple[Any, Any]) -> MeasuredStep:
+def measured_step(sweep: BoxSweep, site: Site, bounds: tuple[Any, Any]) -> MeasuredStep:
     """The step at which neighbouring ones agree best, or half the quantum of a part that has one.
 
     What a part is made of (its rounding, its quantum, its tolerance) spoils small steps like 1/h, its curvature large

@@ -25,7 +25,7 @@ from hzo.errors import HzoError, InputError, NonFiniteError, QueryError, QueryTi
 from hzo.execution import RandomState, counting, devices_of, random_state, set_random_state
 from hzo.external.scratch import counters_matter, scratch
 from hzo.external.signature import flatten
-from hzo.external.state import Found, Key, Saved, State, state_of
+from hzo.external.state import FoundState, PartState, Saved, StateKey, state_of
 from hzo.pools import Pool
 from hzo.tape.marks import Marks
 
@@ -33,7 +33,7 @@ _seeds = count(0x9E3779B9)  # one for every part: no two of them draw the same n
 
 
 @dataclass
-class Memory:
+class PartMemory:
     """How a part's state stands; apart from its options, by which a traced chain is recognized.
 
     Attributes:
@@ -46,7 +46,7 @@ class Memory:
     end: Saved | None = None
     counters: bool = False
     inside: bool = False
-    scratch: dict[Key, bool] = field(default_factory=dict)
+    scratch: dict[StateKey, bool] = field(default_factory=dict)
 
 
 class Guarded(nn.Module):
@@ -97,7 +97,7 @@ class Guarded(nn.Module):
         self.samples: int | None = None  # of one call, where batched is False
         # Shapes of a sample: those that come out for those that go in.
         self._shapes: dict[tuple[torch.Size, ...], list[torch.Size]] = {}
-        self.remembers = Memory(counters=noisy)  # no repeat of a noisy part would show that they matter
+        self.remembers = PartMemory(counters=noisy)  # no repeat of a noisy part would show that they matter
         _ = self.state  # a state that cannot be read is found out at once
 
     @property
@@ -122,7 +122,7 @@ class Guarded(nn.Module):
         return self.pool is None or not self.pool.elsewhere
 
     @cached_property
-    def state(self) -> State:
+    def state(self) -> PartState:
         """What ``f`` remembers."""
         return state_of(self.callable, self._given_state, self.noisy)
 
@@ -269,7 +269,7 @@ class Guarded(nn.Module):
         finally:
             self.state.load(now, self.remembers.counters)
 
-    def changed(self, before: Saved, after: Saved) -> tuple[list[Key], list[Key]]:
+    def changed(self, before: Saved, after: Saved) -> tuple[list[StateKey], list[StateKey]]:
         """What a call has changed: state for certain, and what may be a mere counter; scratch is neither."""
         certain, counters = self.state.changed(before, after)
         return [key for key in certain if not self.remembers.scratch.get(key)], counters
@@ -289,7 +289,7 @@ class Guarded(nn.Module):
         certain, counters = self.changed(memory.start, memory.end)
         new = [key for key in certain if key not in memory.scratch]
         unknown = [] if memory.counters else [key for key in counters if key not in memory.scratch]
-        if (new or unknown) and isinstance(self.state, Found) and not self.noisy and self.pool is None:
+        if (new or unknown) and isinstance(self.state, FoundState) and not self.noisy and self.pool is None:
             kept = memory.start, memory.end
             memory.inside = True  # these calls move nothing on
             try:
@@ -366,7 +366,7 @@ class Guarded(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {name: value for name, value in self.__dict__.items() if name != "state"}  # which holds on to f
-        return {**kept, "_shapes": {}, "_stream": {}, "remembers": Memory(counters=self.noisy)}
+        return {**kept, "_shapes": {}, "_stream": {}, "remembers": PartMemory(counters=self.noisy)}
 
     def __str__(self) -> str:
         return f"the black box {self.name}"

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from hzo.errors import InputError
-from hzo.external.call import Call
+from hzo.external.call import BoxCall
 from hzo.external.guard import Guarded
-from hzo.external.state import Key, Saved
+from hzo.external.state import Saved, StateKey
 
 
 class History:
@@ -21,13 +21,13 @@ class History:
     """
 
     def __init__(self) -> None:
-        self.tensors: dict[Key, Tensor] = {}
+        self.tensors: dict[StateKey, Tensor] = {}
         self.call: Any = None
-        self.ends: list[tuple[Guarded, Saved, tuple[Key, ...]]] = []
+        self.ends: list[tuple[Guarded, Saved, tuple[StateKey, ...]]] = []
         self.stuck = False
         self.grad_fn: Any = None
 
-    def note(self, call: Call, guard: Guarded, found: Sequence[Tensor], results: int, transformed: bool) -> None:
+    def note(self, call: BoxCall, guard: Guarded, found: Sequence[Tensor], results: int, transformed: bool) -> None:
         """A call has run; ``found`` are its outputs, numbers of its state behind the first ``results``."""
         kept = History()
         if call.moved_on and guard.remembers.end is not None:
@@ -55,7 +55,7 @@ class History:
             return False
         return True
 
-    def reaching(self, guard: Guarded) -> tuple[tuple[Key, ...], list[Tensor]]:
+    def reaching(self, guard: Guarded) -> tuple[tuple[StateKey, ...], list[Tensor]]:
         """The places of the state that still hold what the last call left, and what autograd knows them as.
 
         Raises:
@@ -96,7 +96,7 @@ class History:
                     raise self._error(part, moved)
 
     @staticmethod
-    def _error(part: Guarded, moved: Sequence[Key]) -> InputError:
+    def _error(part: Guarded, moved: Sequence[StateKey]) -> InputError:
         return InputError(
             f"{part} keeps a state ({part.state.names(moved)}) that its last call has moved on, and the gradient "
             "cannot follow it from call to call here. Give the state to it and have it returned, f(x, state) -> (y, "

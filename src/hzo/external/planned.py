@@ -42,7 +42,7 @@ def forget(stages: nn.Module) -> None:
 
 
 @dataclass
-class Pass:
+class PlannedCall:
     """One forward pass through a box, and what its backward pass needs of it.
 
     Attributes:
@@ -86,7 +86,7 @@ class Pass:
         return _backward(self, cotangents)
 
 
-def _forward(this: Pass, inputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def _forward(this: PlannedCall, inputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """A base pass, whose activations wait for the backward pass."""
     device = inputs[0].device.type
     this.autocast = device, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -114,7 +114,7 @@ def _forward(this: Pass, inputs: Sequence[Tensor], parameters: Sequence[Tensor])
     return tuple(leaves)
 
 
-def _backward(this: Pass, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
+def _backward(this: PlannedCall, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The cotangents of inputs and parameters, by a sweep; nothing is asked where all that come in are zero."""
     graph = this.chain.traced
     given = pytree.tree_unflatten(list(cotangents), this.structure)
@@ -191,14 +191,14 @@ def _from(states: Mapping[Guarded, Saved]) -> Iterator[None]:
         yield
 
 
-def _with_parameters(this: Pass, run: Callable[[], Any]) -> Any:
+def _with_parameters(this: PlannedCall, run: Callable[[], Any]) -> Any:
     """Run with the parameters of the forward pass, whoever holds others since."""
     now = dict(this.stages.named_parameters())
     with with_parameters(this.stages, {id(now[name]): p for name, p in this.parameters.items()}):
         return run()
 
 
-def _check_same(this: Pass) -> None:
+def _check_same(this: PlannedCall) -> None:
     """Run the stages once more: differences of a result that has changed since would mean nothing."""
     graph, first = this.chain.traced, this.activations
     again = first.again()

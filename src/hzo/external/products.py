@@ -19,9 +19,9 @@ from hzo.errors import (
     StepError,
 )
 from hzo.execution import counting
-from hzo.external.call import Call, named_samples
+from hzo.external.call import BoxCall, named_samples
 from hzo.external.granularity import measured_step
-from hzo.external.queries import Sweep
+from hzo.external.queries import BoxSweep
 from hzo.external.sites import Method, Site, method_of, site_of
 from hzo.external.steps import MEASURED
 from hzo.finite_differences import (
@@ -40,7 +40,7 @@ SUSPECT = 0.1  # error estimate above which a gradient is said to be inaccurate
 
 
 def vjp(
-    call: Call, leaves: Sequence[Tensor], many: Sequence[Sequence[Tensor | None]], wanted: Sequence[bool]
+    call: BoxCall, leaves: Sequence[Tensor], many: Sequence[Sequence[Tensor | None]], wanted: Sequence[bool]
 ) -> list[list[Tensor | None]]:
     """For several lists of cotangents (one for each output, None for zero) the cotangents of the leaves that are
     wanted.
@@ -52,7 +52,7 @@ def vjp(
     nothing: list[list[Tensor | None]] = [[None for _ in leaves] for _ in many]
     if not outputs:
         return nothing
-    sweep = Sweep(call, leaves, outputs)
+    sweep = BoxSweep(call, leaves, outputs)
     cotangents = [[_filled(call, g[o], o) for o in outputs] for g in rows_of]
     _leave_out(call, sweep, cotangents, outputs)
     counted = [k for k, flag in enumerate(wanted) if flag]
@@ -83,7 +83,7 @@ def _moves(g: Tensor | None) -> bool:
     return g is not None and bool(g.any())
 
 
-def _settings_of(call: Call, leaves: Sequence[Tensor]) -> tuple[list[Any], list[tuple[Any, Any]]]:
+def _settings_of(call: BoxCall, leaves: Sequence[Tensor]) -> tuple[list[Any], list[tuple[Any, Any]]]:
     """Steps and bounds of the leaves; those of parameters and of state are found, unless one step is for all."""
     count = call.count
     shapes = [
@@ -104,7 +104,7 @@ def _settings_of(call: Call, leaves: Sequence[Tensor]) -> tuple[list[Any], list[
     return steps, bounds
 
 
-def _cotangent(call: Call, output: int, g: Tensor) -> Tensor:
+def _cotangent(call: BoxCall, output: int, g: Tensor) -> Tensor:
     """(rows, m), real."""
     if call.complex[output] and not g.is_complex():
         g = g.to(torch.complex128 if g.dtype == torch.float64 else torch.complex64)
@@ -112,7 +112,7 @@ def _cotangent(call: Call, output: int, g: Tensor) -> Tensor:
     return real.reshape(call.base[output].shape)
 
 
-def _filled(call: Call, g: Tensor | None, output: int) -> Tensor:
+def _filled(call: BoxCall, g: Tensor | None, output: int) -> Tensor:
     base = call.base[output]
     wide = torch.float64 if base.dtype == torch.float64 else torch.float32
     if g is None:
@@ -120,7 +120,7 @@ def _filled(call: Call, g: Tensor | None, output: int) -> Tensor:
     return g.to(accumulation_dtype(g.dtype) if g.dtype == torch.float64 else wide)
 
 
-def _leave_out(call: Call, sweep: Sweep, cotangents: list[list[Tensor]], outputs: Sequence[int]) -> None:
+def _leave_out(call: BoxCall, sweep: BoxSweep, cotangents: list[list[Tensor]], outputs: Sequence[int]) -> None:
     """What failed in the forward pass carries nothing back; else that is an error."""
     failed, leaves_out = call.failed, call.settings.on_failure == "zero"
     lost = torch.zeros(call.layout.batch, dtype=torch.bool, device="cpu")
@@ -146,7 +146,7 @@ def _leave_out(call: Call, sweep: Sweep, cotangents: list[list[Tensor]], outputs
 
 
 def _without_the_dead(
-    sweep: Sweep, site: Site, cotangents: Sequence[Sequence[Tensor]], step: Any, bounds: tuple[Any, Any]
+    sweep: BoxSweep, site: Site, cotangents: Sequence[Sequence[Tensor]], step: Any, bounds: tuple[Any, Any]
 ) -> list[Tensor]:
     """As ``_along``. What all samples share is asked again where one of them diverged on the way: its part in the sum
     is known by no other means.
@@ -168,7 +168,7 @@ def _without_the_dead(
 
 
 def _along(
-    sweep: Sweep, site: Site, cotangents: Sequence[Sequence[Tensor]], step: Any, bounds: tuple[Any, Any]
+    sweep: BoxSweep, site: Site, cotangents: Sequence[Sequence[Tensor]], step: Any, bounds: tuple[Any, Any]
 ) -> list[Tensor]:
     """(rows, n) for each list of cotangents."""
     call, settings = sweep.call, sweep.call.settings
@@ -198,7 +198,7 @@ def _along(
 
 
 def _vjp_at(
-    sweep: Sweep,
+    sweep: BoxSweep,
     site: Site,
     method: Method,
     rows: Tensor,
@@ -244,7 +244,7 @@ def _ranges(chosen: Tensor) -> list[tuple[int, int]]:
 
 
 def _weighted(
-    sweep: Sweep,
+    sweep: BoxSweep,
     site: Site,
     method: Method,
     rows: Tensor,
@@ -326,14 +326,14 @@ def _decode(
         decode(probe, start, stop, products, total)
 
 
-def _far(sweep: Sweep, site: Site, rows: Tensor, bounds: tuple[Any, Any]) -> Stencil:
+def _far(sweep: BoxSweep, site: Site, rows: Tensor, bounds: tuple[Any, Any]) -> Stencil:
     """Of an affine part a step is as good as it is long."""
     scale = element_scale(rows)
     low, high = (None if b is None else sweep.expanded(site, b, rows) for b in bounds)
     return stencil(rows, scale, "forward", site.name, low=low, high=high)
 
 
-def _copied(sweep: Sweep, site: Site, rows: Tensor, cotangents: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+def _copied(sweep: BoxSweep, site: Site, rows: Tensor, cotangents: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     """What copies places tells where from, when it is given their numbers."""
     count = site.elements
     if count >= 2 / torch.finfo(rows.dtype).eps:
@@ -349,7 +349,7 @@ def _copied(sweep: Sweep, site: Site, rows: Tensor, cotangents: Sequence[Sequenc
     return found
 
 
-def _finished(sweep: Sweep, site: Site, gradient: Tensor, leaf: Tensor) -> Tensor:
+def _finished(sweep: BoxSweep, site: Site, gradient: Tensor, leaf: Tensor) -> Tensor:
     if not bool(gradient.isfinite().all()):
         raise NonFiniteError(f"the gradient of {site.name} is NaN or infinite; the cotangent that came in may be, too")
     shaped = gradient.reshape(site.rows, *site.shape) if site.apart else gradient.reshape(site.shape)
@@ -361,7 +361,7 @@ def _finished(sweep: Sweep, site: Site, gradient: Tensor, leaf: Tensor) -> Tenso
     return shaped.to(leaf.dtype)
 
 
-def _warn_of_dead(call: Call, dead: Tensor) -> None:
+def _warn_of_dead(call: BoxCall, dead: Tensor) -> None:
     which = f"{named_samples(dead)} of {len(dead)}" if call.layout.batched else "a call"
     warnings.warn(
         f"{call.guard}: {which} came out as NaN or infinity in a query, and is left out of the gradient",
@@ -370,7 +370,7 @@ def _warn_of_dead(call: Call, dead: Tensor) -> None:
     )
 
 
-def _drop(call: Call, sweep: Sweep, found: list[list[Tensor | None]]) -> None:
+def _drop(call: BoxCall, sweep: BoxSweep, found: list[list[Tensor | None]]) -> None:
     """Samples that diverged in a query have no gradient."""
     dead = sweep.dead
     _warn_of_dead(call, dead)
@@ -384,7 +384,7 @@ def _drop(call: Call, sweep: Sweep, found: list[list[Tensor | None]]) -> None:
                 gradient.zero_()
 
 
-def _that_read(call: Call, sweep: Sweep, k: int) -> list[int]:
+def _that_read(call: BoxCall, sweep: BoxSweep, k: int) -> list[int]:
     """Of the outputs that count those that may depend on a number of the state: many remember what they never read.
 
     None do where nothing at all changes with it, the state that is left behind included.
@@ -405,7 +405,7 @@ def _that_read(call: Call, sweep: Sweep, k: int) -> list[int]:
     return [] if all(same) else [o for o in sweep.outputs if sweep._apart(o) or not same[o]]
 
 
-def _that_move(call: Call, sweep: Sweep, steps: Sequence[Any], bounds: Sequence[tuple[Any, Any]]) -> list[int]:
+def _that_move(call: BoxCall, sweep: BoxSweep, steps: Sequence[Any], bounds: Sequence[tuple[Any, Any]]) -> list[int]:
     """Outputs without those that belong to all samples and do not depend on the arguments: a clock, a counter of steps.
 
     Else every element of every sample would have to be moved by itself to learn that nothing comes of it.
@@ -430,7 +430,7 @@ def _that_move(call: Call, sweep: Sweep, steps: Sequence[Any], bounds: Sequence[
 # ---- is it accurate --------------------------------------------------------------------------------------------------
 
 
-def _judge(call: Call, sweep: Sweep) -> None:
+def _judge(call: BoxCall, sweep: BoxSweep) -> None:
     """Say by name that a gradient is not to be trusted, or refuse it."""
     error = max(sweep.error, sweep.measured_error)
     limit = call.settings.max_error
@@ -441,7 +441,7 @@ def _judge(call: Call, sweep: Sweep) -> None:
         warnings.warn(_doubt(call, error), InaccurateGradientWarning, stacklevel=2)
 
 
-def _doubt(call: Call, error: float) -> str:
+def _doubt(call: BoxCall, error: float) -> str:
     much = f"its error is about {error:.0%} within the steps that were taken"
     if error == inf:
         much = "nothing of what it returned moved with its input, or differences agreed at no two lengths of step"
@@ -453,8 +453,8 @@ def _doubt(call: Call, error: float) -> str:
 
 
 def _measure(
-    call: Call,
-    sweep: Sweep,
+    call: BoxCall,
+    sweep: BoxSweep,
     counted: Sequence[int],
     steps: Sequence[Any],
     bounds: Sequence[tuple[Any, Any]],
@@ -471,14 +471,14 @@ def _measure(
 # ---- JVP -------------------------------------------------------------------------------------------------------------
 
 
-def jvp(call: Call, leaves: Sequence[Tensor], many: Sequence[Sequence[Tensor | None]]) -> list[list[Tensor]]:
+def jvp(call: BoxCall, leaves: Sequence[Tensor], many: Sequence[Sequence[Tensor | None]]) -> list[list[Tensor]]:
     """For several changes of the leaves the change of every output, real, (rows, m).
 
     Cost: two evaluations of the batch for each leaf, four where its tangent is of very different sizes; where steps
     were given, as many as a VJP, so that the two agree.
     """
     outputs = list(range(len(call.base)))
-    sweep = Sweep(call, leaves, outputs)
+    sweep = BoxSweep(call, leaves, outputs)
     found = []
     steps, bounds = _settings_of(call, leaves)
     with call.queries(leaves):
@@ -508,7 +508,7 @@ def jvp(call: Call, leaves: Sequence[Tensor], many: Sequence[Sequence[Tensor | N
     return found
 
 
-def _still(call: Call, sweep: Sweep, found: Sequence[Sequence[Tensor]]) -> None:
+def _still(call: BoxCall, sweep: BoxSweep, found: Sequence[Sequence[Tensor]]) -> None:
     """Samples that failed are zero whatever the tangent."""
     gone = sweep.dead if call.failed is None or len(call.failed) != len(sweep.dead) else sweep.dead | call.failed.cpu()
     if bool(sweep.dead.any()):
@@ -521,7 +521,7 @@ def _still(call: Call, sweep: Sweep, found: Sequence[Sequence[Tensor]]) -> None:
                 change.zero_()
 
 
-def _columns(sweep: Sweep, site: Site, rows: Tensor, v: Tensor, step: Any, bounds: tuple[Any, Any]) -> list[Tensor]:
+def _columns(sweep: BoxSweep, site: Site, rows: Tensor, v: Tensor, step: Any, bounds: tuple[Any, Any]) -> list[Tensor]:
     """Column by column, as a VJP takes them."""
     call, settings = sweep.call, sweep.call.settings
     method = method_of(call, site, sweep.outputs, call.sample_shapes(sweep.outputs, site.apart))
@@ -563,7 +563,9 @@ def _columns(sweep: Sweep, site: Site, rows: Tensor, v: Tensor, step: Any, bound
     return [t / draws for t in total]
 
 
-def _directional(sweep: Sweep, site: Site, rows: Tensor, v: Tensor, step: Any, bounds: tuple[Any, Any]) -> list[Tensor]:
+def _directional(
+    sweep: BoxSweep, site: Site, rows: Tensor, v: Tensor, step: Any, bounds: tuple[Any, Any]
+) -> list[Tensor]:
     """Along the direction itself, each element moved by at most its own step; in two groups where sizes differ much."""
     wide = torch.float64 if any(t.dtype == torch.float64 for t in (rows, *sweep.base(site))) else torch.float32
     places = sweep.stencil(site, rows, step, bounds)

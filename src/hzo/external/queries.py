@@ -13,7 +13,7 @@ from torch import Tensor
 from hzo.distributed import shares
 from hzo.errors import NonFiniteError
 from hzo.execution import counting
-from hzo.external.call import Call, named_samples
+from hzo.external.call import BoxCall, named_samples
 from hzo.external.sites import Method, Site, sample_shape
 from hzo.finite_differences import (
     Probe,
@@ -28,10 +28,10 @@ from hzo.finite_differences import (
 )
 
 
-class Sweep:
+class BoxSweep:
     """The queries of one backward pass: what they have in common, and what they found out on the way."""
 
-    def __init__(self, call: Call, leaves: Sequence[Tensor], outputs: Sequence[int]) -> None:
+    def __init__(self, call: BoxCall, leaves: Sequence[Tensor], outputs: Sequence[int]) -> None:
         self.call = call
         self.leaves = [t.detach() for t in leaves]
         self.outputs = list(outputs)

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from hzo.errors import HzoError
-from hzo.external.state import Found, Key, Saved, Slot, floating
+from hzo.external.state import FoundState, Saved, Slot, StateKey, floating
 
 Run = Callable[[], Sequence[Tensor]]
 _LATER = 10**6  # calls
 
 
-def scratch(state: Found, keys: Sequence[Key], left: Saved, outputs: Sequence[Tensor], again: Run) -> dict[Key, bool]:
+def scratch(
+    state: FoundState, keys: Sequence[StateKey], left: Saved, outputs: Sequence[Tensor], again: Run
+) -> dict[StateKey, bool]:
     """For each place that a call changed whether nothing depends on what it held.
 
     The part runs once more from what it left (``left``), and once from numbers far away in these places. They are
@@ -55,7 +57,7 @@ def scratch(state: Found, keys: Sequence[Key], left: Saved, outputs: Sequence[Te
 
 
 def counters_matter(
-    state: Found, keys: Sequence[Key], start: Saved, left: Saved | None, outputs: Sequence[Tensor], again: Run
+    state: FoundState, keys: Sequence[StateKey], start: Saved, left: Saved | None, outputs: Sequence[Tensor], again: Run
 ) -> bool:
     """Whether what comes out changes with whole numbers and truth values that a call changed: a clock, a flag.
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hzo.errors import InputError
-from hzo.external.call import Call
+from hzo.external.call import BoxCall
 from hzo.finite_differences import (
     Coloring,
     color,
@@ -71,7 +71,7 @@ class Method:
         return self.directions * self.evaluations * self.samples
 
 
-def site_of(call: Call, leaves: Sequence[Tensor], k: int, outputs: Sequence[int]) -> Site:
+def site_of(call: BoxCall, leaves: Sequence[Tensor], k: int, outputs: Sequence[int]) -> Site:
     """The leaf ``k`` as something to perturb, for what these outputs say."""
     leaf, layout = leaves[k], call.layout
     apart = layout.leaves[k] and all(layout.outputs[o] for o in outputs)
@@ -82,7 +82,7 @@ def site_of(call: Call, leaves: Sequence[Tensor], k: int, outputs: Sequence[int]
     return Site(k, where, (*shape, 2) if pairs == 2 else shape, layout.batch if apart else 1, apart, pairs, dtype)
 
 
-def method_of(call: Call, site: Site, outputs: Sequence[int], shapes: Sequence[tuple[int, ...]]) -> Method:
+def method_of(call: BoxCall, site: Site, outputs: Sequence[int], shapes: Sequence[tuple[int, ...]]) -> Method:
     """The cheapest way to the derivatives that the part's structure allows.
 
     Args:
@@ -127,5 +127,5 @@ def sample_shape(site: Site) -> tuple[int, ...]:
     return site.shape[:-1] if site.pairs == 2 else site.shape
 
 
-def _without_pairs(shape: tuple[int, ...], call: Call, output: int) -> tuple[int, ...]:
+def _without_pairs(shape: tuple[int, ...], call: BoxCall, output: int) -> tuple[int, ...]:
     return shape[:-1] if call.complex[output] else shape

@@ -27,7 +27,7 @@ from hzo.external.signature import flatten
 
 _LARGEST = 64 * 2**20  # bytes of one attribute that are copied at each call; weights are no state
 _OBJECTS = 2000
-Key = tuple[Any, ...]
+StateKey = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,10 @@ class Saved:
     """A state as it was at some time. ``spaces``: the mappings that were looked into, with
     the names that were found in each."""
 
-    slots: Mapping[Key, Slot]
+    slots: Mapping[StateKey, Slot]
     spaces: tuple[tuple[Any, frozenset[Any]], ...] = ()
     content: Any = None  # what the hook returned
-    leaves: Mapping[Key, Any] = field(default_factory=dict)  # numbers that a gradient may flow through
+    leaves: Mapping[StateKey, Any] = field(default_factory=dict)  # numbers that a gradient may flow through
 
 
 def _array(value: Any) -> bool:
@@ -282,7 +282,7 @@ def _place(space: Any, name: Any) -> Any:
     return None
 
 
-class Found:
+class FoundState:
     """The state that a callable holds in attributes and buffers."""
 
     opaque = False
@@ -293,7 +293,7 @@ class Found:
 
     def save(self) -> Saved:
         """Copies of all of it."""
-        slots: dict[Key, Slot] = {}
+        slots: dict[StateKey, Slot] = {}
         spaces = []
         shared: set[Any] = set()  # variables of several functions are one state
         for owner in owners_of(self.f):
@@ -320,7 +320,7 @@ class Found:
                 if counters or not _counts(space[name]):
                     del space[name]
 
-    def changed(self, before: Saved, after: Saved) -> tuple[list[Key], list[Key]]:
+    def changed(self, before: Saved, after: Saved) -> tuple[list[StateKey], list[StateKey]]:
         """What a call has changed: state for certain, and what may be a mere counter."""
         keys = [
             key
@@ -333,11 +333,11 @@ class Found:
         certain = [k for k in keys if not slots[k].counts]
         return certain, [k for k in keys if slots[k].counts]
 
-    def numbers(self, saved: Saved, keys: Sequence[Key]) -> dict[Key, Any]:
+    def numbers(self, saved: Saved, keys: Sequence[StateKey]) -> dict[StateKey, Any]:
         """The floating arrays and numbers among these slots, by key; containers are looked into."""
-        found: dict[Key, Any] = {}
+        found: dict[StateKey, Any] = {}
 
-        def look(key: Key, slot: Slot) -> None:
+        def look(key: StateKey, slot: Slot) -> None:
             value = slot.content if isinstance(slot.value, Tensor) or _array(slot.value) else slot.value
             if isinstance(value, (float, complex)) and isinstance(slot.space, tuple):
                 found[key] = _NOTHING  # a number in a tuple cannot be moved
@@ -351,7 +351,7 @@ class Found:
                 look(key, saved.slots[key])
         return found
 
-    def move(self, saved: Saved, key: Key, content: Any) -> None:
+    def move(self, saved: Saved, key: StateKey, content: Any) -> None:
         """Write other numbers into one place, behind a ``load``."""
         slot = saved.slots[key[:3]]
         for name in key[3:]:
@@ -367,14 +367,14 @@ class Found:
         else:
             slot.space[slot.name] = type(value)(content.item())
 
-    def same(self, saved: Saved, other: Saved, key: Key) -> bool:
+    def same(self, saved: Saved, other: Saved, key: StateKey) -> bool:
         """Whether a place holds what it held, in the same object: nobody has reset it in between."""
         if key[:3] not in saved.slots or key[:3] not in other.slots:
             return False
         a, b = saved.slots[key[:3]], other.slots[key[:3]]
         return (a.value is b.value or isinstance(a.value, float)) and not _differs(a, b)
 
-    def names(self, keys: Sequence[Key]) -> str:
+    def names(self, keys: Sequence[StateKey]) -> str:
         return ", ".join(dict.fromkeys(str(key[2]) for key in keys))
 
 
@@ -396,11 +396,11 @@ class Hooked:
     def load(self, saved: Saved, counters: bool = True) -> None:  # noqa: ARG002
         self._put(saved, {})
 
-    def _put(self, saved: Saved, moved: Mapping[Key, Any]) -> None:
+    def _put(self, saved: Saved, moved: Mapping[StateKey, Any]) -> None:
         leaves = [moved.get(key, _copied(slot.value)) for key, slot in saved.slots.items()]
         self._load(saved.content.build(leaves))
 
-    def changed(self, before: Saved, after: Saved) -> tuple[list[Key], list[Key]]:
+    def changed(self, before: Saved, after: Saved) -> tuple[list[StateKey], list[StateKey]]:
         keys = [
             key
             for key in {**before.slots, **after.slots}
@@ -408,19 +408,19 @@ class Hooked:
         ]
         return keys, []
 
-    def numbers(self, saved: Saved, keys: Sequence[Key]) -> dict[Key, Any]:
+    def numbers(self, saved: Saved, keys: Sequence[StateKey]) -> dict[StateKey, Any]:
         return {key: saved.slots[key].value for key in keys if key in saved.slots and floating(saved.slots[key].value)}
 
-    def move(self, saved: Saved, key: Key, content: Any) -> None:
+    def move(self, saved: Saved, key: StateKey, content: Any) -> None:
         value = saved.slots[key].value
         if not isinstance(value, Tensor):
             content = content.cpu().numpy() if _array(value) else type(value)(content.item())
         self._put(saved, {key: content})
 
-    def same(self, saved: Saved, other: Saved, key: Key) -> bool:
+    def same(self, saved: Saved, other: Saved, key: StateKey) -> bool:
         return key in saved.slots and key in other.slots and _equal(saved.slots[key], other.slots[key])
 
-    def names(self, keys: Sequence[Key]) -> str:  # noqa: ARG002
+    def names(self, keys: Sequence[StateKey]) -> str:  # noqa: ARG002
         return "what its hook saves"
 
 
@@ -435,23 +435,23 @@ class Without:
     def load(self, saved: Saved, counters: bool = True) -> None:
         pass
 
-    def changed(self, before: Saved, after: Saved) -> tuple[list[Key], list[Key]]:  # noqa: ARG002
+    def changed(self, before: Saved, after: Saved) -> tuple[list[StateKey], list[StateKey]]:  # noqa: ARG002
         return [], []
 
-    def numbers(self, saved: Saved, keys: Sequence[Key]) -> dict[Key, Any]:  # noqa: ARG002
+    def numbers(self, saved: Saved, keys: Sequence[StateKey]) -> dict[StateKey, Any]:  # noqa: ARG002
         return {}
 
-    def move(self, saved: Saved, key: Key, content: Any) -> None:  # noqa: ARG002
+    def move(self, saved: Saved, key: StateKey, content: Any) -> None:  # noqa: ARG002
         raise AssertionError
 
-    def same(self, saved: Saved, other: Saved, key: Key) -> bool:  # noqa: ARG002
+    def same(self, saved: Saved, other: Saved, key: StateKey) -> bool:  # noqa: ARG002
         return False
 
-    def names(self, keys: Sequence[Key]) -> str:  # noqa: ARG002
+    def names(self, keys: Sequence[StateKey]) -> str:  # noqa: ARG002
         return ""
 
 
-State = Found | Hooked | Without
+PartState = FoundState | Hooked | Without
 
 
 def floating(value: Any) -> bool:
@@ -477,14 +477,14 @@ def _equal(a: Slot, b: Slot) -> bool:
     return bool(a.value is b.value or a.value == b.value)
 
 
-def state_of(f: Callable[..., Any], given: Any, noisy: bool) -> State:
+def state_of(f: Callable[..., Any], given: Any, noisy: bool) -> PartState:
     """What ``state=`` of ``hzo.blackbox`` means.
 
     Raises:
         InputError: it is nothing that can be saved and loaded.
     """
     if isinstance(given, str) and given == "found":
-        return Found(f, noisy)
+        return FoundState(f, noisy)
     if given is None:
         return Without()
     if isinstance(given, (tuple, list)) and len(given) == 2 and all(callable(hook) for hook in given):

@@ -21,7 +21,7 @@ from hzo.finite_differences import (
     scaled_step,
     vjp_rows,
 )
-from hzo.gradients.parameters import Gradients, Local, add_gradients, add_to, by_rule, finish, last_contributions
+from hzo.gradients.parameters import Gradients, LocalStep, add_gradients, add_to, by_rule, finish, last_contributions
 from hzo.plans import Node, Plan, Schedule, bytes_per_direction
 from hzo.tracing import Graph, Operation, ParameterUse
 
@@ -45,7 +45,7 @@ class Sweep:
     activations: Activations
     memory: int | None
     cotangents: Cotangents
-    local: Local
+    local: LocalStep
     seed: int = 0
     gradients: Gradients = field(default_factory=dict)
     derived: dict[int, Tensor] = field(default_factory=dict)
@@ -79,7 +79,7 @@ def sweep(
     Cost: the plan's. Source: paper (the recursion); which nodes, and by which probe, is the plan's affair (ours).
     """
     end = len(graph.operations)
-    local = Local(graph, activations, plan.perturbed, plan.scheme, plan.step or plan.mu)
+    local = LocalStep(graph, activations, plan.perturbed, plan.scheme, plan.step or plan.mu)
     state = Sweep(graph, plan, activations, memory, {end: at_the_end}, local, seed)
     found = state.cotangents
     for value, g in (direct or {}).items():

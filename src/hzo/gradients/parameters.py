@@ -27,7 +27,7 @@ Gradients = dict[str, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Local:
+class LocalStep:
     """What the local step works with.
 
     Attributes:
@@ -74,7 +74,7 @@ def by_rule(
     return found
 
 
-def parameter_gradients(local: Local, cotangents: Mapping[int, Tensor]) -> Gradients:
+def parameter_gradients(local: LocalStep, cotangents: Mapping[int, Tensor]) -> Gradients:
     """The gradient of every trainable parameter that the loss depends on.
 
     Args:
@@ -90,7 +90,7 @@ def parameter_gradients(local: Local, cotangents: Mapping[int, Tensor]) -> Gradi
 
 
 def add_gradients(
-    local: Local, op: Operation, cotangents: Mapping[int, Tensor], derived: dict[int, Tensor], gradients: Gradients
+    local: LocalStep, op: Operation, cotangents: Mapping[int, Tensor], derived: dict[int, Tensor], gradients: Gradients
 ) -> None:
     """Add the gradients of one operation's parameters to ``gradients``, of values derived from such to ``derived``.
 
@@ -129,7 +129,9 @@ def finish(name: str, gradients: Gradients) -> None:
         gradients[name] = leaf, gradient.to(leaf.dtype if leaf.grad is None else leaf.grad.dtype)
 
 
-def add_to(local: Local, use: ParameterUse, gradient: Tensor, derived: dict[int, Tensor], gradients: Gradients) -> None:
+def add_to(
+    local: LocalStep, use: ParameterUse, gradient: Tensor, derived: dict[int, Tensor], gradients: Gradients
+) -> None:
     """Add a contribution to the gradient of a parameter, or to the cotangent of a derived value."""
     if not use.name:
         known = derived.get(use.value)
@@ -140,7 +142,7 @@ def add_to(local: Local, use: ParameterUse, gradient: Tensor, derived: dict[int,
         gradients[use.name] = (leaf, gradient if tied is None else tied[1] + gradient)
 
 
-def _closed(local: Local, op: Operation, wanted: frozenset[int], given: dict[int, Tensor]) -> dict[int, Tensor]:
+def _closed(local: LocalStep, op: Operation, wanted: frozenset[int], given: dict[int, Tensor]) -> dict[int, Tensor]:
     if not wanted:
         return {}
     counting.add(parameter_rules=len(wanted))
@@ -150,7 +152,7 @@ def _closed(local: Local, op: Operation, wanted: frozenset[int], given: dict[int
     return by_rule(local.graph, local.activations, op, given, wanted)
 
 
-def _by_perturbation(local: Local, op: Operation, use: ParameterUse, given: dict[int, Tensor]) -> Tensor:
+def _by_perturbation(local: LocalStep, op: Operation, use: ParameterUse, given: dict[int, Tensor]) -> Tensor:
     """Differences of one operation along every element of a parameter."""
     activations = local.activations
     parameter = activations.tensor(use.value).detach()

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 
 from hzo.finite_differences import Link, Links, Pattern, either, follow, identity, without_full
 from hzo.locality import declared, mixing, pointwise, reindexing, spatial
-from hzo.locality.common import Rule, free
+from hzo.locality.common import LinkRule, free
 from hzo.structure import is_elementwise
 from hzo.tracing import Graph, Operation
 
 __all__ = ["Locality", "operation_links", "slice_locality"]
 
 _FILES = (mixing, pointwise, reindexing, spatial)
-RULES: dict[object, Rule] = {target: rule for file in _FILES for target, rule in file.RULES.items()}
+RULES: dict[object, LinkRule] = {target: rule for file in _FILES for target, rule in file.RULES.items()}
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def operation_links(graph: Graph, op: Operation, read: int, write: int) -> Links
     if op.coupled or not op.deterministic:
         return free(graph, read)
     interleaved = graph.values[read].outer > 1 or graph.values[write].outer > 1
-    rule: Rule | None = RULES.get(getattr(op.target, "func", op.target))
+    rule: LinkRule | None = RULES.get(getattr(op.target, "func", op.target))
     if interleaved and rule is not reindexing.by_numbers and not is_elementwise(op):
         return free(graph, read)
     if op.module is not None:

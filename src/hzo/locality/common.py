@@ -12,7 +12,7 @@ from hzo.tape import Ref
 from hzo.tape.operations import refs_in
 from hzo.tracing import Graph, Operation
 
-Rule = Callable[[Graph, Operation, int, int], "Links | None"]
+LinkRule = Callable[[Graph, Operation, int, int], "Links | None"]
 """(graph, operation, operand, result) -> a link for each dimension of the operand; None where it does not hold."""
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from hzo.finite_differences import Links, either
-from hzo.locality.common import Rule, along, places_of, sizes
+from hzo.locality.common import LinkRule, along, places_of, sizes
 from hzo.tracing import Graph, Operation
 
 aten = torch.ops.aten
@@ -52,7 +52,7 @@ def _attention(graph: Graph, op: Operation, read: int, write: int) -> Links | No
     return along(graph, read, write, [None if d in gone else d for d in range(count)])
 
 
-RULES: dict[Any, Rule] = {
+RULES: dict[Any, LinkRule] = {
     **dict.fromkeys((aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default), _matrices),
     aten.linear.default: _linear,
     **dict.fromkeys(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from hzo.finite_differences import Links
-from hzo.locality.common import Rule, along, argument, dims_of, is_first_operand, mixed, sizes
+from hzo.locality.common import LinkRule, along, argument, dims_of, is_first_operand, mixed, sizes
 from hzo.tracing import Graph, Operation
 
 aten = torch.ops.aten
@@ -98,7 +98,7 @@ _REDUCTIONS = (
     aten.linalg_vector_norm.default, aten.argmax.default,
 )  # fmt: skip
 
-RULES: dict[Any, Rule] = {
+RULES: dict[Any, LinkRule] = {
     **dict.fromkeys((aten._to_copy.default, aten.alias.default, aten.lift_fresh.default), _same_place),
     aten._prelu_kernel.default: broadcast,
     aten._native_batch_norm_legit_no_training.default: _same_place,

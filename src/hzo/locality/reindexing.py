@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hzo.execution import VIEWS
 from hzo.finite_differences import Links, matrix_of, without_full
-from hzo.locality.common import Rule, sizes
+from hzo.locality.common import LinkRule, sizes
 from hzo.tape import Ref
 from hzo.tape.aliases import read_window, write_window
 from hzo.tape.record import flat
@@ -126,4 +126,4 @@ _TARGETS = (
     aten.slice_scatter.default, aten.select_scatter.default, aten.diagonal_scatter.default, aten.index.Tensor,
     aten.index_select.default, aten.gather.default, aten.as_strided.default, read_window, write_window,
 )  # fmt: skip
-RULES: dict[Any, Rule] = dict.fromkeys(_TARGETS, by_numbers)
+RULES: dict[Any, LinkRule] = dict.fromkeys(_TARGETS, by_numbers)

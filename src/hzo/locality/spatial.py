@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hzo.finite_differences import Link, Links, Matrix, identity, matrix_of, without_full
-from hzo.locality.common import Rule, argument, is_first_operand, sizes
+from hzo.locality.common import LinkRule, argument, is_first_operand, sizes
 from hzo.locality.pointwise import blocks
 from hzo.tracing import Graph, Operation
 
@@ -139,7 +139,7 @@ _RESIZES = (
     aten._upsample_nearest_exact2d.default, aten.upsample_linear1d.default, aten.upsample_bilinear2d.default,
     aten.upsample_bicubic2d.default, aten.upsample_trilinear3d.default, aten._upsample_bilinear2d_aa.default,
 )  # fmt: skip
-RULES: dict[Any, Rule] = {
+RULES: dict[Any, LinkRule] = {
     aten.convolution.default: _convolution,
     **dict.fromkeys(_POOLS, _pooling),
     **dict.fromkeys(_ADAPTIVE, _adaptive),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hzo.execution import Activations
 from hzo.finite_differences import evaluations, scale_of, scaled_step
-from hzo.gradients import Cotangents, Gradients, Local, Sweep, add_gradients, estimate_node, with_carried
+from hzo.gradients import Cotangents, Gradients, LocalStep, Sweep, add_gradients, estimate_node, with_carried
 from hzo.measurement.timing import operation_seconds, timed
 from hzo.planner import Bend, Seconds, share
 from hzo.plans import Allowed, Node, Plan, check_queries, has_rule, make_node
@@ -79,7 +79,7 @@ class EdgeMeasurements:
         self._rules_of(end)
 
     def _sweep(self, at_the_end: dict[int, Tensor]) -> Sweep:
-        local = Local(self.graph, self.activations, (), self.allowed.scheme)
+        local = LocalStep(self.graph, self.activations, (), self.allowed.scheme)
         end = len(self.graph.operations)
         return Sweep(self.graph, self.reference, self.activations, None, {end: at_the_end}, local)
 
@@ -255,7 +255,7 @@ class EdgeMeasurements:
         def gradients(cotangents: dict[int, Tensor]) -> dict[int, Tensor]:
             named: Gradients = {}
             found: dict[int, Tensor] = {}  # of what is derived from parameters
-            add_gradients(Local(self.graph, self.activations, ()), op, cotangents, found, named)
+            add_gradients(LocalStep(self.graph, self.activations, ()), op, cotangents, found, named)
             return found | {use.value: named[use.name][1] for use in op.parameters if use.name}
 
         taken, exact = timed(lambda: gradients(given))

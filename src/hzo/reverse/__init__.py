@@ -2,11 +2,11 @@
 
 from hzo.reverse.backward import as_data, check_input, gradients_of, loss_of, named, recorded_loss
 from hzo.reverse.pullback import Pullback, recorded_call
-from hzo.reverse.step import Gradients, RecordedStep, accumulate, hooked, one_by_one, record
+from hzo.reverse.step import LeafGradients, RecordedStep, accumulate, hooked, one_by_one, record
 from hzo.reverse.walk import again, carry_back, measurements_of, sweep, sweep_end
 
 __all__ = [
-    "Gradients",
+    "LeafGradients",
     "Pullback",
     "RecordedStep",
     "accumulate",

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from hzo._options import function
 from hzo.distributed import averaged, refuse_wrappers, unwrapped
 from hzo.errors import InputError, NonFiniteError
-from hzo.reverse.step import Gradients, RecordedStep, record
+from hzo.reverse.step import LeafGradients, RecordedStep, record
 from hzo.tracing import call_arguments
 
 
@@ -125,9 +125,9 @@ def gradients_of(
     loss_fn: Callable[..., Any],
     x: Any,
     y: Any = None,
-    together: Callable[[Gradients, Tensor], tuple[Gradients, Tensor]] | None = None,
+    together: Callable[[LeafGradients, Tensor], tuple[LeafGradients, Tensor]] | None = None,
     keep: bool | None = False,
-) -> tuple[Gradients, Tensor]:
+) -> tuple[LeafGradients, Tensor]:
     """Every leaf that the loss depends on, with its gradient, and the mean loss without a history.
 
     Args:
@@ -145,7 +145,7 @@ def gradients_of(
         raise
 
 
-def named(gradients: Gradients, model: nn.Module, loss_fn: Any) -> dict[str, Tensor]:
+def named(gradients: LeafGradients, model: nn.Module, loss_fn: Any) -> dict[str, Tensor]:
     """Gradients by the names of parameters: of the model, and of the loss where that is a module (``loss_fn.…``)."""
     found = {id(leaf): g for leaf, g in gradients}
     names = [*model.named_parameters()]

@@ -20,7 +20,7 @@ from hzo.tape import Recorder, Tape, current_recorder
 from hzo.tape.memory import alone
 from hzo.tape.surroundings import recording
 
-Gradients = list[tuple[Tensor, Tensor]]
+LeafGradients = list[tuple[Tensor, Tensor]]
 """Leaves with their gradients."""
 
 
@@ -82,7 +82,7 @@ class RecordedStep:
         gradients = self.gradients(loss, retain_graph=retain_graph, keep=keep)
         accumulate(one_by_one(gradients) if factor == 1 else [(leaf, g * factor) for leaf, g in gradients])
 
-    def gradients(self, loss: Tensor, *, retain_graph: bool = False, keep: bool | None = False) -> Gradients:
+    def gradients(self, loss: Tensor, *, retain_graph: bool = False, keep: bool | None = False) -> LeafGradients:
         """The gradient of the loss for every leaf that requires one; ``.grad`` is left alone. Errors: ``backward``."""
         if self._swept:
             raise TapeError(
@@ -229,7 +229,7 @@ def accumulate(gradients: Iterable[tuple[Tensor, Tensor]]) -> None:
 _REFERENCES = 2  # to a gradient that no one else holds: a variable, and the count itself
 
 
-def one_by_one(gradients: Gradients) -> Iterator[tuple[Tensor, Tensor]]:
+def one_by_one(gradients: LeafGradients) -> Iterator[tuple[Tensor, Tensor]]:
     """The pairs of a list, which forgets them: whoever takes them owns them."""
     gradients.reverse()
     while gradients:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hzo.rules.base import Call, Cotangents, Key, vjp
 from hzo.tape.aliases import (
-    Geometry,
+    Window,
     extent,
     overlaps_itself,
     pass_through,
@@ -40,7 +40,7 @@ def read(call: Call) -> Cotangents:
     return {0: _spread(call.grad, tuple(geometry), content.shape[0])}
 
 
-def _spread(grad: Tensor, geometry: Geometry, length: int) -> Tensor:
+def _spread(grad: Tensor, geometry: Window, length: int) -> Tensor:
     """A storage of zeros with a window added; elements that a window shows several times add up."""
     size, stride, offset = geometry
     content = grad.new_zeros(length)
@@ -68,12 +68,12 @@ def as_strided(call: Call) -> Cotangents:
     Where the operand itself shows an element several times, each place receives an equal part, as in PyTorch.
     """
     _, _, layout, *window = call.args
-    geometry: Geometry = tuple(window)
+    geometry: Window = tuple(window)
     content = _spread(call.grad, geometry, max(extent(layout), extent(geometry)))
     return {0: _parts(content, layout)}
 
 
-def _parts(content: Tensor, layout: Geometry) -> Tensor:
+def _parts(content: Tensor, layout: Window) -> Tensor:
     shown = content.as_strided(*layout)
     if not overlaps_itself(layout[0], layout[1]):
         return shown
@@ -85,7 +85,7 @@ def _parts(content: Tensor, layout: Geometry) -> Tensor:
 def as_strided_scatter(call: Call) -> Cotangents:
     """``as_strided_scatter``. PyTorch's own derivative of its first operand is wrong (seen in 2.13 and 2.14.1)."""
     _, _, layout, *window = call.args
-    geometry: Geometry = tuple(window)
+    geometry: Window = tuple(window)
     content = _spread(call.grad, layout, max(extent(layout), extent(geometry)))
     found: dict[Key, Tensor] = {}
     if call.needs(1):

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-Geometry = tuple[tuple[int, ...], tuple[int, ...], int]
+Window = tuple[tuple[int, ...], tuple[int, ...], int]
 """Size, stride and offset of a window, in elements."""
 
 
-def geometry_of(tensor: Tensor) -> Geometry:
+def geometry_of(tensor: Tensor) -> Window:
     """Where in its storage a tensor lies."""
     return tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset())
 
@@ -32,7 +32,7 @@ def overlaps_itself(size: Sequence[int], stride: Sequence[int]) -> bool:
     return False
 
 
-def extent(geometry: Geometry) -> int:
+def extent(geometry: Window) -> int:
     """How many elements a storage has at least in which this window lies."""
     size, stride, offset = geometry
     if 0 in size:
@@ -40,7 +40,7 @@ def extent(geometry: Geometry) -> int:
     return offset + 1 + sum(step * (length - 1) for length, step in zip(size, stride, strict=True))
 
 
-def apart(a: Geometry, b: Geometry) -> bool:
+def apart(a: Window, b: Window) -> bool:
     """Whether two windows of a storage share no element; says no for some that share none either.
 
     Windows with the same strides (rows, columns or blocks of one tensor) share an element where the distance of their
@@ -84,7 +84,7 @@ def pass_through(old: Tensor, new: Tensor) -> Tensor:  # noqa: ARG001
 
 
 def restride(
-    x: Tensor, around: Tensor, layout: Geometry, size: Sequence[int], stride: Sequence[int], offset: int
+    x: Tensor, around: Tensor, layout: Window, size: Sequence[int], stride: Sequence[int], offset: int
 ) -> Tensor:
     """``as_strided`` of a tensor that lies in its storage as ``layout`` says.
 
@@ -97,7 +97,7 @@ def restride(
 
 
 def restride_scatter(
-    x: Tensor, window: Tensor, layout: Geometry, size: Sequence[int], stride: Sequence[int], offset: int
+    x: Tensor, window: Tensor, layout: Window, size: Sequence[int], stride: Sequence[int], offset: int
 ) -> Tensor:
     """``as_strided_scatter`` into a tensor that lies in its storage as ``layout`` says."""
     content = spread(x, layout, (tuple(size), tuple(stride), offset))
@@ -105,14 +105,14 @@ def restride_scatter(
     return content.as_strided(*layout).clone()
 
 
-def spread(x: Tensor, layout: Geometry, other: Geometry) -> Tensor:
+def spread(x: Tensor, layout: Window, other: Window) -> Tensor:
     """A storage of zeros in which ``x`` lies as ``layout`` says, large enough for another window as well."""
     content = x.new_zeros(max(extent(layout), extent(other)))
     content.as_strided(*layout).copy_(x)
     return content
 
 
-def mask_of(layout: Geometry, other: Geometry, device: torch.device) -> Tensor:
+def mask_of(layout: Window, other: Window, device: torch.device) -> Tensor:
     """Which elements of a storage that is large enough for both windows lie in the first."""
     mask = torch.zeros(max(extent(layout), extent(other)), dtype=torch.bool, device=device)
     mask.as_strided(*layout).fill_(True)

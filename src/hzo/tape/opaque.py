@@ -15,7 +15,7 @@ from hzo.errors import TapeError
 from hzo.tape.marks import ignores_parameters
 from hzo.tape.memory import storage_of
 from hzo.tape.operations import ref
-from hzo.tape.state import State, random_state
+from hzo.tape.state import OperationState, random_state
 
 if TYPE_CHECKING:
     from hzo.tape.record import Recorder
@@ -134,7 +134,7 @@ def call_opaque(
     parameters = target.parameters()
     read = tuple([ref(recorder.read(t)) for t in tensors])
     own = tuple([ref(recorder.read(p)) for p in parameters])
-    state = State(
+    state = OperationState(
         random_state(dict.fromkeys(t.device for t in (*tensors, *parameters))),
         tuple((buffer, buffer.clone()) for buffer in target.buffers()),
     )

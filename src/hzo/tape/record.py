@@ -24,7 +24,7 @@ from hzo.tape.foreach import on_lists, singles
 from hzo.tape.functions import OutOfPlace, out_of_place
 from hzo.tape.memory import WRITTEN_TWICE, Memory, alone, storage_of
 from hzo.tape.operations import Operation, Ref, Value, ref
-from hzo.tape.state import State, random_state
+from hzo.tape.state import OperationState, random_state
 from hzo.tape.tape import Tape
 from hzo.tape.undo import Undo
 
@@ -420,7 +420,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Kernels that draw inside: whoever runs one again needs the numbers of the first time."""
         if torch.Tag.nondeterministic_seeded in func.tags:
             devices = dict.fromkeys(t.device for t in _tensors(args))
-            self.tape.states[len(self.tape.operations)] = State(random_state(devices))
+            self.tape.states[len(self.tape.operations)] = OperationState(random_state(devices))
 
     def _touch(self, args: tuple[Any, ...]) -> None:
         for tensor in _tensors(args):

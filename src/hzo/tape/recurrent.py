@@ -81,7 +81,7 @@ def _lstm_gates(of_input: Tensor, of_state: Tensor) -> tuple[Tensor, Tensor, Ten
     return enter.sigmoid(), forget.sigmoid(), candidate.tanh(), leave.sigmoid()
 
 
-State = tuple[Tensor, ...]
+HiddenState = tuple[Tensor, ...]
 """The hidden state, and the cell of an LSTM."""
 Weights = Sequence[Tensor]
 """Of one direction of one layer: of the input, of the state, two biases where there are any, a projection."""
@@ -105,7 +105,7 @@ def layers(
     directions = 2 if bidirectional else 1
     each = len(weights) // (count * directions)
     x = x.transpose(0, 1) if batch_first else x
-    last: list[State] = []
+    last: list[HiddenState] = []
     for layer in range(count):
         outputs = []
         for direction in range(directions):
@@ -120,7 +120,9 @@ def layers(
     return (x, *(torch.stack(parts) for parts in zip(*last, strict=True)))
 
 
-def _run(kind: str, x: Tensor, state: State, weights: Weights, biased: bool, backwards: bool) -> tuple[Tensor, State]:
+def _run(
+    kind: str, x: Tensor, state: HiddenState, weights: Weights, biased: bool, backwards: bool
+) -> tuple[Tensor, HiddenState]:
     of_input, of_state = weights[0], weights[1]
     biases: tuple[Tensor | None, Tensor | None] = (weights[2], weights[3]) if biased else (None, None)
     projection = weights[-1].t() if len(weights) in (3, 5) else None
@@ -134,7 +136,7 @@ def _run(kind: str, x: Tensor, state: State, weights: Weights, biased: bool, bac
     return torch.stack(outputs[::-1] if backwards else outputs), state
 
 
-def _next(kind: str, step: Tensor, product: Tensor, state: State, projection: Tensor | None) -> State:
+def _next(kind: str, step: Tensor, product: Tensor, state: HiddenState, projection: Tensor | None) -> HiddenState:
     if kind == "gru":
         return (GruCell.apply(step, product, state[0]),)  # type: ignore[no-untyped-call]
     hidden, cell = LstmCell.apply(step, product, state[1])  # type: ignore[no-untyped-call]
@@ -149,7 +151,7 @@ def cell(
     of_state: Tensor,
     input_bias: Tensor | None = None,
     state_bias: Tensor | None = None,
-) -> Tensor | State:
+) -> Tensor | HiddenState:
     """What ``torch.lstm_cell`` and ``torch.gru_cell`` return, with their arguments."""
     before = (state,) if isinstance(state, Tensor) else tuple(state)
     found = _next(kind, F.linear(x, of_input, input_bias), F.linear(before[0], of_state, state_bias), before, None)

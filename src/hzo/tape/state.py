@@ -31,7 +31,7 @@ def set_random_state(state: RandomState) -> None:
 
 
 @dataclass(frozen=True)
-class State:
+class OperationState:
     """What an operation that is not pure started from: random state, and the buffers of its module with copies."""
 
     random: RandomState

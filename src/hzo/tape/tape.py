@@ -11,7 +11,7 @@ from torch import Tensor
 from hzo.errors import TapeError
 from hzo.tape.absent import Absent
 from hzo.tape.operations import Operation, Ref, Value
-from hzo.tape.state import State
+from hzo.tape.state import OperationState
 
 
 @lru_cache(maxsize=1024)
@@ -35,7 +35,7 @@ class Tape:
         self.values: list[Value] = []
         self.tensors: list[Tensor | None] = []
         self.leaves: dict[int, Tensor] = {}
-        self.states: dict[int, State] = {}
+        self.states: dict[int, OperationState] = {}
         self.tainted: set[int] = set()
         self._index: dict[int, int] = {}  # id of a tensor alive -> its newest value
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hzo.finite_differences import accumulation_dtype
-from hzo.verification.properties import Finding, Run, place, resolution, scale_of
+from hzo.verification.properties import Evaluate, Finding, deviation_of, place, resolution
 
 Carry = Callable[[list[Tensor]], Tensor]
 """Cotangents (B, m) of every result, in the accumulation dtype -> that of the operand (B, n)."""
@@ -36,7 +36,7 @@ class _Side:
 
 
 def dot_product_test(
-    run: Run,
+    run: Evaluate,
     carry: Carry,
     rows: Tensor,
     shape: tuple[int, ...],
@@ -57,8 +57,10 @@ def dot_product_test(
     base = run(rows)
     wide = accumulation_dtype(rows.dtype)
     unit = resolution(rows, *base)
-    step = max(scale_of(rows) * unit ** (1 / 3), 8 * float(torch.finfo(rows.dtype).eps) * float(rows.abs().max()))
-    if step > scale_of(rows):  # rounding has left nothing of how the operand varies, and differences see nothing of it
+    step = max(deviation_of(rows) * unit ** (1 / 3), 8 * float(torch.finfo(rows.dtype).eps) * float(rows.abs().max()))
+    if step > deviation_of(
+        rows
+    ):  # rounding has left nothing of how the operand varies, and differences see nothing of it
         return Finding(0.0, 0.0, 0, "values too coarse for differences: not tested")
     directions = _directions(rows, coordinates, generator)
     smooth = [torch.ones_like(t, dtype=torch.bool) for t in base]
@@ -112,7 +114,7 @@ def dot_product_test(
     return Finding(worst.error, worst.tolerance, len(directions), worst.where, worst.expected, worst.got)
 
 
-def _noise(run: Run, rows: Tensor, base: list[Tensor], unit: float, generator: torch.Generator) -> list[Tensor]:
+def _noise(run: Evaluate, rows: Tensor, base: list[Tensor], unit: float, generator: torch.Generator) -> list[Tensor]:
     """What rounding may change in each result: its own, and that of the operand, which a difference of large numbers
     (a mean taken off) magnifies."""
     wide = accumulation_dtype(rows.dtype)

@@ -169,7 +169,7 @@ def _checked(module: nn.Module, x: Tensor, *promises: Promise) -> Finding:
     return by_rule[0] if by_rule else Finding(float("inf"), 0.0, 0, "no rule makes use of it")
 
 
-def _homogeneous(run: properties.Run, rows: Tensor) -> Finding:
+def _homogeneous(run: properties.Evaluate, rows: Tensor) -> Finding:
     base = run(rows)[0]
     found = [properties.gap(run(rows * c)[0] / c, base) for c in (0.5, 2.0, 8.0)]
     error = max(float(f.max()) for f in found)
@@ -177,7 +177,7 @@ def _homogeneous(run: properties.Run, rows: Tensor) -> Finding:
 
 
 def _along(
-    run: properties.Run,
+    run: properties.Evaluate,
     rows: Tensor,
     shape: tuple[int, ...],
     output: tuple[int, ...],

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hzo.finite_differences import Pattern, accumulation_dtype
 
-Run = Callable[[Tensor], list[Tensor]]
+Evaluate = Callable[[Tensor], list[Tensor]]
 """(B, n) -> results (B, m), each; runs with fewer or more rows are not asked for."""
 
 _PLACES = 64  # places along one axis that are moved one by one
@@ -52,7 +52,7 @@ def resolution(*tensors: Tensor) -> float:
     return max(units, default=0.0)
 
 
-def scale_of(tensor: Tensor) -> float:
+def deviation_of(tensor: Tensor) -> float:
     """Root mean square about the mean, 1 where nothing varies."""
     wide = tensor.to(accumulation_dtype(tensor.dtype))
     return float(wide.std(correction=0)) or 1.0
@@ -62,7 +62,7 @@ def moved(rows: Tensor, generator: torch.Generator) -> Tensor:
     """Every element moved by half to one and a half times the scale, up or down."""
     up = torch.rand(rows.shape, generator=generator, dtype=torch.float64)
     sign = torch.randint(0, 2, rows.shape, generator=generator) * 2 - 1
-    return rows + (scale_of(rows) * (0.5 + up) * sign).to(rows)
+    return rows + (deviation_of(rows) * (0.5 + up) * sign).to(rows)
 
 
 def separating(count: int) -> Iterator[Tensor]:
@@ -94,14 +94,14 @@ def place(index: int, shape: Sequence[int]) -> str:
     return f"({', '.join(map(str, found))})"
 
 
-def repeats(run: Run, rows: Tensor) -> Finding:
+def repeats(run: Evaluate, rows: Tensor) -> Finding:
     """The same input gives the same result."""
     base = run(rows)
     worst = max((float(gap(a, b).max()) for a, b in zip(base, run(rows), strict=True) if a.numel()), default=0.0)
     return Finding(worst, slack(base, rows), 1, "the same input, twice", 0.0, worst)
 
 
-def samples_apart(run: Run, rows: Tensor, generator: torch.Generator) -> Finding:
+def samples_apart(run: Evaluate, rows: Tensor, generator: torch.Generator) -> Finding:
     """A sample's result does not change when others are moved."""
     if len(rows) == 1:
         return Finding(0.0, 0.0, 0, "one sample alone")
@@ -120,7 +120,7 @@ def samples_apart(run: Run, rows: Tensor, generator: torch.Generator) -> Finding
     return Finding(worst.error, tolerance, tests, worst.where, 0.0, worst.got)
 
 
-def elementwise(run: Run, rows: Tensor, shape: Sequence[int], generator: torch.Generator) -> Finding:
+def elementwise(run: Evaluate, rows: Tensor, shape: Sequence[int], generator: torch.Generator) -> Finding:
     """Elements that are not moved keep their results. About 2·log₂(n) runs separate all pairs of places."""
     (base,), other = run(rows), moved(rows, generator)
     tolerance, tests = slack([base], rows), 0
@@ -140,7 +140,7 @@ def elementwise(run: Run, rows: Tensor, shape: Sequence[int], generator: torch.G
     return Finding(worst, tolerance, tests, "" if tests else "one element alone")
 
 
-def _culprit(run: Run, rows: Tensor, other: Tensor, here: Tensor, change: Callable[[Tensor], Tensor]) -> int:
+def _culprit(run: Evaluate, rows: Tensor, other: Tensor, here: Tensor, change: Callable[[Tensor], Tensor]) -> int:
     """Halve a set of moved elements until one is left that makes a change."""
     candidates = here.nonzero().flatten()
     while len(candidates) > 1:
@@ -152,7 +152,7 @@ def _culprit(run: Run, rows: Tensor, other: Tensor, here: Tensor, change: Callab
     return int(candidates[0])
 
 
-def within(run: Run, rows: Tensor, pattern: Pattern, output: int, generator: torch.Generator) -> Finding:
+def within(run: Evaluate, rows: Tensor, pattern: Pattern, output: int, generator: torch.Generator) -> Finding:
     """What a dependence pattern excludes does not change: the places along every axis moved one after the other."""
     base, other = run(rows), moved(rows, generator)
     target = base[output]
@@ -196,12 +196,12 @@ def _reached(pattern: Pattern, axis: int, index: int) -> Tensor:
     return mask.flatten()
 
 
-def affine(run: Run, rows: Tensor, generator: torch.Generator) -> Finding:
+def affine(run: Evaluate, rows: Tensor, generator: torch.Generator) -> Finding:
     """f(p + q) − f(p) − f(q) + f(0) = 0, and every row is treated alike."""
     error, tolerance, tests, where = 0.0, 0.0, 0, ""
     zero = run(torch.zeros_like(rows))
     for size in (1.0, 4.0):
-        p, q = (torch.randn(rows.shape, generator=generator).to(rows) * scale_of(rows) * size for _ in range(2))
+        p, q = (torch.randn(rows.shape, generator=generator).to(rows) * deviation_of(rows) * size for _ in range(2))
         parts = [run(p + q), run(p), run(q), zero, run(p[:1].expand_as(p).contiguous())]
         tests += 4
         for together, first, second, offset, same in zip(*parts, strict=True):
@@ -220,10 +220,10 @@ def affine(run: Run, rows: Tensor, generator: torch.Generator) -> Finding:
     return Finding(error, tolerance, tests, where, 0.0, error)
 
 
-def symmetric(run: Run, rows: Tensor, generator: torch.Generator) -> Finding:
+def symmetric(run: Evaluate, rows: Tensor, generator: torch.Generator) -> Finding:
     """⟨u, J v⟩ = ⟨v, J u⟩ for random u and v, relative to their lengths; for as many results as there are inputs."""
     wide, unit = accumulation_dtype(rows.dtype), resolution(rows)
-    h = scale_of(rows) * unit ** (1 / 3)
+    h = deviation_of(rows) * unit ** (1 / 3)
     (base,) = run(rows)
     rounding = 10 * unit * base.to(wide).norm(dim=1) / h
 
@@ -244,7 +244,7 @@ def symmetric(run: Run, rows: Tensor, generator: torch.Generator) -> Finding:
     return Finding(error, 100 * unit ** (2 / 3), 4 * pairs + 1, where, 0.0, error)
 
 
-def alike(run: Run, rows: Tensor, vectors: int, generator: torch.Generator) -> Finding:
+def alike(run: Evaluate, rows: Tensor, vectors: int, generator: torch.Generator) -> Finding:
     """The last dimension's vectors, ``vectors`` in a sample, change places: so do their results, and nothing else."""
     (base,) = run(rows)
     ring = torch.randperm(vectors, generator=generator)

@@ -191,7 +191,7 @@ def _row_shape(graph: Graph, value: int) -> tuple[int, ...]:
 
 
 def _declared_checks(
-    task: _Task, op: Operation, run: properties.Run, rows: Tensor, shape: tuple[int, ...]
+    task: _Task, op: Operation, run: properties.Evaluate, rows: Tensor, shape: tuple[int, ...]
 ) -> Iterator[tuple[str, Finding]]:
     """Promises that no rule of the library spells out for this call, and which must hold all the same."""
     promises = declared(op.module) or ()
@@ -210,7 +210,7 @@ def _declared_checks(
             yield "tokens", properties.alike(run, rows, rows.shape[1] // shape[-1], task.generator)
 
 
-def _adjoint_check(task: _Task, op: Operation, value: int, run: properties.Run, rows: Tensor) -> Finding:
+def _adjoint_check(task: _Task, op: Operation, value: int, run: properties.Evaluate, rows: Tensor) -> Finding:
     graph, activations = task.graph, task.activations
     outputs = _handed_on(graph, op)
 
