@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import torch
 
 from hzo.errors import PlanError
-from hzo.tracing import Graph, Operation, declared
+from hzo.tracing import Graph, GraphOperation, declared
 
 Assume = Literal["nothing", "locality", "structure"]
 ASSUMPTIONS = get_args(Assume)
@@ -28,7 +28,7 @@ def check_assume(assume: str) -> Assume:
     return assume  # type: ignore[return-value]
 
 
-def is_elementwise(op: Operation) -> bool:
+def is_elementwise(op: GraphOperation) -> bool:
     """Whether an operation's kind promises it; shapes are for ``elementwise_slice`` to see."""
     if op.module is not None:
         return "elementwise" in (declared(op.module) or ())

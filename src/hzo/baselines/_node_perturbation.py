@@ -16,7 +16,7 @@ from hzo.execution import Activations, query
 from hzo.gradients import LocalStep, base_pass, parameter_gradients, traced_for
 from hzo.plans import has_rule
 from hzo.tape import Ref
-from hzo.tracing import Chain, Graph, Operation, map_output
+from hzo.tracing import Chain, Graph, GraphOperation, map_output
 
 
 @baseline("node-perturbation", passes=2, rate=0.02)
@@ -117,7 +117,7 @@ def _check_uncoupled(graph: Graph) -> None:
             )
 
 
-def _check_rule(op: Operation) -> None:
+def _check_rule(op: GraphOperation) -> None:
     if op.parameters and op.batched and not has_rule(op):
         names = ", ".join(use.name or "a value derived from a parameter" for use in op.parameters)
         raise InputError(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hzo.execution import Activations, arguments_of, counting, run_probe
 from hzo.tape.record import flat
-from hzo.tracing import Graph, Operation
+from hzo.tracing import Graph, GraphOperation
 
 Shape = tuple[int, ...]
 
@@ -30,7 +30,7 @@ class DeclaredCall:
     """
 
     graph: Graph
-    op: Operation
+    op: GraphOperation
     operand: Tensor
     cotangent: Tensor
     measure: Callable[[Tensor], Tensor]
@@ -55,12 +55,12 @@ class Adjoint:
 
     promise: str
     apply: Callable[[DeclaredCall, int], Tensor]
-    accepts: Callable[[Graph, Operation, int], bool] = lambda _graph, _op, _value: True
-    probes: Callable[[Graph, Operation, int], list[Shape]] = lambda _graph, _op, _value: []
+    accepts: Callable[[Graph, GraphOperation, int], bool] = lambda _graph, _op, _value: True
+    probes: Callable[[Graph, GraphOperation, int], list[Shape]] = lambda _graph, _op, _value: []
 
 
 def call_of(
-    graph: Graph, op: Operation, activations: Activations, value: int, cotangents: Mapping[int, Tensor]
+    graph: Graph, op: GraphOperation, activations: Activations, value: int, cotangents: Mapping[int, Tensor]
 ) -> DeclaredCall:
     """A declared module as it ran, its cotangent, and the means to measure it."""
     (cotangent,) = cotangents.values()
@@ -84,7 +84,7 @@ def call_of(
     return DeclaredCall(graph, op, activations.tensor(value), cotangent, measure, run)
 
 
-def is_first_operand(op: Operation, value: int) -> bool:
+def is_first_operand(op: GraphOperation, value: int) -> bool:
     """Whether the value is the module's only input."""
     return op.module is not None and len(op.args[1]) == 1 and op.args[1][0].value == value
 

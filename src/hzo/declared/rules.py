@@ -17,7 +17,7 @@ from torch import Tensor
 from hzo.declared import impulses
 from hzo.declared.common import Adjoint, DeclaredCall, Shape, impulse_size, is_first_operand
 from hzo.declared.impulses import Geometry
-from hzo.tracing import Graph, Local, Operation, Promise, declared, local_along
+from hzo.tracing import Graph, GraphOperation, Local, Promise, declared, local_along
 
 _CHUNK = 512  # impulses in one call
 
@@ -34,7 +34,7 @@ def rules_of(promises: Sequence[Promise]) -> list[Adjoint]:
     return [*found, _TOKENS if "tokens" in promises else _AFFINE]
 
 
-def find_adjoint(graph: Graph, op: Operation, value: int) -> Adjoint | None:
+def find_adjoint(graph: Graph, op: GraphOperation, value: int) -> Adjoint | None:
     """How ``op`` carries a cotangent back to its operand ``value`` by what was declared of it, or None."""
     promises = declared(op.module)
     if promises is None or op.random or not op.deterministic:
@@ -42,7 +42,7 @@ def find_adjoint(graph: Graph, op: Operation, value: int) -> Adjoint | None:
     return next((rule for rule in rules_of(promises) if rule.accepts(graph, op, value)), None)
 
 
-def _one_to_one(graph: Graph, op: Operation, value: int) -> bool:
+def _one_to_one(graph: Graph, op: GraphOperation, value: int) -> bool:
     """One tensor to one tensor, the batch first in both, and its samples kept apart."""
     alone = is_first_operand(op, value) and len(op.writes) == 1
     return alone and not op.coupled and graph.values[value].batch_dim == 0 == graph.values[op.writes[0]].batch_dim
@@ -59,7 +59,7 @@ def _chunks(count: int) -> list[tuple[int, int]]:
     return [(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
 
 
-def _affine_probes(graph: Graph, _: Operation, value: int) -> list[Shape]:
+def _affine_probes(graph: Graph, _: GraphOperation, value: int) -> list[Shape]:
     shape = _sample(graph, value)
     chunks = [(stop - start, *shape[1:]) for start, stop in _chunks(prod(shape))]
     return [(shape[0], *shape[1:]), *chunks]
@@ -80,14 +80,14 @@ def _affine(call: DeclaredCall, value: int) -> Tensor:
     return found.view(operand.shape)
 
 
-def _affine_accepts(graph: Graph, op: Operation, value: int) -> bool:
+def _affine_accepts(graph: Graph, op: GraphOperation, value: int) -> bool:
     return _one_to_one(graph, op, value) and _sample(graph, value)[0] == 1 == _sample(graph, op.writes[0])[0]
 
 
 # ---- affine and elementwise: all places at once ---------------------------------------------------------------------
 
 
-def _diagonal_probes(graph: Graph, _: Operation, value: int) -> list[Shape]:
+def _diagonal_probes(graph: Graph, _: GraphOperation, value: int) -> list[Shape]:
     return [(2, *_sample(graph, value)[1:])]
 
 
@@ -100,14 +100,14 @@ def _diagonal(call: DeclaredCall, _: int) -> Tensor:
     return call.cotangent * ((response[0] - response[1]) / h)
 
 
-def _diagonal_accepts(graph: Graph, op: Operation, value: int) -> bool:
+def _diagonal_accepts(graph: Graph, op: GraphOperation, value: int) -> bool:
     return _affine_accepts(graph, op, value) and graph.values[value].shape == graph.values[op.writes[0]].shape
 
 
 # ---- affine, tokens alike: the features of one token ----------------------------------------------------------------
 
 
-def _token_probes(graph: Graph, _: Operation, value: int) -> list[Shape]:
+def _token_probes(graph: Graph, _: GraphOperation, value: int) -> list[Shape]:
     shape = graph.values[value].shape
     places = prod(shape[1:-1])
     return [(-(-(shape[-1] + 1) // places), *shape[1:])]
@@ -125,7 +125,7 @@ def _tokens(call: DeclaredCall, value: int) -> Tensor:
     return call.cotangent @ ((response[:n] - response[n : n + 1]) / h).T
 
 
-def _tokens_accept(graph: Graph, op: Operation, value: int) -> bool:
+def _tokens_accept(graph: Graph, op: GraphOperation, value: int) -> bool:
     operand, output = graph.values[value], graph.values[op.writes[0]]
     return _one_to_one(graph, op, value) and len(operand.shape) >= 2 and operand.shape[:-1] == output.shape[:-1]
 
@@ -147,7 +147,7 @@ def _copied(call: DeclaredCall, _: int) -> Tensor:
 # ---- affine and stationary: impulses on a small canvas --------------------------------------------------------------
 
 
-def declared_geometry(graph: Graph, op: Operation, value: int) -> Geometry | None:
+def declared_geometry(graph: Graph, op: GraphOperation, value: int) -> Geometry | None:
     """The convolution that a stationary module must be; None where what was declared does not say.
 
     A ``Local`` for every axis of space gives kernel, stride and padding; one for the channels (not mixing, so as many
@@ -188,11 +188,11 @@ def declared_geometry(graph: Graph, op: Operation, value: int) -> Geometry | Non
     )
 
 
-def _stationary_accepts(graph: Graph, op: Operation, value: int) -> bool:
+def _stationary_accepts(graph: Graph, op: GraphOperation, value: int) -> bool:
     return _one_to_one(graph, op, value) and declared_geometry(graph, op, value) is not None
 
 
-def _stationary_probes(graph: Graph, op: Operation, value: int) -> list[Shape]:
+def _stationary_probes(graph: Graph, op: GraphOperation, value: int) -> list[Shape]:
     geometry = declared_geometry(graph, op, value)
     assert geometry is not None
     return [geometry.probe]

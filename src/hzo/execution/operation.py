@@ -12,15 +12,15 @@ from torch import Tensor
 
 from hzo.execution.activations import Activations
 from hzo.execution.copies import call_with, one_by_one, run_copies
-from hzo.tape import Operation as Call
+from hzo.tape import Operation
 from hzo.tape.opaque import Opaque
 from hzo.tape.operations import Ref
 from hzo.tape.record import flat
-from hzo.tracing import Graph, Operation
+from hzo.tracing import Graph, GraphOperation
 
 
 def query(
-    graph: Graph, op: Operation, activations: Activations, moved: Mapping[int, Tensor], copies: int
+    graph: Graph, op: GraphOperation, activations: Activations, moved: Mapping[int, Tensor], copies: int
 ) -> dict[int, Tensor]:
     """The results of one operation by value, copies in front, where some operands are replaced by moved copies."""
     call = activations.operation(op.index)
@@ -45,14 +45,14 @@ def query(
     return processed(graph, op, found)
 
 
-def _foldable(graph: Graph, op: Operation) -> bool:
+def _foldable(graph: Graph, op: GraphOperation) -> bool:
     """Whether all that an opaque operation reads and makes of activations has its samples in the first dimension."""
     values = [graph.values[v] for v in (*op.reads, *op.writes) if graph.values[v].batched]
     return all(v.batch_dim == 0 and v.outer == 1 for v in values)
 
 
 def _folded(
-    graph: Graph, activations: Activations, call: Call, moved: Mapping[int, Tensor], copies: int
+    graph: Graph, activations: Activations, call: Operation, moved: Mapping[int, Tensor], copies: int
 ) -> list[Tensor]:
     """An opaque operation on copies for samples: operands that depend on the inputs are repeated for each of them."""
     if copies == 1:
@@ -71,7 +71,7 @@ def _folded(
     return [r.unflatten(0, (copies, -1)) for r in results]
 
 
-def processed(graph: Graph, op: Operation, results: dict[int, Tensor]) -> dict[int, Tensor]:
+def processed(graph: Graph, op: GraphOperation, results: dict[int, Tensor]) -> dict[int, Tensor]:
     """What an operation hands on, with the noise of its stage where it is the stage's result."""
     if graph.noise is None:
         return results

@@ -15,9 +15,9 @@ from torch import Tensor
 from hzo.execution import counting
 from hzo.execution.activations import Activations
 from hzo.execution.operation import expanded, query, read
-from hzo.tape import Operation as Call
+from hzo.tape import Operation
 from hzo.tape.record import flat
-from hzo.tracing import Graph, Operation
+from hzo.tracing import Graph, GraphOperation
 
 
 def run_again(
@@ -76,7 +76,12 @@ def run_slice(
 
 
 def run_probe(
-    graph: Graph, activations: Activations, op: Operation, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
+    graph: Graph,
+    activations: Activations,
+    op: GraphOperation,
+    call: Operation,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Any:
     """Run one operation on arguments of its own, to measure it; the sweep counts what that costs."""
     state = activations.tape.states.get(op.index)
@@ -92,7 +97,7 @@ def run_probe(
     return noisy[0] if isinstance(result, Tensor) else tuple(noisy)
 
 
-def count_probes(graph: Graph, op: Operation, value: int, activations: Activations) -> None:
+def count_probes(graph: Graph, op: GraphOperation, value: int, activations: Activations) -> None:
     """Count what the rule of an operation measured for one operand: what the plan predicts, probe by probe."""
     measured = (op.measured or {}).get(value)
     if measured is None:
@@ -115,7 +120,7 @@ def count_probes(graph: Graph, op: Operation, value: int, activations: Activatio
 
 
 def run_with_parameter(
-    graph: Graph, op: Operation, activations: Activations, value: int, parameter: Tensor
+    graph: Graph, op: GraphOperation, activations: Activations, value: int, parameter: Tensor
 ) -> dict[int, Tensor]:
     """Run one operation on the batch with one of its parameters replaced.
 
@@ -132,7 +137,7 @@ def run_with_parameter(
     return {v: read(graph, t.squeeze(0), stage) for v, t in results.items()}
 
 
-def arguments_of(activations: Activations, call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments_of(activations: Activations, call: Operation) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of an operation as they were in the base pass."""
     tape = activations.tape
     return tape.resolve(call.args), {k: tape.resolve(v) for k, v in call.kwargs.items()}

@@ -23,7 +23,7 @@ from hzo.finite_differences import (
 )
 from hzo.gradients.parameters import Gradients, LocalStep, add_gradients, add_to, by_rule, finish, last_contributions
 from hzo.plans import Node, Plan, Schedule, bytes_per_direction
-from hzo.tracing import Graph, Operation, ParameterUse
+from hzo.tracing import Graph, GraphOperation, ParameterUse
 
 Cotangents = dict[int, dict[int, Tensor]]
 """By position and value; tensors in the accumulation dtype."""
@@ -254,6 +254,6 @@ def _apply_rule(state: Sweep, node: Node, cotangents: dict[int, Tensor]) -> Tens
     return found[node.value]
 
 
-def _has_closed_parameters(state: Sweep, op: Operation) -> bool:
+def _has_closed_parameters(state: Sweep, op: GraphOperation) -> bool:
     """Whether the operation has trainable parameters, all of them with rules."""
     return bool(op.parameters) and all(probe.operation != op.index for probe in state.plan.perturbed)

@@ -20,7 +20,7 @@ from hzo.finite_differences import Scheme, accumulation_dtype, default_step, nar
 from hzo.plans import ParameterProbe
 from hzo.reverse import again, carry_back
 from hzo.rules.base import Call, Engine
-from hzo.tracing import Graph, Operation, ParameterUse
+from hzo.tracing import Graph, GraphOperation, ParameterUse
 
 Gradients = dict[str, tuple[Tensor, Tensor]]
 """Parameter and gradient by the parameter's name."""
@@ -44,7 +44,7 @@ class LocalStep:
 
 
 def by_rule(
-    graph: Graph, activations: Activations, op: Operation, cotangents: Mapping[int, Tensor], wanted: frozenset[int]
+    graph: Graph, activations: Activations, op: GraphOperation, cotangents: Mapping[int, Tensor], wanted: frozenset[int]
 ) -> dict[int, Tensor]:
     """The cotangents of some operands by the operation's rule, in the accumulation dtype.
 
@@ -90,7 +90,11 @@ def parameter_gradients(local: LocalStep, cotangents: Mapping[int, Tensor]) -> G
 
 
 def add_gradients(
-    local: LocalStep, op: Operation, cotangents: Mapping[int, Tensor], derived: dict[int, Tensor], gradients: Gradients
+    local: LocalStep,
+    op: GraphOperation,
+    cotangents: Mapping[int, Tensor],
+    derived: dict[int, Tensor],
+    gradients: Gradients,
 ) -> None:
     """Add the gradients of one operation's parameters to ``gradients``, of values derived from such to ``derived``.
 
@@ -142,7 +146,9 @@ def add_to(
         gradients[use.name] = (leaf, gradient if tied is None else tied[1] + gradient)
 
 
-def _closed(local: LocalStep, op: Operation, wanted: frozenset[int], given: dict[int, Tensor]) -> dict[int, Tensor]:
+def _closed(
+    local: LocalStep, op: GraphOperation, wanted: frozenset[int], given: dict[int, Tensor]
+) -> dict[int, Tensor]:
     if not wanted:
         return {}
     counting.add(parameter_rules=len(wanted))
@@ -152,7 +158,7 @@ def _closed(local: LocalStep, op: Operation, wanted: frozenset[int], given: dict
     return by_rule(local.graph, local.activations, op, given, wanted)
 
 
-def _by_perturbation(local: LocalStep, op: Operation, use: ParameterUse, given: dict[int, Tensor]) -> Tensor:
+def _by_perturbation(local: LocalStep, op: GraphOperation, use: ParameterUse, given: dict[int, Tensor]) -> Tensor:
     """Differences of one operation along every element of a parameter."""
     activations = local.activations
     parameter = activations.tensor(use.value).detach()

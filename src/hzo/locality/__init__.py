@@ -15,7 +15,7 @@ from hzo.finite_differences import Link, Links, Pattern, either, follow, identit
 from hzo.locality import declared, mixing, pointwise, reindexing, spatial
 from hzo.locality.common import LinkRule, free
 from hzo.structure import is_elementwise
-from hzo.tracing import Graph, Operation
+from hzo.tracing import Graph, GraphOperation
 
 __all__ = ["Locality", "operation_links", "slice_locality"]
 
@@ -36,11 +36,11 @@ class Locality:
     local: tuple[int, ...]
 
 
-def operation_links(graph: Graph, op: Operation, read: int, write: int) -> Links:
+def operation_links(graph: Graph, op: GraphOperation, read: int, write: int) -> Links:
     """From one operand to one result: which indices meet, for each dimension of the operand.
 
-    Dimensions are those of a single sample (``Value.sample_shape``). Where samples influence each other, and where no
-    rule covers the call, every link is free.
+    Dimensions are those of a single sample (``GraphValue.sample_shape``). Where samples influence each other, and where
+    no rule covers the call, every link is free.
     """
     if op.coupled or not op.deterministic:
         return free(graph, read)

@@ -10,9 +10,9 @@ import torch
 from hzo.finite_differences import Link, Links, identity
 from hzo.tape import Ref
 from hzo.tape.operations import refs_in
-from hzo.tracing import Graph, Operation
+from hzo.tracing import Graph, GraphOperation
 
-LinkRule = Callable[[Graph, Operation, int, int], "Links | None"]
+LinkRule = Callable[[Graph, GraphOperation, int, int], "Links | None"]
 """(graph, operation, operand, result) -> a link for each dimension of the operand; None where it does not hold."""
 
 
@@ -26,12 +26,12 @@ def free(graph: Graph, value: int) -> Links:
     return tuple({} for _ in graph.values[value].shape)
 
 
-def is_first_operand(op: Operation, value: int) -> bool:
+def is_first_operand(op: GraphOperation, value: int) -> bool:
     """Whether the value is the call's first argument, and nothing else."""
     return places_of(op, value) == [0]
 
 
-def places_of(op: Operation, value: int) -> list[int | str]:
+def places_of(op: GraphOperation, value: int) -> list[int | str]:
     """Top-level positions and keywords of the call that hold the value; −1 for one nested deeper."""
     slots: list[tuple[int | str, Any]] = [*enumerate(op.args), *op.kwargs.items()]
     found: list[int | str] = []
@@ -43,7 +43,7 @@ def places_of(op: Operation, value: int) -> list[int | str]:
     return found
 
 
-def argument(op: Operation, name: str) -> Any:
+def argument(op: GraphOperation, name: str) -> Any:
     """An argument by the name in the operator's schema; its default where the call left it out."""
     target = getattr(op.target, "func", op.target)
     assert isinstance(target, torch._ops.OpOverload)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from hzo.declared import is_first_operand
 from hzo.finite_differences import Links
 from hzo.locality.common import sizes
-from hzo.tracing import Graph, Operation, declared, declared_links
+from hzo.tracing import Graph, GraphOperation, declared, declared_links
 
 
-def links(graph: Graph, op: Operation, read: int, write: int) -> Links | None:
+def links(graph: Graph, op: GraphOperation, read: int, write: int) -> Links | None:
     """Local, elementwise and tokens, between tensors with the batch first."""
     first = graph.values[read].batch_dim == 0 == graph.values[write].batch_dim
     if not first or not is_first_operand(op, read):

@@ -8,12 +8,12 @@ import torch
 
 from hzo.finite_differences import Links, either
 from hzo.locality.common import LinkRule, along, places_of, sizes
-from hzo.tracing import Graph, Operation
+from hzo.tracing import Graph, GraphOperation
 
 aten = torch.ops.aten
 
 
-def _matrices(graph: Graph, op: Operation, read: int, write: int) -> Links | None:
+def _matrices(graph: Graph, op: GraphOperation, read: int, write: int) -> Links | None:
     """Rows of the left factor and columns of the right one stay; an addend is broadcast."""
     left = 1 if op.target in (aten.addmm.default, aten.baddbmm.default, aten.addbmm.default) else 0
     before, after = len(sizes(graph, read)), len(sizes(graph, write))
@@ -33,7 +33,7 @@ def _matrices(graph: Graph, op: Operation, read: int, write: int) -> Links | Non
     return found
 
 
-def _linear(graph: Graph, op: Operation, read: int, write: int) -> Links | None:
+def _linear(graph: Graph, op: GraphOperation, read: int, write: int) -> Links | None:
     """The last dimension is mixed; every token by itself."""
     count = len(sizes(graph, read))
     if places_of(op, read) != [0] or len(sizes(graph, write)) != count:
@@ -41,7 +41,7 @@ def _linear(graph: Graph, op: Operation, read: int, write: int) -> Links | None:
     return along(graph, read, write, [*range(count - 1), None])
 
 
-def _attention(graph: Graph, op: Operation, read: int, write: int) -> Links | None:
+def _attention(graph: Graph, op: GraphOperation, read: int, write: int) -> Links | None:
     """Scaled dot products: a query stays at its place, keys and values are mixed; heads stay apart."""
     places = places_of(op, read)
     count = len(sizes(graph, write))

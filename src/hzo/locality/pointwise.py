@@ -8,29 +8,29 @@ import torch
 
 from hzo.finite_differences import Links
 from hzo.locality.common import LinkRule, along, argument, dims_of, is_first_operand, mixed, sizes
-from hzo.tracing import Graph, Operation
+from hzo.tracing import Graph, GraphOperation
 
 aten = torch.ops.aten
 
 
-def broadcast(graph: Graph, _: Operation, read: int, write: int) -> Links | None:
+def broadcast(graph: Graph, _: GraphOperation, read: int, write: int) -> Links | None:
     """Place by place, shapes aligned at their ends."""
     before, after = sizes(graph, read), sizes(graph, write)
     shift = len(after) - len(before)
     return along(graph, read, write, [d + shift for d in range(len(before))]) if shift >= 0 else None
 
 
-def _same_place(graph: Graph, op: Operation, read: int, write: int) -> Links | None:
+def _same_place(graph: Graph, op: GraphOperation, read: int, write: int) -> Links | None:
     return mixed(graph, read, write, ()) if is_first_operand(op, read) else None
 
 
-def _over_the_last(graph: Graph, op: Operation, read: int, write: int) -> Links | None:
+def _over_the_last(graph: Graph, op: GraphOperation, read: int, write: int) -> Links | None:
     """Layer and RMS norm: statistics over the last dimensions."""
     across = range(-len(argument(op, "normalized_shape")), 0)
     return mixed(graph, read, write, across) if is_first_operand(op, read) else None
 
 
-def _group_norm(graph: Graph, op: Operation, read: int, write: int) -> Links | None:
+def _group_norm(graph: Graph, op: GraphOperation, read: int, write: int) -> Links | None:
     """Statistics over groups of channels, and all of space."""
     groups = int(argument(op, "group"))
     links = mixed(graph, read, write, range(2, len(sizes(graph, read))))
@@ -48,13 +48,13 @@ def blocks(rows: int, columns: int, groups: int) -> tuple[int, ...]:
     return tuple(((1 << width) - 1) << (row // height * width) for row in range(rows))
 
 
-def _batch_norm(graph: Graph, op: Operation, read: int, write: int) -> Links | None:
+def _batch_norm(graph: Graph, op: GraphOperation, read: int, write: int) -> Links | None:
     """With its running statistics; with those of the batch, see below."""
     rule = _batch_statistics if argument(op, "training") else _same_place
     return rule(graph, op, read, write)
 
 
-def _batch_statistics(graph: Graph, op: Operation, read: int, write: int) -> Links | None:
+def _batch_statistics(graph: Graph, op: GraphOperation, read: int, write: int) -> Links | None:
     """Normalization of each of (samples × channels) over space: an instance norm, where samples are folded into the
     channels, or a batch norm, which couples samples and never comes here."""
     if not is_first_operand(op, read) or graph.values[read].batch_dim != 1:
@@ -62,13 +62,13 @@ def _batch_statistics(graph: Graph, op: Operation, read: int, write: int) -> Lin
     return mixed(graph, read, write, range(2, len(sizes(graph, read))))
 
 
-def _over_dim(graph: Graph, op: Operation, read: int, write: int) -> Links | None:
+def _over_dim(graph: Graph, op: GraphOperation, read: int, write: int) -> Links | None:
     """Softmax and running sums: mixed along one dimension."""
     dims = dims_of(argument(op, "dim"))
     return mixed(graph, read, write, dims) if dims and is_first_operand(op, read) else None
 
 
-def _reduction(graph: Graph, op: Operation, read: int, write: int) -> Links | None:
+def _reduction(graph: Graph, op: GraphOperation, read: int, write: int) -> Links | None:
     dims = dims_of(argument(op, "dim"))
     if not dims or not is_first_operand(op, read):
         return None
@@ -80,7 +80,7 @@ def _reduction(graph: Graph, op: Operation, read: int, write: int) -> Links | No
     return along(graph, read, write, [None if d in gone else next(places) for d in range(len(before))])
 
 
-def _gated(graph: Graph, op: Operation, read: int, write: int) -> Links | None:
+def _gated(graph: Graph, op: GraphOperation, read: int, write: int) -> Links | None:
     """GLU: an output sees its own place in both halves."""
     before, after = sizes(graph, read), sizes(graph, write)
     dim = int(argument(op, "dim")) % len(before)

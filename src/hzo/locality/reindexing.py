@@ -15,14 +15,14 @@ from hzo.locality.common import LinkRule, sizes
 from hzo.tape import Ref
 from hzo.tape.aliases import read_window, write_window
 from hzo.tape.record import flat
-from hzo.tracing import Graph, Operation
+from hzo.tracing import Graph, GraphOperation
 
 aten = torch.ops.aten
 _LARGEST = 2**22  # elements of an operand whose places are numbered
 _known: WeakKeyDictionary[Graph, dict[Any, Links | None]] = WeakKeyDictionary()
 
 
-def by_numbers(graph: Graph, op: Operation, read: int, write: int) -> Links | None:
+def by_numbers(graph: Graph, op: GraphOperation, read: int, write: int) -> Links | None:
     """Links of an operation that copies places, found once."""
     known = _known.setdefault(graph, {})
     key = _call(graph, op, read, write)
@@ -31,7 +31,7 @@ def by_numbers(graph: Graph, op: Operation, read: int, write: int) -> Links | No
     return known[key]
 
 
-def _call(graph: Graph, op: Operation, read: int, write: int) -> Any:
+def _call(graph: Graph, op: GraphOperation, read: int, write: int) -> Any:
     """What the links depend on: blocks of a network that are alike have the same."""
 
     def told(leaf: Any) -> Any:
@@ -54,7 +54,7 @@ def _call(graph: Graph, op: Operation, read: int, write: int) -> Any:
     return key
 
 
-def _links(graph: Graph, op: Operation, read: int, write: int) -> Links | None:
+def _links(graph: Graph, op: GraphOperation, read: int, write: int) -> Links | None:
     places = _places(graph, op, read, write)
     if places is None:
         return None
@@ -72,7 +72,7 @@ def _links(graph: Graph, op: Operation, read: int, write: int) -> Links | None:
 
 
 @torch.no_grad()
-def _places(graph: Graph, op: Operation, read: int, write: int) -> Tensor | None:
+def _places(graph: Graph, op: GraphOperation, read: int, write: int) -> Tensor | None:
     """For every place of the first sample of the result the place of the operand that it copies, −1 where it copies
     none. The operation runs twice, with other numbers: what stays the same is a constant."""
     value, result = graph.values[read], graph.values[write]

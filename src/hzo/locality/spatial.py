@@ -13,7 +13,7 @@ from torch import Tensor
 from hzo.finite_differences import Link, Links, Matrix, identity, matrix_of, without_full
 from hzo.locality.common import LinkRule, argument, is_first_operand, sizes
 from hzo.locality.pointwise import blocks
-from hzo.tracing import Graph, Operation
+from hzo.tracing import Graph, GraphOperation
 
 aten = torch.ops.aten
 _LARGEST_CANVAS = 2**24  # elements of the impulses that show how one axis is resized
@@ -27,7 +27,7 @@ def _over_space(graph: Graph, read: int, write: int, channels: Link, space: Sequ
     return tuple(without_full(link, size) for link, size in zip(links, before, strict=True))
 
 
-def _shapes(graph: Graph, op: Operation, read: int, write: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+def _shapes(graph: Graph, op: GraphOperation, read: int, write: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """Space before and after; None where the operand is not (batch, channels, space...)."""
     before, after = sizes(graph, read), sizes(graph, write)
     fits = is_first_operand(op, read) and len(before) == len(after) >= 3
@@ -46,7 +46,7 @@ def _spread(before: int, after: int, taps: Sequence[int], stride: int, offset: i
     return matrix_of(after, ((o, i) for o, i in pairs if 0 <= o < after))
 
 
-def _convolution(graph: Graph, op: Operation, read: int, write: int) -> Links | None:
+def _convolution(graph: Graph, op: GraphOperation, read: int, write: int) -> Links | None:
     space = _shapes(graph, op, read, write)
     kernel = graph.values[op.args[1].value].shape
     axes = len(kernel) - 2
@@ -69,7 +69,7 @@ def _each(option: Any, axes: int) -> tuple[int, ...]:
     return values * axes if len(values) == 1 else values
 
 
-def _pooling(graph: Graph, op: Operation, read: int, write: int) -> Links | None:
+def _pooling(graph: Graph, op: GraphOperation, read: int, write: int) -> Links | None:
     space = _shapes(graph, op, read, write)
     if space is None:
         return None
@@ -85,7 +85,7 @@ def _pooling(graph: Graph, op: Operation, read: int, write: int) -> Links | None
     return _over_space(graph, read, write, {1: identity(sizes(graph, read)[1])}, matrices)
 
 
-def _adaptive(graph: Graph, op: Operation, read: int, write: int) -> Links | None:
+def _adaptive(graph: Graph, op: GraphOperation, read: int, write: int) -> Links | None:
     space = _shapes(graph, op, read, write)
     if space is None:
         return None
@@ -96,7 +96,7 @@ def _adaptive(graph: Graph, op: Operation, read: int, write: int) -> Links | Non
     return _over_space(graph, read, write, {1: identity(sizes(graph, read)[1])}, matrices)
 
 
-def _resized(graph: Graph, op: Operation, read: int, write: int) -> Links | None:
+def _resized(graph: Graph, op: GraphOperation, read: int, write: int) -> Links | None:
     """Interpolation: what each place reaches shows when the operation runs on impulses along one axis at a time.
 
     Both precisions are asked, since they may round a coordinate to different places.
@@ -121,7 +121,7 @@ def _resized(graph: Graph, op: Operation, read: int, write: int) -> Links | None
 
 
 @torch.no_grad()
-def _call_on(op: Operation, operand: Tensor) -> Tensor:
+def _call_on(op: GraphOperation, operand: Tensor) -> Tensor:
     result: Tensor = op.target(operand, *op.args[1:], **op.kwargs)
     return result
 

@@ -15,7 +15,7 @@ from hzo.gradients import Cotangents, Gradients, LocalStep, Sweep, add_gradients
 from hzo.measurement.timing import operation_seconds, timed
 from hzo.planner import Bend, Seconds, share
 from hzo.plans import Allowed, Node, Plan, check_queries, has_rule, make_node
-from hzo.tracing import Graph, Operation
+from hzo.tracing import Graph, GraphOperation
 
 LADDER = (1.0, 0.25, 0.0625, 0.015625)  # steps at which curvature is seen, in units of the activation
 SMALL, NOISY, LARGEST = 0.25, 0.5, 1.0  # those of a noisy chain: smaller ones drown
@@ -270,7 +270,7 @@ class EdgeMeasurements:
             for name in self.graph.names_of(use):
                 self.parameters[name] = max(self.parameters.get(name, 0.0), error / signal)
 
-    def _along(self, op: Operation) -> bool:
+    def _along(self, op: GraphOperation) -> bool:
         """Whether the adjoint of an operation gives the gradients of its parameters along."""
         if self.allowed.assume != "structure":
             return False

@@ -9,7 +9,7 @@ from typing import TypeVar
 from hzo.execution import Activations, run_slice
 from hzo.finite_differences import Probe, directions_per_chunk
 from hzo.plans import Cost, Node, bytes_per_direction
-from hzo.tracing import Graph, Operation
+from hzo.tracing import Graph, GraphOperation
 
 _MOST_COPIES = 256  # of the batch, in one call: enough to see what a query costs
 
@@ -34,7 +34,7 @@ def operation_seconds(graph: Graph, activations: Activations) -> tuple[float, ..
     return tuple(_seconds(graph, activations, op) for op in graph.operations)
 
 
-def _seconds(graph: Graph, activations: Activations, op: Operation) -> float:
+def _seconds(graph: Graph, activations: Activations, op: GraphOperation) -> float:
     moved = next((v for v in op.reads if graph.values[v].batched and graph.values[v].floating), None)
     if not op.batched or moved is None or op.coupled:
         return 0.0

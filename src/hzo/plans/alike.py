@@ -12,7 +12,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from hzo.tape import Ref
-from hzo.tracing import Graph, Operation
+from hzo.tracing import Graph, GraphOperation
 
 _kinds: WeakKeyDictionary[Graph, tuple[int, ...]] = WeakKeyDictionary()
 
@@ -32,7 +32,7 @@ def slice_key(graph: Graph, value: int, operations: Sequence[int], outputs: Sequ
     return _about(graph, value), tuple(calls), tuple([names[v] for v in outputs])
 
 
-def _kind(graph: Graph, op: Operation) -> Hashable:
+def _kind(graph: Graph, op: GraphOperation) -> Hashable:
     """Equal for operations that differ in nothing but in which values they read and write."""
     places = {v: k for k, v in enumerate(op.reads)}
 

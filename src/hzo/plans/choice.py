@@ -13,7 +13,7 @@ from hzo.plans.alike import slice_key
 from hzo.plans.cost import adjoint_cost, node_cost, rule_cost
 from hzo.plans.plan import ByRule, Cost, Estimator
 from hzo.structure import Assume, elementwise_slice
-from hzo.tracing import Graph, Operation
+from hzo.tracing import Graph, GraphOperation
 
 _known: WeakKeyDictionary[Graph, dict[Hashable, Probe | None]] = WeakKeyDictionary()
 """Colorings by what slices are made of: blocks that are alike are colored once."""
@@ -51,7 +51,7 @@ def choose_estimator(
     return probe, node_cost(graph, probe, operations, allowed.scheme)
 
 
-def has_adjoint(op: Operation) -> bool:
+def has_adjoint(op: GraphOperation) -> bool:
     """Whether an operation has a rule that is no queries."""
     return op.rule not in ("queries", "")
 

@@ -14,7 +14,7 @@ import torch
 
 from hzo.finite_differences import Probe, Scheme, accumulation_dtype, evaluations
 from hzo.plans.plan import Cost, Node, ParameterProbe
-from hzo.tracing import Graph, Measured, Operation
+from hzo.tracing import Graph, GraphOperation, Measured
 
 
 def node_cost(graph: Graph, probe: Probe, operations: Sequence[int], scheme: Scheme) -> Cost:
@@ -50,7 +50,7 @@ def adjoint_cost(graph: Graph, operation: int, value: int, probes: Sequence[tupl
     )
 
 
-def rule_cost(graph: Graph, op: Operation, value: int, adjoints: int = 1) -> Cost:
+def rule_cost(graph: Graph, op: GraphOperation, value: int, adjoints: int = 1) -> Cost:
     """One application of an operation's rule to one operand, and what it measures."""
     measured = (op.measured or {}).get(value) or Measured()
     queries = len(measured.per_sample)

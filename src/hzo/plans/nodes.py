@@ -11,7 +11,7 @@ from hzo.plans.choice import Allowed, choose_estimator, has_adjoint
 from hzo.plans.cost import parameter_cost, rule_cost
 from hzo.plans.options import Boundaries, PlanOptions
 from hzo.plans.plan import Node, ParameterProbe, Plan, PlannedEdge
-from hzo.tracing import Graph, Operation, declared_step
+from hzo.tracing import Graph, GraphOperation, declared_step
 
 Wanted = dict[int, set[int]]
 """Values whose cotangents are asked for, by position."""
@@ -173,6 +173,6 @@ def perturbed_parameters(graph: Graph, scheme: Scheme) -> list[ParameterProbe]:
     return found
 
 
-def has_rule(op: Operation) -> bool:
+def has_rule(op: GraphOperation) -> bool:
     """Whether the gradients of an operation's parameters follow from its rule; of a use, see ``measured``."""
     return has_adjoint(op)

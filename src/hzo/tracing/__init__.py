@@ -2,7 +2,7 @@
 
 from hzo.tracing.arguments import leaves, map_arguments, map_output, output_leaves, tensors_in
 from hzo.tracing.chain import Chain, Stages, module_of, noisy
-from hzo.tracing.graph import Graph, Measured, Operation, ParameterUse, Stage, Value, apart
+from hzo.tracing.graph import Graph, GraphOperation, GraphValue, Measured, ParameterUse, Stage, apart
 from hzo.tracing.inputs import batch_size, call_arguments, check_dense, requires_gradient, signature
 from hzo.tracing.promises import (
     PROMISES,
@@ -20,14 +20,14 @@ __all__ = [
     "PROMISES",
     "Chain",
     "Graph",
+    "GraphOperation",
+    "GraphValue",
     "Local",
     "Measured",
-    "Operation",
     "ParameterUse",
     "Promise",
     "Stage",
     "Stages",
-    "Value",
     "apart",
     "batch_size",
     "call_arguments",

@@ -31,7 +31,7 @@ _STRAIGHT_THROUGH = ("aten.fake_quantize_", "aten._fake_quantize_")
 
 
 @dataclass(frozen=True)
-class Value:
+class GraphValue:
     """A tensor of the graph, as seen when the model was traced.
 
     Attributes:
@@ -148,7 +148,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Operation:
+class GraphOperation:
     """One call of the tape, with what was learned about it by running it.
 
     Attributes:
@@ -228,8 +228,8 @@ class Stage:
 class Graph:
     """A traced model: operations in the order in which they ran, and everything that links them."""
 
-    operations: tuple[Operation, ...]
-    values: tuple[Value, ...]
+    operations: tuple[GraphOperation, ...]
+    values: tuple[GraphValue, ...]
     inputs: tuple[int, ...]
     output: Any  # the model's output with references to values in place of tensors
     stages: tuple[Stage, ...]

@@ -16,7 +16,7 @@ from hzo.gradients import base_pass, by_rule, traced_for
 from hzo.locality import slice_locality
 from hzo.plans import has_rule
 from hzo.structure import is_elementwise
-from hzo.tracing import Chain, Graph, Operation, ParameterUse, declared
+from hzo.tracing import Chain, Graph, GraphOperation, ParameterUse, declared
 from hzo.verification import properties
 from hzo.verification.adjoint import dot_product_test
 from hzo.verification.properties import Finding
@@ -111,7 +111,7 @@ def check_structure(model: Chain | nn.Module, x: Any, *, coordinates: int = 16, 
     return StructureReport(tuple(checks))
 
 
-def _stage(graph: Graph, op: Operation) -> str:
+def _stage(graph: Graph, op: GraphOperation) -> str:
     k = graph.stage_of[op.index]
     return f"stage {k} ({graph.stages[k].name})"
 
@@ -137,7 +137,7 @@ Found = Iterator[tuple[str, str, Finding]]
 """Promise, operand in words, finding."""
 
 
-def _operand_checks(task: _Task, op: Operation) -> Found:
+def _operand_checks(task: _Task, op: GraphOperation) -> Found:
     graph, activations, generator = task.graph, task.activations, task.generator
     outputs = _handed_on(graph, op)
     if not op.batched or not outputs:
@@ -177,7 +177,7 @@ def _operand_checks(task: _Task, op: Operation) -> Found:
             yield f"adjoint rule ({promise})", operand, _adjoint_check(task, op, value, run, rows)
 
 
-def _handed_on(graph: Graph, op: Operation) -> list[int]:
+def _handed_on(graph: Graph, op: GraphOperation) -> list[int]:
     """The results that something reads: a rule is asked for no others, the statistics of a norm, say."""
     read = [v for v in op.writes if graph.values[v].floating and graph.last_read[v] > op.index]
     return [v for v in read if not graph.values[v].batched or graph.values[v].batch_dim is not None]
@@ -191,7 +191,7 @@ def _row_shape(graph: Graph, value: int) -> tuple[int, ...]:
 
 
 def _declared_checks(
-    task: _Task, op: Operation, run: properties.Evaluate, rows: Tensor, shape: tuple[int, ...]
+    task: _Task, op: GraphOperation, run: properties.Evaluate, rows: Tensor, shape: tuple[int, ...]
 ) -> Iterator[tuple[str, Finding]]:
     """Promises that no rule of the library spells out for this call, and which must hold all the same."""
     promises = declared(op.module) or ()
@@ -210,7 +210,7 @@ def _declared_checks(
             yield "tokens", properties.alike(run, rows, rows.shape[1] // shape[-1], task.generator)
 
 
-def _adjoint_check(task: _Task, op: Operation, value: int, run: properties.Evaluate, rows: Tensor) -> Finding:
+def _adjoint_check(task: _Task, op: GraphOperation, value: int, run: properties.Evaluate, rows: Tensor) -> Finding:
     graph, activations = task.graph, task.activations
     outputs = _handed_on(graph, op)
 
@@ -227,7 +227,7 @@ def _adjoint_check(task: _Task, op: Operation, value: int, run: properties.Evalu
         return Finding(float("inf"), 0.0, 0, words)
 
 
-def _carried(task: _Task, op: Operation, value: int, cotangents: dict[int, Tensor]) -> Tensor:
+def _carried(task: _Task, op: GraphOperation, value: int, cotangents: dict[int, Tensor]) -> Tensor:
     """What the engine would get of the rule, or of what was declared: the operand's cotangent."""
     graph, activations = task.graph, task.activations
     adjoint = find_adjoint(graph, op, value)
@@ -236,7 +236,7 @@ def _carried(task: _Task, op: Operation, value: int, cotangents: dict[int, Tenso
     return by_rule(graph, activations, op, cotangents, frozenset({value}))[value]
 
 
-def _parameter_checks(task: _Task, op: Operation) -> Found:
+def _parameter_checks(task: _Task, op: GraphOperation) -> Found:
     if has_rule(op) and _handed_on(task.graph, op):
         for use in op.parameters:
             yield "parameter rule", use.name or _derived(task.graph, use), _parameter_check(task, op, use)
@@ -254,7 +254,7 @@ def _derived(graph: Graph, use: ParameterUse) -> str:
     return f"what is derived of {', '.join(dict.fromkeys(names))}" if names else "a derived operand"
 
 
-def _parameter_check(task: _Task, op: Operation, use: ParameterUse) -> Finding:
+def _parameter_check(task: _Task, op: GraphOperation, use: ParameterUse) -> Finding:
     """The rule assumes that an operator computes what its name says."""
     graph, activations = task.graph, task.activations
     outputs = _handed_on(graph, op)

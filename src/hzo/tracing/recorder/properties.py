@@ -13,19 +13,18 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from hzo.errors import TraceError
 from hzo.reverse import measurements_of
 from hzo.rules.registry import kind_of
-from hzo.tape import Operation as Call
-from hzo.tape import Tape
+from hzo.tape import Operation, Tape
 from hzo.tape.functions import replay_of
 from hzo.tape.opaque import Opaque
 from hzo.tape.record import flat
-from hzo.tracing import Measured, Operation, ParameterUse
+from hzo.tracing import GraphOperation, Measured, ParameterUse
 from hzo.tracing.recorder.sample_axes import Axes, close, depends, find_axes, finite, guess
 
 aten = torch.ops.aten
 _BY_SAMPLE = (aten.bmm.default, aten.baddbmm.default, aten._trilinear.default)
 
 
-def run_again(tape: Tape, op: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+def run_again(tape: Tape, op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """The results of an operation on other arguments, from the random state and the buffers of the first time."""
     state = tape.states.get(op.index)
     target = replay_of(op.target)
@@ -38,7 +37,7 @@ def run_again(tape: Tape, op: Call, args: tuple[Any, ...], kwargs: dict[str, Any
 
 def inspect(
     tape: Tape, end: int, axes: Axes, batch: int, names: dict[int, str]
-) -> tuple[list[Operation], dict[int, str]]:
+) -> tuple[list[GraphOperation], dict[int, str]]:
     """Every operation of a model with what was learned about it; fills ``axes``.
 
     Args:
@@ -71,7 +70,7 @@ def inspect(
     return operations, names
 
 
-def _place_samples(tape: Tape, op: Call, axes: Axes, batch: int) -> bool:
+def _place_samples(tape: Tape, op: Operation, axes: Axes, batch: int) -> bool:
     def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         return run_again(tape, op, args, kwargs)
 
@@ -81,11 +80,11 @@ def _place_samples(tape: Tape, op: Call, axes: Axes, batch: int) -> bool:
 
 
 def _learned(
-    tape: Tape, op: Call, batched: bool, reads: tuple[int, ...], parameters: tuple[ParameterUse, ...]
-) -> Operation:
+    tape: Tape, op: Operation, batched: bool, reads: tuple[int, ...], parameters: tuple[ParameterUse, ...]
+) -> GraphOperation:
     state = tape.states.get(op.index)
     opaque = isinstance(op.target, Opaque)
-    learned = Operation(
+    learned = GraphOperation(
         index=op.index,
         name=_name(op),
         target=op.target,
@@ -106,7 +105,7 @@ def _learned(
     return replace(learned, measured=measured)
 
 
-def _measured(tape: Tape, op: Call, value: int, kind: str) -> Measured | None:
+def _measured(tape: Tape, op: Operation, value: int, kind: str) -> Measured | None:
     """What the rule measures for one operand; None for nothing, or where queries do it element by element."""
     if kind == "queries":
         return None
@@ -126,7 +125,7 @@ def _measured(tape: Tape, op: Call, value: int, kind: str) -> Measured | None:
     return Measured(tuple(fixed), tuple(per_sample))
 
 
-def _name(op: Call) -> str:
+def _name(op: Operation) -> str:
     """What was called, in a word."""
     if isinstance(op.target, Opaque):
         return op.target.name
@@ -136,7 +135,7 @@ def _name(op: Call) -> str:
     return str(getattr(target, "__name__", None) or target)
 
 
-def _cost(tape: Tape, op: Call) -> int:
+def _cost(tape: Tape, op: Operation) -> int:
     """Operations of one run of the batch; what only shows memory in another shape counts as one, not as nothing."""
     args, kwargs = tape.resolve(op.args), {k: tape.resolve(v) for k, v in op.kwargs.items()}
     results = [None if v is None else tape.tensors[v] for v in op.writes]

@@ -25,9 +25,9 @@ from hzo.tape import Ref, Tape
 from hzo.tracing import (
     Chain,
     Graph,
+    GraphValue,
     Stage,
     Stages,
-    Value,
     batch_size,
     call_arguments,
     check_dense,
@@ -160,7 +160,7 @@ def graph_of(module: nn.Module, run: Run, batch: int) -> Graph:
     operations, names = inspect(tape, end, axes, batch, names)
     finite = finite_values(tape, count)
     values = tuple(
-        Value(
+        GraphValue(
             k,
             tuple(v.shape),
             v.dtype,
