@@ -1,6 +1,8 @@
 """Imports point one way, and autograd is called where the design says so and nowhere else."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import pytest
 import hzo
 
 SOURCE = Path(hzo.__file__).parents[1]
+SCRIPT = Path(__file__).parents[1] / "scripts" / "architecture.py"
 FILES = sorted(path for name in ("hzo", "hzo_lab") for path in (SOURCE / name).rglob("*.py"))
 
 # Each may import from what stands above it. A file beside the packages of hzo is a package of one file.
@@ -107,6 +110,8 @@ def test_the_longest_chain_of_imports():
         below = {package_of(name) for module in files for name in IMPORTS[module]} - {package}
         depth[package] = 1 + max((depth[name] for name in below), default=0)
     assert depth["hzo"] <= 14
+    printed = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, check=True).stdout
+    assert f"depth {depth['hzo']}\n" in printed
 
 
 def test_every_package_is_listed():
