@@ -19,7 +19,7 @@ def positive(what: str, value: object, otherwise: str = "") -> float:
         InputError: it is no number, or not positive and finite.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= _LARGEST:
-        raise InputError(f"expected a positive finite {what}, got {_shown(value)}{_behind(otherwise)}")
+        raise InputError(f"expected a positive finite {what}, got {shown(value)}{_behind(otherwise)}")
     return float(value)
 
 
@@ -45,7 +45,7 @@ def factor(scale: object) -> float:
     except (TypeError, ValueError, RuntimeError):
         raise InputError(
             "expected scale to be a number or a tensor of one, such as scaler.scale(torch.ones(())), got "
-            f"{_shown(scale)}"
+            f"{shown(scale)}"
         ) from None
 
 
@@ -56,7 +56,7 @@ def function(what: str, value: object) -> None:
         InputError: it cannot; or it is the class of a module instead of a module.
     """
     if not callable(value):
-        raise InputError(f"expected {what} to be a function or module, got {_shown(value)}")
+        raise InputError(f"expected {what} to be a function or module, got {shown(value)}")
     if isinstance(value, type) and issubclass(value, torch.nn.Module):
         raise InputError(
             f"expected {what} to be a module, got the class {value.__name__}; make one: {value.__name__}()"
@@ -66,7 +66,8 @@ def function(what: str, value: object) -> None:
 _LARGEST = sys.float_info.max
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A value in an error message, cut to sixty characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "…"
 

@@ -11,10 +11,11 @@ from hzo.baselines import _evaluate as ev
 from hzo.baselines._registry import baseline
 from hzo.errors import InputError
 from hzo.execution import counting
+from hzo.losses import LossFn
 
 
 @baseline("backprop", reverse=True)
-def backprop(model: ev.Model, loss_fn: ev.LossFn, x: Any, y: Any = None) -> Tensor:
+def backprop(model: ev.Model, loss_fn: LossFn, x: Any, y: Any = None) -> Tensor:
     """``loss.backward()``; adds the gradient to ``.grad`` and returns the loss.
 
     Exact up to rounding. Cost: one forward pass (counted as the base pass), and a reverse sweep of about two

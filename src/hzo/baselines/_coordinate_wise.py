@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from hzo.baselines import _evaluate as ev
 from hzo.baselines._registry import baseline
 from hzo.errors import InputError, StepError
+from hzo.losses import LossFn
 
 
 @baseline("coordinate")
 def coordinate_wise(
     model: ev.Model,
-    loss_fn: ev.LossFn,
+    loss_fn: LossFn,
     x: Any,
     y: Any = None,
     *,

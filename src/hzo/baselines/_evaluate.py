@@ -20,12 +20,11 @@ from hzo._options import positive, whole
 from hzo.distributed import averaged, refuse_wrappers, unwrapped
 from hzo.errors import InputError, NonFiniteError, StepError
 from hzo.execution import counting, restore_snapshot, take_snapshot
-from hzo.losses import check_finite, check_loss
+from hzo.losses import LossFn, check_finite, check_loss
 from hzo.reverse import accumulate
 from hzo.tracing import Chain, batch_size, call_arguments, module_of, tensors_in
 
 Model = nn.Module | Chain
-LossFn = Callable[..., Any]
 T = TypeVar("T")
 
 

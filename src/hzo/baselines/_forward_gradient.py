@@ -17,13 +17,14 @@ from hzo.baselines import _together as together
 from hzo.baselines._registry import baseline
 from hzo.errors import InputError
 from hzo.execution import counting
+from hzo.losses import LossFn
 
 
 # It carries the derivative along, for the work of two passes more.
 @baseline("forward-gradient", passes=3, rate=0.0025, second_moment=lambda d: d + 2)
 def forward_gradient(
     model: ev.Model,
-    loss_fn: ev.LossFn,
+    loss_fn: LossFn,
     x: Any,
     y: Any = None,
     *,
@@ -101,14 +102,8 @@ def _slopes_together(p: ev.Problem, seeds: list[int], loss: Tensor, run: ev.Orde
     if not step:
         return None
 
-    def loss_at(moved: dict[str, Tensor]) -> Tensor:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return functional_call(p.module, moved, args, kwargs)
-
-        return ev.precise(p, call, checked=False)()
-
     def slope(direction: dict[str, Tensor]) -> Any:
-        return jvp(loss_at, (parameters,), (direction,))
+        return jvp(together.loss_of(p), (parameters,), (direction,))
 
     slopes: list[float] = []
     for at in range(0, len(seeds), step):

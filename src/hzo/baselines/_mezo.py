@@ -13,12 +13,13 @@ from hzo.baselines._registry import baseline
 from hzo.baselines._two_point import two_point
 from hzo.distributed import kind_of_wrapper
 from hzo.errors import DistributedError
+from hzo.losses import LossFn
 
 
 @baseline("mezo", passes=2, rate=0.0025, second_moment=lambda d: d + 2)
 def mezo(
     model: ev.Model,
-    loss_fn: ev.LossFn,
+    loss_fn: LossFn,
     x: Any,
     y: Any = None,
     *,

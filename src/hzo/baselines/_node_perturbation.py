@@ -14,6 +14,7 @@ from hzo.baselines._registry import baseline
 from hzo.errors import CoupledSamplesError, InputError
 from hzo.execution import Activations, query
 from hzo.gradients import LocalStep, base_pass, parameter_gradients, traced_for
+from hzo.losses import LossFn
 from hzo.plans import has_rule
 from hzo.tape import Ref
 from hzo.tracing import Chain, Graph, GraphOperation, map_output
@@ -22,7 +23,7 @@ from hzo.tracing import Chain, Graph, GraphOperation, map_output
 @baseline("node-perturbation", passes=2, rate=0.02)
 def node_perturbation(
     model: ev.Model,
-    loss_fn: ev.LossFn,
+    loss_fn: LossFn,
     x: Any,
     y: Any = None,
     *,

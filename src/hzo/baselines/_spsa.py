@@ -10,12 +10,13 @@ from torch import Tensor
 from hzo.baselines import _evaluate as ev
 from hzo.baselines._registry import baseline
 from hzo.baselines._two_point import two_point
+from hzo.losses import LossFn
 
 
 @baseline("spsa", passes=2, rate=0.0025, second_moment=lambda d: d)
 def spsa(
     model: ev.Model,
-    loss_fn: ev.LossFn,
+    loss_fn: LossFn,
     x: Any,
     y: Any = None,
     *,

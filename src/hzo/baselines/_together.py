@@ -39,18 +39,23 @@ def losses_at(p: ev.Problem, moved: dict[str, Tensor], loss: Tensor) -> Tensor |
     Raises:
         NonFiniteError: as the loss would one by one.
     """
+    found: Tensor | None = attempted(lambda: vmap(loss_of(p), randomness="same")(moved))
+    if found is None or not same(found[0], loss):
+        return None
+    check_finite(found, "at the parameters or within a step of them")
+    return found
 
-    def one(parameters: dict[str, Tensor]) -> Tensor:
+
+def loss_of(p: ev.Problem) -> Callable[[dict[str, Tensor]], Tensor]:
+    """The loss as a function of the parameters, unchecked: what ``vmap`` and ``jvp`` are applied to."""
+
+    def loss_at(parameters: dict[str, Tensor]) -> Tensor:
         def call(*args: Any, **kwargs: Any) -> Any:
             return functional_call(p.module, parameters, args, kwargs)
 
         return ev.precise(p, call, checked=False)()
 
-    found: Tensor | None = attempted(lambda: vmap(one, randomness="same")(moved))
-    if found is None or not same(found[0], loss):
-        return None
-    check_finite(found, "at the parameters or within a step of them")
-    return found
+    return loss_at
 
 
 def attempted(run: Callable[[], Any]) -> Any:

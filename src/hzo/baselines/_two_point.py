@@ -12,11 +12,12 @@ from hzo.baselines import _evaluate as ev
 from hzo.baselines import _in_place as in_place
 from hzo.baselines import _population as population
 from hzo.baselines import _together as together
+from hzo.losses import LossFn
 
 
 def two_point(
     model: ev.Model,
-    loss_fn: ev.LossFn,
+    loss_fn: LossFn,
     x: Any,
     y: Any,
     *,

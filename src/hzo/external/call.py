@@ -28,7 +28,7 @@ from hzo.errors import (
     TraceError,
 )
 from hzo.execution import contained, counting, with_parameters
-from hzo.external.guard import Guarded
+from hzo.external.guard import Guarded, rows_of
 from hzo.external.randomness import Randomness, randomness
 from hzo.external.signature import Structure, flatten
 from hzo.external.state import Saved, StateKey, floating
@@ -695,7 +695,7 @@ class BoxCall:
         calls, ends = [], []
         for leaves in many:
             for at in range(0, rows, size):
-                cut = [_rows(t, at, size) if flag and size != rows else t
+                cut = [rows_of(t, at, size) if flag and size != rows else t
                        for t, flag in zip(leaves, sample, strict=True)]  # fmt: skip
                 calls.append((*self.arguments(cut), size))
             ends.append(len(calls))
@@ -843,13 +843,6 @@ def _real(tensor: Tensor) -> Tensor:
     if tensor.is_complex():
         return torch.view_as_real(tensor.resolve_conj())
     return tensor if tensor.is_floating_point() else tensor.double()
-
-
-def _rows(tensor: Tensor, start: int, size: int) -> Tensor:
-    """``size`` rows from ``start`` on; the last one again where there are fewer."""
-    rows = tensor[start : start + size]
-    missing = size - rows.shape[0]
-    return rows if not missing else torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])])
 
 
 def _close(a: Tensor, b: Tensor, slack: float) -> bool:

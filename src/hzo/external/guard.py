@@ -134,7 +134,7 @@ class Guarded(nn.Module):
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         samples = inputs[0].shape[0]
         size = samples if self.batched is True else self._size()
-        pieces = [[_rows(t, k, size) for t in inputs] for k in range(0, samples, size)]
+        pieces = [[rows_of(t, k, size) for t in inputs] for k in range(0, samples, size)]
         if self.moves_on:
 
             def ask() -> list[Tensor | tuple[Tensor, ...]]:
@@ -405,7 +405,7 @@ def expect(stages: nn.Module, samples: int | None) -> None:
             part.samples = samples
 
 
-def _rows(tensor: Tensor, start: int, size: int) -> Tensor:
+def rows_of(tensor: Tensor, start: int, size: int) -> Tensor:
     """``size`` rows from ``start`` on; the last one again where there are fewer."""
     rows = tensor[start : start + size]
     missing = size - rows.shape[0]

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 from hzo.errors import CoupledSamplesError, InputError
 
 LossFn = Callable[..., Any]
+"""``loss_fn(output, target)``, or ``loss_fn(output)`` where there is no target: a function or a module."""
 
 # Elements of all tiled copies at once: 64 MiB in float32, 128 MiB in float64.
 TILED_ELEMENTS = 2**24

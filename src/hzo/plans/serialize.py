@@ -16,7 +16,7 @@ from sys import float_info
 from typing import Any, get_args
 
 from hzo._files import replace_file
-from hzo._options import positive
+from hzo._options import positive, shown
 from hzo.errors import HzoError, InputError, PlanError
 from hzo.finite_differences import check_scheme
 from hzo.noise import Level, Noise
@@ -155,7 +155,7 @@ class _Fields:
 
     def __init__(self, values: Any, source: str) -> None:
         if not isinstance(values, dict):
-            raise PlanError(f"expected {source} to be a JSON object, got {_short(values)}; {_AGAIN}")
+            raise PlanError(f"expected {source} to be a JSON object, got {shown(values)}; {_AGAIN}")
         self.source = source
         self._left: dict[str, Any] = dict(values)
 
@@ -173,7 +173,7 @@ class _Fields:
         """A field that is a list of objects."""
         found = self.take(name)
         if not isinstance(found, list):
-            raise PlanError(f"expected {self.source}, {name}, to be a list, got {_short(found)}; {_AGAIN}")
+            raise PlanError(f"expected {self.source}, {name}, to be a list, got {shown(found)}; {_AGAIN}")
         return [_Fields(row, f"{self.source}, {name}[{k}]") for k, row in enumerate(found)]
 
     def finish(self) -> None:
@@ -186,7 +186,7 @@ def _check_format(values: _Fields) -> None:
         raise PlanError(f"{values.source} is not a plan's file (its format is not {FORMAT!r}); {_AGAIN}")
     if (version := values.take("version")) != VERSION:
         raise PlanError(
-            f"{values.source} is of version {_short(version)}, this hzo reads version {VERSION}; use the hzo that "
+            f"{values.source} is of version {shown(version)}, this hzo reads version {VERSION}; use the hzo that "
             "wrote it, or make the plan again"
         )
 
@@ -194,9 +194,9 @@ def _check_format(values: _Fields) -> None:
 def _whole(low: int) -> Callable[[Any], int]:
     def check(value: Any) -> int:
         if type(value) is not int or value < low:
-            raise PlanError(f"expected a whole number from {low} on, got {_short(value)}")
+            raise PlanError(f"expected a whole number from {low} on, got {shown(value)}")
         if value > _MOST:
-            raise PlanError(f"expected a whole number up to {_MOST:,}, got {_short(value)}")
+            raise PlanError(f"expected a whole number up to {_MOST:,}, got {shown(value)}")
         return value
 
     return check
@@ -204,13 +204,13 @@ def _whole(low: int) -> Callable[[Any], int]:
 
 def _at_least_zero(value: Any) -> float:
     if type(value) not in (int, float) or not value >= 0 or (type(value) is int and value > float_info.max):
-        raise PlanError(f"expected a number from 0 on, got {_short(value)}")
+        raise PlanError(f"expected a number from 0 on, got {shown(value)}")
     return float(value)
 
 
 def _positive(value: Any) -> float | None:
     if value is not None and type(value) not in (int, float):
-        raise PlanError(f"expected a positive finite number or null, got {_short(value)}")
+        raise PlanError(f"expected a positive finite number or null, got {shown(value)}")
     return None if value is None else positive("number", value)
 
 
@@ -222,7 +222,7 @@ def _seconds(value: Any) -> float | None:
 
 def _storage(value: Any) -> Storage:
     if value not in get_args(Storage):
-        raise PlanError(f"expected storage to be one of {get_args(Storage)}, got {_short(value)}")
+        raise PlanError(f"expected storage to be one of {get_args(Storage)}, got {shown(value)}")
     return value  # type: ignore[no-any-return]
 
 
@@ -230,10 +230,10 @@ def _noise(graph: Graph, value: Any) -> Noise | None:
     if value is None:
         return None
     if not isinstance(value, dict) or set(value) != {"readout", "process"}:
-        raise PlanError(f"expected an object of readout and process, or null, got {_short(value)}")
+        raise PlanError(f"expected an object of readout and process, or null, got {shown(value)}")
     levels: Mapping[str, Level] = {k: tuple(level) if isinstance(level, list) else level for k, level in value.items()}
     if any(isinstance(level, str) for level in levels.values()):
-        raise PlanError(f"expected noise as numbers, got {_short(value)}")
+        raise PlanError(f"expected noise as numbers, got {shown(value)}")
     return Noise(**levels).for_stages(len(graph.stages))
 
 
@@ -309,10 +309,5 @@ def _expected(values: _Fields, rows: list[_Fields], plan: Plan, source: str) -> 
 
 def _errors(values: Any) -> dict[str, float]:
     if not isinstance(values, dict):
-        raise PlanError(f"expected an object of errors, got {_short(values)}")
+        raise PlanError(f"expected an object of errors, got {shown(values)}")
     return {name: _at_least_zero(error) for name, error in values.items()}
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "…"

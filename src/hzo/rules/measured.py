@@ -98,7 +98,7 @@ class _Kernels:
 KERNELS = _Kernels()
 
 
-class _Kept:
+class _Measurements:
     """For one recording: how many calls an operator and a weight have, and what was measured for those to come."""
 
     def __init__(self) -> None:
@@ -119,7 +119,7 @@ class _Kept:
         return self.uses[operator, memory]
 
 
-_kept: WeakKeyDictionary[Tape, _Kept] = WeakKeyDictionary()
+_kept: WeakKeyDictionary[Tape, _Measurements] = WeakKeyDictionary()
 
 
 def keep_measured(tape: Tape, keep: bool | None) -> None:
@@ -129,7 +129,7 @@ def keep_measured(tape: Tape, keep: bool | None) -> None:
         keep: None keeps while gradients accumulate: ``.grad`` is there, and nobody has written to the weight since the
             last gradient. Whatever is not to be kept is released.
     """
-    kept = _kept[tape] = _Kept()
+    kept = _kept[tape] = _Measurements()
     weights = [
         weight
         for value, weight in zip(tape.values, tape.tensors, strict=True)
@@ -176,7 +176,7 @@ def measured_once(
         return measure()
     kept = _kept.get(call.tape)
     if kept is None:
-        kept = _kept[call.tape] = _Kept()
+        kept = _kept[call.tape] = _Measurements()
     memory = _memory(weight)
     uses = kept.uses_of(call.tape, call.op.target, memory)
     if uses < 2:
@@ -191,7 +191,7 @@ def measured_once(
 
 
 def _across(
-    kept: _Kept,
+    kept: _Measurements,
     call: Call,
     key: Key,
     weight: Tensor,

@@ -103,7 +103,7 @@ def check_gradient(
     parameters = {name: p for name, p in module.named_parameters() if name in gradient}
     if not parameters:
         raise InputError("there is no gradient to test: none of the names given belongs to a parameter of the model")
-    task = _Task(module, loss_fn, x, y, parameters, gradient)
+    task = _GradientTest(module, loss_fn, x, y, parameters, gradient)
     generator = torch.Generator().manual_seed(seed)
     own = {name: g for name, g in gradient.items() if name in parameters}
     slopes = [task.slope("along the gradient", own)]
@@ -130,7 +130,7 @@ def padding_rows(module: nn.Module) -> dict[int, list[int]]:
 
 
 @dataclass(frozen=True)
-class _Task:
+class _GradientTest:
     module: nn.Module
     loss_fn: Callable[..., Any]
     x: Any

@@ -65,7 +65,7 @@ class StructureReport:
 
 
 @dataclass(frozen=True)
-class _Task:
+class _StructureTest:
     graph: Graph
     activations: Activations
     generator: torch.Generator
@@ -98,7 +98,7 @@ def check_structure(model: Chain | nn.Module, x: Any, *, coordinates: int = 16, 
     modules = [chain.model, *graph.opaque_modules]
     with contained(modules), counting.as_checks():
         activations, _ = base_pass(chain, x)
-        task = _Task(graph, activations, torch.Generator().manual_seed(seed), coordinates)
+        task = _StructureTest(graph, activations, torch.Generator().manual_seed(seed), coordinates)
         checks = [
             Check(_stage(graph, op), op.name, promise, operand, finding)
             for op in graph.operations
@@ -137,7 +137,7 @@ Found = Iterator[tuple[str, str, Finding]]
 """Promise, operand in words, finding."""
 
 
-def _operand_checks(task: _Task, op: GraphOperation) -> Found:
+def _operand_checks(task: _StructureTest, op: GraphOperation) -> Found:
     graph, activations, generator = task.graph, task.activations, task.generator
     outputs = _handed_on(graph, op)
     if not op.batched or not outputs:
@@ -191,7 +191,7 @@ def _row_shape(graph: Graph, value: int) -> tuple[int, ...]:
 
 
 def _declared_checks(
-    task: _Task, op: GraphOperation, run: properties.Evaluate, rows: Tensor, shape: tuple[int, ...]
+    task: _StructureTest, op: GraphOperation, run: properties.Evaluate, rows: Tensor, shape: tuple[int, ...]
 ) -> Iterator[tuple[str, Finding]]:
     """Promises that no rule of the library spells out for this call, and which must hold all the same."""
     promises = declared(op.module) or ()
@@ -210,7 +210,9 @@ def _declared_checks(
             yield "tokens", properties.alike(run, rows, rows.shape[1] // shape[-1], task.generator)
 
 
-def _adjoint_check(task: _Task, op: GraphOperation, value: int, run: properties.Evaluate, rows: Tensor) -> Finding:
+def _adjoint_check(
+    task: _StructureTest, op: GraphOperation, value: int, run: properties.Evaluate, rows: Tensor
+) -> Finding:
     graph, activations = task.graph, task.activations
     outputs = _handed_on(graph, op)
 
@@ -227,7 +229,7 @@ def _adjoint_check(task: _Task, op: GraphOperation, value: int, run: properties.
         return Finding(float("inf"), 0.0, 0, words)
 
 
-def _carried(task: _Task, op: GraphOperation, value: int, cotangents: dict[int, Tensor]) -> Tensor:
+def _carried(task: _StructureTest, op: GraphOperation, value: int, cotangents: dict[int, Tensor]) -> Tensor:
     """What the engine would get of the rule, or of what was declared: the operand's cotangent."""
     graph, activations = task.graph, task.activations
     adjoint = find_adjoint(graph, op, value)
@@ -236,7 +238,7 @@ def _carried(task: _Task, op: GraphOperation, value: int, cotangents: dict[int, 
     return by_rule(graph, activations, op, cotangents, frozenset({value}))[value]
 
 
-def _parameter_checks(task: _Task, op: GraphOperation) -> Found:
+def _parameter_checks(task: _StructureTest, op: GraphOperation) -> Found:
     if has_rule(op) and _handed_on(task.graph, op):
         for use in op.parameters:
             yield "parameter rule", use.name or _derived(task.graph, use), _parameter_check(task, op, use)
@@ -254,7 +256,7 @@ def _derived(graph: Graph, use: ParameterUse) -> str:
     return f"what is derived of {', '.join(dict.fromkeys(names))}" if names else "a derived operand"
 
 
-def _parameter_check(task: _Task, op: GraphOperation, use: ParameterUse) -> Finding:
+def _parameter_check(task: _StructureTest, op: GraphOperation, use: ParameterUse) -> Finding:
     """The rule assumes that an operator computes what its name says."""
     graph, activations = task.graph, task.activations
     outputs = _handed_on(graph, op)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
 
 import hzo
 from hzo.execution import contained
+from hzo.losses import LossFn
 from hzo.verification import GradientCheck
 from hzo_lab.records import generator, separate_random_numbers
 from hzo_lab.training.methods import Method, refuse_untestable
-
-LossFn = Callable[[Tensor, Tensor], Tensor]
 
 
 @contextmanager
