@@ -12,10 +12,6 @@ beside the budget that was set.
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
-import subprocess
-import sys
 import time
 from pathlib import Path
 from statistics import median
@@ -28,7 +24,8 @@ import hzo
 from hzo.finite_differences import directions_per_chunk
 from hzo.gradients import base_pass
 from hzo.plans import bytes_per_direction, schedule
-from hzo_lab.records import environment, peak_of
+from hzo_lab.records import peak_of
+from record import write
 
 MIB = 2**20
 OUT = Path(__file__).parents[1] / "results" / "benchmarks" / "gradient_time.json"
@@ -142,11 +139,7 @@ def main() -> None:
                     f"{row['seconds']:7.2f}  {row['ratio']:5.2f}",
                     flush=True,
                 )
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    command = shlex.join(["python", "benchmarks/gradient_time.py", *sys.argv[1:]])
-    report = {"command": command, "commit": commit, "seed": 0, "environment": environment(), "rows": rows}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    write(options.out, seed=0, rows=rows)
 
 
 if __name__ == "__main__":

@@ -19,13 +19,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +33,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-import hzo
+from gradients import Loss, by_backprop, by_hzo, medians, seconds
 from hzo_lab.zoo.imports import library
-from hzo_lab.zoo.price import price
+from hzo_lab.zoo.operations import forward_equivalents
 from record import write
 
 OUT = Path(__file__).parents[1] / "results" / "zoo" / "kinds.json"
 BATCH, SIDE, LENGTH, CLASSES, WORDS = 16, 64, 128, 10, 500
-Loss = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,10 @@ class Problem:
 
     model: nn.Module
     inputs: tuple[Tensor, ...]
-    loss: Loss
+    loss: Callable[..., Tensor]
+
+    def loss_of(self, model: nn.Module) -> Tensor:
+        return self.loss(model, *self.inputs)
 
 
 def on_images(model: nn.Module, side: int = SIDE) -> Problem:
@@ -339,31 +340,31 @@ class _Standard(nn.Module):
         ).view_as(weight)
 
 
-def by_backprop(problem: Problem) -> None:
-    problem.loss(problem.model, *problem.inputs).backward()
-
-
-def by_hzo(problem: Problem) -> None:
-    with hzo.record() as step:
-        loss = problem.loss(problem.model, *problem.inputs)
-    step.backward(loss)
-
-
 METHODS = {"backprop": by_backprop, "hzo": by_hzo}
 
 
-def gradient(problem: Problem, method: Callable[[Problem], None]) -> tuple[dict[str, Tensor], float]:
-    """By parameter, and the seconds that it took; buffers are as before."""
+def resetting(problem: Problem) -> Callable[[str], None]:
+    """A function that undoes a gradient: none is left, and buffers and random numbers are those of now."""
     kept = {name: b.clone() for name, b in problem.model.named_buffers()}
-    problem.model.zero_grad()
-    torch.manual_seed(1)  # of what is left of randomness
-    start = time.process_time()
-    method(problem)
-    seconds = time.process_time() - start
-    with torch.no_grad():
-        for name, b in problem.model.named_buffers():
-            b.copy_(kept[name])
-    return {n: p.grad.double() for n, p in problem.model.named_parameters() if p.grad is not None}, seconds
+
+    def reset(_: str) -> None:
+        problem.model.zero_grad()
+        torch.manual_seed(1)  # of what is left of randomness
+        with torch.no_grad():
+            for name, b in problem.model.named_buffers():
+                b.copy_(kept[name])
+
+    return reset
+
+
+def gradient(problem: Problem, method: Callable[[nn.Module, Loss], None]) -> dict[str, Tensor]:
+    """By parameter; buffers are as before."""
+    reset = resetting(problem)
+    reset("")
+    method(problem.model, problem.loss_of)
+    found = {n: p.grad.double() for n, p in problem.model.named_parameters() if p.grad is not None}
+    reset("")
+    return found
 
 
 def cast(problem: Problem, dtype: torch.dtype) -> Problem:
@@ -382,8 +383,8 @@ def error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 def errors(problem: Problem, dtype: torch.dtype) -> dict[str, float]:
     """Of both methods in a dtype, against backprop in float64 at the same weights and inputs."""
     low = cast(problem, dtype)
-    expected, _ = gradient(cast(low, torch.float64), by_backprop)
-    return {name: error(gradient(low, method)[0], expected) for name, method in METHODS.items()}
+    expected = gradient(cast(low, torch.float64), by_backprop)
+    return {name: error(gradient(low, method), expected) for name, method in METHODS.items()}
 
 
 def row(name: str, rounds: int) -> dict[str, Any]:
@@ -391,15 +392,13 @@ def row(name: str, rounds: int) -> dict[str, Any]:
     torch.manual_seed(0)
     problem = KINDS[name]()
     found: dict[str, Any] = {"parameters": sum(p.numel() for p in problem.model.parameters())}
-    _, found["first"] = gradient(problem, by_hzo)
-    times: dict[str, list[float]] = {method: [] for method in METHODS}
-    for _ in range(rounds):
-        for method, run in METHODS.items():
-            times[method].append(gradient(problem, run)[1])
-    found |= {method: statistics.median(seconds) for method, seconds in times.items()}
+    reset = resetting(problem)
+    found["first"] = seconds(lambda: by_hzo(problem.model, problem.loss_of))
+    found |= medians({m: partial(run, problem.model, problem.loss_of) for m, run in METHODS.items()}, rounds, reset)
+    reset("")
     found["over backprop"] = found["hzo"] / found["backprop"]
-    found["forward equivalents"], found["share by queries"] = price(
-        lambda: problem.loss(problem.model, *problem.inputs)
+    found["forward equivalents"], found["share by queries"] = forward_equivalents(
+        lambda: problem.loss_of(problem.model)
     )
     found["float32"] = errors(problem, torch.float32)
     if name in ERRORS_ASKED:

@@ -20,16 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradients import Loss, by_backprop, by_hzo, flat_gradient, seconds
 from hzo import baselines
-from price import PROBLEMS, by_backprop, by_hzo, flat_gradient, seconds
+from price import PROBLEMS
 from record import write
 
 try:
     import torchzero
 except ImportError:
     torchzero = None
-
-Loss = Callable[[nn.Module], Tensor]
 
 
 class WithLoss(nn.Module):

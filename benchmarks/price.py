@@ -15,11 +15,10 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,12 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hzo
+from gradients import Loss, by_backprop, by_hzo, flat_gradient, medians, seconds
 from hzo_lab import networks
 from hzo_lab.records import peak_of
 from hzo_lab.training.models import build
 from record import write
 
-Problem = tuple[nn.Module, Callable[[nn.Module], Tensor]]
+Problem = tuple[nn.Module, Loss]
 """A model, and its loss on a fixed batch."""
 
 
@@ -128,24 +128,14 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
 }
 
 
-def by_backprop(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> None:
-    loss(model).backward()
-
-
-def by_hzo(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> None:
-    with hzo.record() as step:
-        value = loss(model)
-    step.backward(value)
-
-
-def by_keeping(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> None:
+def by_keeping(model: nn.Module, loss: Loss) -> None:
     """Measured weights are kept and tried; here they never change, as within a step's micro-batches."""
     with hzo.record() as step:
         value = loss(model)
     step.backward(value, keep=True)
 
 
-def by_reading(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> None:
+def by_reading(model: nn.Module, loss: Loss) -> None:
     """The floor, a diagnostic: the same sweep where weights are read like activations, so that nothing is measured."""
     with hzo.record() as step:
         value = loss(model)
@@ -157,27 +147,13 @@ def by_reading(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> None:
 METHODS = {"backprop": by_backprop, "hzo": by_hzo, "weights kept": by_keeping, "weights read": by_reading}
 
 
-def seconds(run: Callable[[], object]) -> float:
-    """Of processor time: one thread computes, and others may use the machine."""
-    start = time.thread_time()
-    run()
-    return time.thread_time() - start
-
-
-def flat_gradient(model: nn.Module) -> Tensor:
-    return torch.cat([p.grad.double().flatten() for p in model.parameters() if p.grad is not None])
-
-
 def measure(name: str, rounds: int) -> dict[str, float]:
     torch.manual_seed(0)
     model, loss = PROBLEMS[name]()
-    times: dict[str, list[float]] = {name: [] for name in (*METHODS, "forward", "recorded forward")}
-    gradients = {}
+    calls = 0
 
     def forward() -> None:
         loss(model)
-
-    calls = 0
 
     def recorded() -> None:
         nonlocal calls
@@ -185,24 +161,22 @@ def measure(name: str, rounds: int) -> dict[str, float]:
             loss(model)
         calls = len(step.tape.operations)
 
+    def before(method: str) -> None:
+        if method == "weights kept":  # the methods before have released them
+            METHODS[method](model, loss)
+        model.zero_grad()
+        torch.manual_seed(1)  # of dropout
+
     with hzo.count_queries() as count:
         model.zero_grad()
         first = seconds(lambda: by_hzo(model, loss))
-    for _ in range(rounds):
-        for method, run in METHODS.items():
-            if method == "weights kept":  # the methods before have released them
-                run(model, loss)
-            model.zero_grad()
-            torch.manual_seed(1)  # of dropout
-            times[method].append(seconds(lambda run=run: run(model, loss)))
-            gradients[method] = flat_gradient(model)
-        times["forward"].append(seconds(forward))
-        times["recorded forward"].append(seconds(recorded))
-    peaks = {}
+    runs: dict[str, Callable[[], None]] = {name: partial(run, model, loss) for name, run in METHODS.items()}
+    median = medians({**runs, "forward": forward, "recorded forward": recorded}, rounds, before)
+    peaks, gradients = {}, {}
     for method in ("backprop", "hzo"):
-        model.zero_grad()
-        peaks[method] = peak_of(lambda run=METHODS[method]: run(model, loss)) / 2**20
-    median = {key: statistics.median(values) for key, values in times.items()}
+        before(method)
+        peaks[method] = peak_of(runs[method]) / 2**20
+        gradients[method] = flat_gradient(model)
     a, b = gradients["hzo"], gradients["backprop"]
     recording = median["recorded forward"] - median["forward"]
     return {

@@ -14,13 +14,13 @@ import torch
 from hzo_lab.records import environment
 
 
-def write(out: Path, **content: Any) -> None:
-    """JSON with command, commit, versions and hardware."""
+def write(out: Path, device: torch.device | None = None, **content: Any) -> None:
+    """JSON with command, commit, versions and hardware; the device is the CPU where none is given."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     record = {
         "command": shlex.join(["python", *sys.argv]),
         "commit": commit,
-        "environment": environment(torch.device("cpu")),
+        "environment": environment(device or torch.device("cpu")),
         **content,
     }
     out.parent.mkdir(parents=True, exist_ok=True)

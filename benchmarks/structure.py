@@ -13,12 +13,8 @@ from __future__ import annotations
 import argparse
 import copy
 import cProfile
-import json
 import pstats
-import shlex
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,8 +27,9 @@ from torch.profiler import ProfilerActivity, profile
 
 import hzo
 from hzo_lab.networks import GPT, BasicBlock, ResNet
-from hzo_lab.records import environment, peak_of
+from hzo_lab.records import peak_of
 from hzo_lab.training import resnet
+from record import write
 
 Problem = tuple[nn.Module, Tensor, Tensor]
 
@@ -80,7 +77,8 @@ def seconds(step: Callable[[], Any], device: torch.device) -> float:
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
     start = time.perf_counter()
-    step(), wait()
+    step()
+    wait()
     return time.perf_counter() - start
 
 
@@ -145,29 +143,21 @@ def kernels(run: Callable[[], None], device: torch.device) -> dict[str, float]:
 
 
 def parts(run: Callable[[], None]) -> dict[str, float]:
-    """Milliseconds by part of hzo; those of an adjoint (by file) contain its probes, which are listed once more."""
+    """Milliseconds by package of hzo: what its own functions take, and the operators of PyTorch that they call."""
     profiler = cProfile.Profile()
     profiler.runcall(run)
-    entries: dict[Any, Any] = pstats.Stats(profiler).stats  # type: ignore[attr-defined]
-    found: dict[str, float] = {}
-
-    def add(name: str, spent: float) -> None:
-        found[name] = found.get(name, 0.0) + spent * 1000
-
-    whole = 0.0
-    for (_, _, function), (_, _, _, cumulative, callers) in entries.items():
-        if function == "_estimate" and any(name == "backward" for _, _, name in callers):
-            whole = max(whole, cumulative)
-        if function in ("base_pass", "loss_pass", "parameter_gradients", "vjp_rows"):
-            add({"vjp_rows": "differences"}.get(function, function.replace("_", " ")), cumulative)
-        if function == "run_alone":
-            add("(probes)", cumulative)
-    for (file, _, _), (_, _, _, _, callers) in entries.items():
-        spent = sum(times[3] for (_, _, caller), times in callers.items() if caller == "_apply_adjoint")
-        if spent and "adjoints" in file and not file.endswith("__init__.py"):
-            add(f"adjoints: {Path(file).stem}", spent)
-    if whole:
-        add("other", whole - sum(t for name, t in found.items() if name != "(probes)") / 1000)
+    stats: Any = pstats.Stats(profiler)
+    library = Path(hzo.__file__).parent
+    found = {"other": stats.total_tt * 1000}
+    for (file, _, _), (_, _, own, _, callers) in stats.stats.items():
+        spent = (
+            {file: own} if library in Path(file).parents else {by: times[2] for (by, _, _), times in callers.items()}
+        )
+        for place, taken in spent.items():
+            if library in Path(place).parents:
+                package = Path(place).relative_to(library).parts[0]
+                found[package] = found.get(package, 0.0) + taken * 1000
+                found["other"] -= taken * 1000
     return {name: round(ms, 2) for name, ms in sorted(found.items(), key=lambda item: -item[1])}
 
 
@@ -275,19 +265,12 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    result: dict[str, Any] = {
-        "command": shlex.join(["python", "benchmarks/structure.py", *sys.argv[1:]]),
-        "commit": commit,
-        "environment": environment(device),
-        "options": {k: v for k, v in vars(options).items() if k != "out"},
-        "networks": {},
-    }
+    chosen = {k: v for k, v in vars(options).items() if k != "out"}
+    networks: dict[str, Any] = {}
     for name in options.networks:
-        result["networks"][name] = measure(name, options, device)
-        show(name, result["networks"][name])
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        networks[name] = measure(name, options, device)
+        show(name, networks[name])
+        write(options.out, device, options=chosen, networks=networks)
     print(f"\nwritten to {options.out}")
 
 

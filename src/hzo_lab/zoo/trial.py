@@ -18,7 +18,7 @@ from hzo.errors import HzoError
 from hzo_lab.zoo import engine
 from hzo_lab.zoo.case import Case, NotBuiltError
 from hzo_lab.zoo.comparison import Tolerance, compare, tolerance
-from hzo_lab.zoo.price import price
+from hzo_lab.zoo.operations import forward_equivalents
 from hzo_lab.zoo.registry import Family, build
 
 RIGHT, WRONG, REFUSED, RAW, SLOW, NOT_BUILT = "right", "WRONG", "refused", "raw", "slow", "not built"
@@ -116,7 +116,7 @@ def try_family(family: Family, dtype: torch.dtype, report: Callable[[Record], No
     record.pop("buffers")
     report({**record, "verdict": RIGHT, "reason": ""})
     state.reset()
-    equivalents, share = price(case.call)
+    equivalents, share = forward_equivalents(case.call)
     report(
         {
             **record,

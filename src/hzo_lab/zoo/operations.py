@@ -16,7 +16,7 @@ from hzo.rules.base import Engine
 from hzo.rules.registry import kind_of
 
 
-def price(call: Callable[[], Tensor]) -> tuple[float, float]:
+def forward_equivalents(call: Callable[[], Tensor]) -> tuple[float, float]:
     """Forward equivalents of one gradient, and the share of its calls that go by queries.
 
     Forward equivalents are the operations of all that the sweep measures, over those of the calls of the step. By
