@@ -23,7 +23,6 @@ X = torch.linspace(-1, 1, 20, dtype=torch.float64).reshape(4, 5)
 @pytest.fixture(scope="module")
 def dask():
     with Client(n_workers=2, threads_per_worker=1, dashboard_address=None) as client:
-        client.run(sys.path.append, str(Path(__file__).parent))
         yield client.get_executor
 
 

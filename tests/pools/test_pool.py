@@ -15,6 +15,7 @@ import torch
 import hzo
 from hzo.errors import InputError, QueryError, QueryTimeoutError
 from hzo.pools import Pool
+from hzo.pools.pool import _Pace, answers
 from support.boxes import TOLERANCE
 from support.oracles import normal
 
@@ -151,6 +152,144 @@ def fails_at_seven(k):
         time.sleep(0.05)
         raise ValueError("seven")
     return k * k
+
+
+class Buffer:
+    """A part that writes into what it is given, and returns the same array each time."""
+
+    def __init__(self):
+        self.buffer = np.zeros(1)
+
+    def __call__(self, z):
+        z += 1
+        self.buffer[:] = z
+        return self.buffer
+
+
+class Uncopied:
+    """A result that can be sent, and not copied."""
+
+    def __deepcopy__(self, memo):
+        raise TypeError("there is one of me")
+
+
+def uncopied(k):
+    return Uncopied()
+
+
+def counted_in(folder, k):
+    (folder / f"{k} {time.monotonic_ns()}").touch()
+    if k == 15 and not (folder / "dead").exists():
+        (folder / "dead").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return k * k
+
+
+@pytest.fixture
+def together(monkeypatch):
+    """Calls travel together whatever a message costs; yields how many of them went out in each."""
+    sizes, submit = [], Pool._submit
+
+    def noting(self, asked, ks, done):
+        sizes.append(len(ks))
+        submit(self, asked, ks, done)
+
+    monkeypatch.setattr(_Pace, "busy", 1e-12)
+    monkeypatch.setattr(_Pace, "enough", 2)
+    monkeypatch.setattr(Pool, "_submit", noting)
+    monkeypatch.setattr("hzo.pools.pool._AT_FIRST", 2)
+    return sizes
+
+
+class TestShortCallsTravelTogether:
+    def test_how_many(self):
+        """So many that messages take a quarter of this process's time; none where that is so anyway, nor before it is
+        known; less towards the end; not more than a second's."""
+        pace = _Pace()
+        assert pace.together(1000, 16) == 1
+        pace.call, pace.message = 0.05, 0.003  # 16 workers end 320 calls a second, at 3 ms each: 96 % of the time
+        assert pace.together(1000, 16) == 4
+        assert [pace.together(waiting, 16) for waiting in (128, 127, 64, 63, 1)] == [4, 3, 2, 1, 1]
+        assert pace.together(1000, 4) == 1
+        pace.call = 0.4
+        assert pace.together(10**6, 1000) == 2
+        pace.apart = True
+        assert pace.together(10**6, 1000) == 1
+
+    def test_the_same_results(self, together):
+        calls = [((k,), {}) for k in range(200)]
+        with ProcessPoolExecutor(2) as executor:
+            pool = Pool(executor)
+            for _ in range(2):
+                assert pool.ask(square, calls) == [k * k for k in range(200)]
+        assert max(together) > 8
+        assert together[-1] == 1, "workers end together"
+        with ThreadPoolExecutor(2) as executor:
+            together.clear()
+            assert Pool(executor).ask(square, calls) == [k * k for k in range(200)]
+            assert set(together) == {1}, "nothing is sent to a thread"
+
+    def test_each_by_itself(self):
+        """What a part writes into its arguments and results is that call's own affair."""
+        one, two = np.zeros(1), np.ones(1)
+        found = answers(Buffer(), [((z,), {}) for z in (one, two, one)])
+        assert [float(result[0]) for result, *_ in found] == [1, 2, 1]
+        assert (one, two) == (0, 1)
+
+    def test_what_cannot_be_copied_goes_alone(self, together):
+        """Given or returned: the first call alone is answered, and the others are asked again."""
+        assert len(answers(uncopied, [((1,), {})] * 3)) == 1
+        assert len(answers(square, [((2,), {}), ((Uncopied(),), {})])) == 1
+
+        class Sending(ProcessPoolExecutor):
+            """Sends several calls as a list, as executors do that send code."""
+
+            def submit(self, fn, /, calls):
+                return super().submit(answers, uncopied, [((1,), {})] * len(calls))
+
+        with Sending(2) as executor:
+            pool = Pool(executor)
+            assert [type(found) for found in pool.ask(uncopied, CALLS * 5)] == [Uncopied] * 100
+        assert pool._pace.apart
+        assert max(together) > 1
+        assert together[-1] == 1
+
+    def test_an_error_in_the_middle(self, together):
+        """Later calls of the message do not run, and earlier answers are kept."""
+        failing[:] = [3]
+        counted.clear()
+        found = answers(fails_at_seven, CALLS[:6])
+        failing[:] = [7]
+        assert [one[0] for one in found] == [0, 1, 4, None]
+        assert counted == [0, 1, 2, 3]
+        with ProcessPoolExecutor(2) as executor:
+            pool = Pool(executor)
+            pool.ask(square, CALLS)
+            with pytest.raises(ValueError, match="seven"):
+                pool.ask(fails_at_seven, CALLS)
+            assert max(together) > 1
+
+    def test_a_worker_that_is_killed(self, together, tmp_path):
+        """Its calls are asked again, one by one: one of them may kill workers."""
+        (tmp_path / "dead").touch()
+        calls = [((k,), {}) for k in range(60)]
+        pool = Pool(lambda: ProcessPoolExecutor(2))
+        assert pool.ask(partial(counted_in, tmp_path), calls) == [k * k for k in range(60)]
+        (tmp_path / "dead").unlink()
+        together.clear()
+        assert pool.ask(partial(counted_in, tmp_path), calls) == [k * k for k in range(60)]
+        pool.close()
+        assert (tmp_path / "dead").exists()
+        assert max(together) > 1
+        assert together[-pool.lost :] == [1] * pool.lost
+
+    @pytest.mark.parametrize("options", [{"hedge": 1e6}, {"timeout": 60.0}], ids=str)
+    def test_not_where_each_is_timed(self, together, options):
+        with ProcessPoolExecutor(2) as executor:
+            pool = Pool(executor, hedge=options.get("hedge"))
+            for _ in range(2):
+                assert pool.ask(square, CALLS, options.get("timeout")) == [k * k for k in range(20)]
+        assert set(together) == {1}
 
 
 def one_is_slow(path, k):

@@ -117,7 +117,9 @@ def blackbox(
             loss depends on them; ``"raise"`` is an error at once; ``"zero"`` makes them zero, without a gradient, and
             ``box.failed`` tells which they are. With ``"zero"`` a sample whose call raises is left out alike.
         executor: a ``concurrent.futures.Executor``, or a function that makes one: calls of ``f`` run there, several at
-            a time. Calls whose worker is lost are asked again up to ``retries`` times. ``f`` must keep no state then.
+            a time; several travel together where they are short for what sending one costs, unless ``timeout`` or
+            ``hedge`` is given. Calls whose worker is lost are asked again up to ``retries`` times. ``f`` must keep no
+            state then.
         hedge: ask a call a second time where it runs longer than so many times the median of the others, once none
             waits any more; the first answer counts. None never does.
         noise: None where ``f`` repeats, else an error. Random numbers of torch's do repeat: every query draws those of

@@ -3,7 +3,8 @@
 The part runs several times at once and in whatever order; results come back in the order of the calls. What the part
 raises comes back as a value, so that what the executor raises is the executor's: a worker that is lost (its process was
 killed, its connection broke) loses nothing. Its call is asked again, and a broken executor is replaced where a function
-that makes one was given. What the part itself raises is the part's, and is not asked again.
+that makes one was given. What the part itself raises is the part's, and is not asked again. Short calls travel
+together where sending one by one would keep this process from its workers; each is run by itself all the same.
 """
 
 from __future__ import annotations
@@ -15,32 +16,36 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, CancelledError, Future, ProcessPoolExecutor
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
+from math import ceil
 from queue import Empty, SimpleQueue
 from statistics import median
-from time import monotonic, perf_counter
+from threading import get_ident
+from time import monotonic, perf_counter, process_time
 from typing import Any
 
 from hzo.errors import InputError, QueryError, QueryTimeoutError
 
 CallArguments = tuple[tuple[Any, ...], Mapping[str, Any]]
 
-_AHEAD = 256  # calls that wait in the executor at a time, or twice as many as it has workers
+_AHEAD = 256  # messages that wait in the executor at a time, or twice as many as it has workers
+_AT_FIRST = 64  # the same, before it is known what a message costs
 _TICK = 0.05  # seconds between looks at the time
 _NOT_SENT = (pickle.PickleError, TypeError, AttributeError, ImportError)
 """What an executor raises where a task or its result does not go through a pipe."""
 
 
-Answer = tuple[Any, BaseException | None, str, float, tuple[str, int]]
+Answer = tuple[Any, BaseException | None, str, float, tuple[str, int, int]]
 """What came of one call in a worker: its result, its error, where that was met, the seconds that it took there, and in
-which process of which machine."""
+which thread of which process of which machine."""
 
 
-def _made() -> Callable[..., Answer]:
+def _made() -> Callable[..., list[Answer]]:
     def answer(f: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Answer:
-        began, here = perf_counter(), (platform.node(), os.getpid())
+        began, here = perf_counter(), (platform.node(), os.getpid(), get_ident())
         try:
             return f(*args, **kwargs), None, "", perf_counter() - began, here
         except (Exception, SystemExit) as error:
@@ -51,22 +56,48 @@ def _made() -> Callable[..., Answer]:
             met = RuntimeError(f"{type(met).__name__}: {met}")
         return None, met, where, perf_counter() - began, here
 
-    return answer
+    def answers(f: Callable[..., Any], calls: list[CallArguments]) -> list[Answer]:
+        # What a part writes into its arguments, or into a result that it keeps, must not reach another call.
+        found: list[Answer] = []
+        try:
+            calls = [deepcopy(call) for call in calls] if len(calls) > 1 else calls
+        except Exception:  # of whatever kind, as an object's own __reduce__ raises it
+            calls = calls[:1]
+        for args, kwargs in calls:
+            one = answer(f, args, kwargs)
+            found.append(one)
+            if one[1] is not None:
+                break
+            if len(calls) > 1:
+                try:
+                    found[-1] = (deepcopy(one[0]), *one[1:])
+                except Exception:  # of whatever kind, too
+                    break
+        return found
+
+    return answers
 
 
 _by_value = _made()
-"""Run a call in a worker, for executors that send the code itself: their workers need neither hzo nor torch."""
+"""Run calls in a worker, for executors that send the code itself: their workers need neither hzo nor torch. What comes
+back may be fewer answers than there were calls: after an error, or where calls cannot be kept apart by copies."""
 
 
-def answer(f: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Answer:
-    """Run a call in a worker that has hzo."""
-    return _by_value(f, args, kwargs)
+def answers(f: Callable[..., Any], calls: list[CallArguments]) -> list[Answer]:
+    """Run calls in a worker that has hzo."""
+    return _by_value(f, calls)
 
 
-def answer_written(part: bytes, call: bytes) -> bytes:
-    """Run a call in a process of ``concurrent.futures``, to which PyTorch would not send tensors, but their place in
-    memory, where both processes can write."""
-    return pickle.dumps(answer(pickle.loads(part), *pickle.loads(call)))
+def answers_written(part: bytes, calls: list[bytes]) -> list[bytes]:
+    """Run calls in a process of ``concurrent.futures``, to which PyTorch would not send tensors, but their place in
+    memory, where both processes can write. The part is a new one for each."""
+    found = []
+    for call in calls:
+        one = _by_value(pickle.loads(part), [pickle.loads(call)])[0]
+        found.append(pickle.dumps(one))
+        if one[1] is not None:
+            break
+    return found
 
 
 _SEND_CODE = {"distributed", "loky", "joblib", "hzo"}  # where such executors are from; hzo's is that on Ray
@@ -89,10 +120,64 @@ class _Asked:
     results: dict[int, Any] = field(default_factory=dict)
     tries: dict[int, int] = field(default_factory=dict)
     waiting: list[int] = field(default_factory=list)
-    running: dict[Future[Any], int] = field(default_factory=dict)
+    running: dict[Future[Any], tuple[int, ...]] = field(default_factory=dict)
     began: dict[Future[Any], float] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
     heard: float = field(default_factory=monotonic)  # when the last answer came
+
+
+class _Pace:
+    """How long calls take, and what a message costs this process: by these is chosen how many travel together."""
+
+    busy = 0.25  # of this process's time that may go into messages before calls travel together
+    longest = 1.0  # seconds that calls of one message may take: what is lost with a worker, and progress is seen
+    enough = 16  # messages to judge by
+
+    def __init__(self) -> None:
+        self.workers: set[tuple[str, int, int]] = set()  # that have been seen
+        self.call = self.message = 0.0  # seconds of a call in a worker, and of this process's processors for a message
+        self.apart = False  # whether calls go one by one, come what may
+        self._at = 0.0
+        self._forget()
+
+    def _forget(self) -> None:
+        self._sent, self._received, self._calls, self._seconds, self._spent = 0, 0, 0, 0.0, 0.0
+
+    def begin(self) -> None:
+        """Calls are about to be sent: what this process did until now was something else."""
+        self._at = process_time()
+
+    def sent(self) -> None:
+        """A message has gone out."""
+        self._sent += 1
+
+    def received(self, answered: Sequence[Answer]) -> None:
+        """One has come back."""
+        now = process_time()
+        self._spent, self._at = self._spent + now - self._at, now
+        self._received += 1
+        self._calls += len(answered)
+        self._seconds += sum(seconds for *_, seconds, _ in answered)
+        if len(self.workers) < 2**16:
+            self.workers.update(there for *_, there in answered)
+        if self._received >= self.enough:
+            self.call = max(self._seconds / self._calls, 1e-9)
+            # What goes out and what comes back cost about the same, and they are not as many in so short a time.
+            self.message = 2 * self._spent / (self._sent + self._received)
+            self._forget()
+
+    def together(self, waiting: int, workers: int) -> int:
+        """How many of the calls that wait go into the next message.
+
+        One, unless this process would be busy with messages for a quarter of the time in which the workers do them. No
+        more than half of a worker's even share of what waits: messages become shorter towards the end, and workers end
+        together (factoring; Hummel, Schonberg and Flynn, 1992).
+        """
+        if not self.call or self.apart:
+            return 1
+        workers = max(workers, len(self.workers))
+        wanted = ceil(self.message * workers / self.call / self.busy)
+        return max(1, min(wanted, waiting // (2 * workers), int(self.longest / self.call)))
 
 
 class Pool:
@@ -126,12 +211,15 @@ class Pool:
         self.elsewhere = False
         self._kept: dict[bytes, list[Any]] = {}  # answers that came before an error, by their question
         self._tells = False  # whether the executor says when a call runs
+        self._pace = _Pace()
 
     def ask(self, f: Callable[..., Any], calls: Sequence[CallArguments], timeout: float | None = None) -> list[Any]:
         """The results of ``f`` for these calls, in order.
 
         What was answered before an error is not asked again when the same is asked the next time, of a part that can be
-        written down (pickled) and is then the same.
+        written down (pickled) and is then the same. Calls of other processes that are short for what sending one costs
+        travel several in a message, each with arguments and result of its own; not where ``timeout`` or ``hedge`` want
+        to know how long each takes.
 
         Args:
             timeout: seconds for one call from when it runs; where the executor does not tell, from the last answer.
@@ -148,9 +236,10 @@ class Pool:
         asked.waiting = [k for k in reversed(range(len(calls))) if k not in asked.results]
         done: SimpleQueue[Future[Any]] = SimpleQueue()
         tick = None if timeout is None and self.hedge is None else _TICK
+        self._pace.begin()
         try:
             while len(asked.results) < len(calls):
-                self._submit_waiting(asked, done)
+                self._submit_waiting(asked, done, alone=tick is not None)
                 for future in _arrived(done, tick):
                     self._receive(asked, future)
                 if tick is not None:
@@ -167,24 +256,34 @@ class Pool:
             self._kept = {}  # it was for this time
         return [asked.results[k] for k in range(len(calls))]
 
-    def _submit_waiting(self, asked: _Asked, done: SimpleQueue[Future[Any]]) -> None:
-        while asked.waiting and len(asked.running) < max(_AHEAD, 2 * getattr(self._executor, "_max_workers", 0)):
-            self._submit(asked, asked.waiting.pop(), done)
+    def _submit_waiting(self, asked: _Asked, done: SimpleQueue[Future[Any]], *, alone: bool) -> None:
+        while asked.waiting:
+            workers = getattr(self._executor, "_max_workers", 0)
+            ahead = _AHEAD if self._pace.call or alone else _AT_FIRST
+            if len(asked.running) >= max(ahead, 2 * workers):
+                return
+            count = 1 if alone or not self.elsewhere else self._pace.together(len(asked.waiting), workers)
+            ks = [asked.waiting.pop()]
+            # What was lost goes by itself: one of several may be what kills its worker.
+            while len(ks) < count and not any(k in asked.tries for k in (ks[0], asked.waiting[-1])):
+                ks.append(asked.waiting.pop())
+            self._submit(asked, tuple(ks), done)
 
-    def _submit(self, asked: _Asked, k: int, done: SimpleQueue[Future[Any]]) -> None:
+    def _submit(self, asked: _Asked, ks: tuple[int, ...], done: SimpleQueue[Future[Any]]) -> None:
         while True:
             try:
                 executor = self._working(asked)
                 assert asked.run is not None
                 written = isinstance(executor, ProcessPoolExecutor)
-                given = (_written(asked.calls[k]),) if written else asked.calls[k]
-                future: Future[Any] = executor.submit(asked.run, *given, **_options(executor))
+                given = [_written(asked.calls[k]) if written else asked.calls[k] for k in ks]
+                future: Future[Any] = executor.submit(asked.run, given, **_options(executor))
                 break
             except (BrokenExecutor, CancelledError, OSError, RuntimeError) as error:  # RuntimeError: it was shut down
                 if isinstance(error, QueryError):
                     raise
-                self._lost(asked, k, error, broken=True)
-        asked.running[future] = k
+                self._lost(asked, ks, error, broken=True)
+        self._pace.sent()
+        asked.running[future] = ks
         future.add_done_callback(done.put)
 
     def _working(self, asked: _Asked) -> Any:
@@ -199,39 +298,45 @@ class Pool:
                 ) from error
         if asked.run is None:  # one object for all calls: executors keep what they have written down of it
             if isinstance(self._executor, ProcessPoolExecutor):
-                asked.run = partial(answer_written, _written(asked.f))
+                asked.run = partial(answers_written, _written(asked.f))
             else:
                 sends_code = type(self._executor).__module__.split(".")[0] in _SEND_CODE
-                asked.run = partial(_by_value if sends_code else answer, asked.f)
+                asked.run = partial(_by_value if sends_code else answers, asked.f)
         return self._executor
 
     def _receive(self, asked: _Asked, future: Future[Any]) -> None:
-        k = asked.running.pop(future, None)
+        ks = asked.running.pop(future, ())
         asked.began.pop(future, None)
-        if k is None or k in asked.results:  # asked twice, and answered by the other one
+        if all(k in asked.results for k in ks):  # asked twice, and answered by the other one
             return
         try:
             found = future.result()
-            answered: Answer = pickle.loads(found) if isinstance(found, bytes) else found
+            answered: list[Answer] = [pickle.loads(one) if isinstance(one, bytes) else one for one in found]
         except _NOT_SENT as trouble:
             raise _not_sent(trouble) from trouble
         except (Exception, CancelledError) as trouble:
-            if not any(other == k for other in asked.running.values()):
-                self._lost(asked, k, trouble, broken=isinstance(trouble, BrokenExecutor))
-                asked.waiting.append(k)
+            if ks not in asked.running.values():
+                self._lost(asked, ks, trouble, broken=isinstance(trouble, BrokenExecutor))
+                asked.waiting.extend(reversed(ks))
             return
-        result, error, where, seconds, there = answered
         asked.heard = monotonic()
-        self.elsewhere = there != (platform.node(), os.getpid())
-        if error is not None:
-            raise error from InWorker(where)
-        asked.results[k] = result
-        asked.seconds.append(seconds)
+        self._pace.received(answered)
+        for k, (result, error, where, seconds, there) in zip(ks, answered, strict=False):
+            self.elsewhere = there[:2] != (platform.node(), os.getpid())
+            if error is not None:
+                raise error from InWorker(where)
+            asked.results[k] = result
+            asked.seconds.append(seconds)
+        if len(answered) < len(ks):  # they could not be copied
+            self._pace.apart = True
+            asked.waiting.extend(reversed(ks[len(answered) :]))
 
-    def _lost(self, asked: _Asked, k: int, error: BaseException, *, broken: bool) -> None:
-        """A call was lost: replace what is broken, or give up."""
-        self.lost += 1
-        tries = asked.tries[k] = asked.tries.get(k, 0) + 1
+    def _lost(self, asked: _Asked, ks: tuple[int, ...], error: BaseException, *, broken: bool) -> None:
+        """Calls were lost: replace what is broken, or give up."""
+        self.lost += len(ks)
+        for k in ks:
+            asked.tries[k] = asked.tries.get(k, 0) + 1
+        tries = max(asked.tries[k] for k in ks)
         if tries > self.retries:
             raise QueryError(
                 f"its worker was lost {tries} times ({_said(error)}); does this input kill it, or can the worker not "
@@ -270,10 +375,10 @@ class Pool:
         if self.hedge is not None and not asked.waiting and asked.seconds:
             limit = self.hedge * median(asked.seconds)
             copies = list(asked.running.values())
-            for future, k in list(asked.running.items()):
-                if now - asked.began.get(future, now if self._tells else asked.heard) > limit and copies.count(k) == 1:
+            for future, ks in list(asked.running.items()):
+                if now - asked.began.get(future, now if self._tells else asked.heard) > limit and copies.count(ks) == 1:
                     self.hedged += 1
-                    self._submit(asked, k, done)
+                    self._submit(asked, ks, done)
 
     def close(self) -> None:
         """Shut down what was made here; an executor that was given is its owner's."""
@@ -286,7 +391,7 @@ class Pool:
             raise InputError(
                 "an executor cannot be copied; give hzo.blackbox a function that makes one (executor=lambda: …)"
             )
-        return {**self.__dict__, "_executor": None, "_kept": {}}
+        return {**self.__dict__, "_executor": None, "_kept": {}, "_pace": _Pace()}
 
 
 def _arrived(done: SimpleQueue[Future[Any]], tick: float | None) -> Iterator[Future[Any]]:
