@@ -2,6 +2,7 @@
 
     PYTHONPATH=examples python experiments/simulators.py    # writes results/blackbox/simulators.json
     PYTHONPATH=examples python experiments/simulators.py neurons spice    # these parts anew, the others as they are
+    PYTHONPATH=examples python experiments/simulators.py --missing    # only rows that the record does not have
 
 The networks are those of examples/: Hodgkin–Huxley neurons (NEURON), a photonic chip (Perceval), a quantum circuit with
 shots (PennyLane), a transistor circuit (ngspice), a pole on a cart (MuJoCo). Each is trained with the gradient of the
@@ -47,6 +48,7 @@ from hzo_lab.records import commit
 OUT = RESULTS.parent / "blackbox" / "simulators.json"
 SEEDS, BATCHES = range(3), 4
 Vjp = Callable[..., tuple[Tensor, ...]]
+Rows = dict[str, dict[str, Any]]  # of one part, by method
 
 
 class Equations(nn.Module):
@@ -327,9 +329,11 @@ def cosines(part: Part, models: list[nn.Module], how: str) -> list[float]:
     return found
 
 
-def rows_of(name: str, part: Part, seeds: list[int], quick: bool) -> Iterator[dict[str, Any]]:
-    cost = price(part)
+def rows_of(name: str, part: Part, seeds: list[int], quick: bool, kept: Rows) -> Iterator[dict[str, Any]]:
+    cost = kept.get("hzo") or price(part)
     for method in ("hzo", *part.others, "spsa", "frozen"):
+        if method in kept:
+            continue
         models, row = runs(part, method, seeds, cost["passes"], 1 if quick else part.epochs)
         row = {"part": name, "method": method, "measure": "test accuracy, %", **row}
         if method == "hzo":
@@ -373,9 +377,11 @@ def trained(method: str, seed: int, rate: float, updates: int) -> tuple[Episode,
     return model, 100 * float((end[:, 1].abs() < 0.2).double().mean())
 
 
-def policy_rows(seeds: list[int], quick: bool) -> Iterator[dict[str, Any]]:
+def policy_rows(seeds: list[int], quick: bool, kept: Rows) -> Iterator[dict[str, Any]]:
     updates = 4 if quick else pendulum.UPDATES
     for method in ("hzo", "mjd_transitionFD", "spsa", "frozen"):
+        if method in kept:
+            continue
         rates = (2e-2, 2e-2 / 3) if method == "spsa" else (2e-2,)
         first = [(rate, trained(method, seeds[0], rate, updates)) for rate in rates]
         rate, found = max(first, key=lambda trial: trial[1][1])
@@ -428,19 +434,33 @@ def main() -> None:
     commit()  # of the code that runs, which may have changed in the checkout by the time a row is written
     seeds = list(SEEDS)[:1] if quick else list(SEEDS)
     for name in asked:
-        rows = []
-        for row in policy_rows(seeds, quick) if name == "pole" else rows_of(name, PARTS[name], seeds, quick):
+        kept = recorded(name) if "--missing" in sys.argv and not quick else {}
+        rows = list(kept.values())
+        found = policy_rows(seeds, quick, kept) if name == "pole" else rows_of(name, PARTS[name], seeds, quick, kept)
+        for row in found:
             rows.append(row | {"commit": commit()})
             print(row, flush=True)
             if not quick:
-                keep(name, rows, seeds)
+                keep(rows[-1], seeds)
         table(rows, ("part", "method", "score", "deviation", "passes", "rate", "cosine", "exact_cosine"))
 
 
-def keep(name: str, rows: list[dict[str, Any]], seeds: list[int]) -> None:
-    """Put a part's rows in place of those that were there."""
-    kept = json.loads(OUT.read_text()) if OUT.exists() else {"rows": []}
-    kept["rows"] = [row for row in kept["rows"] if row["part"] != name] + rows
+def record() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(OUT.read_text()) if OUT.exists() else {"rows": []}
+    return found
+
+
+def recorded(name: str) -> Rows:
+    return {row["method"]: row for row in record()["rows"] if row["part"] == name}
+
+
+def keep(row: dict[str, Any], seeds: list[int]) -> None:
+    """Put a row in place of the one that was there, as soon as it is known."""
+    kept = record()
+    rows = [r for r in kept["rows"] if (r["part"], r["method"]) != (row["part"], row["method"])]
+    methods = ("hzo", *(other for part in PARTS.values() for other in part.others), "mjd_transitionFD", "spsa", "frozen")
+    order = [(part, method) for part in (*PARTS, "pole") for method in methods]
+    kept["rows"] = sorted([*rows, row], key=lambda r: order.index((r["part"], r["method"])))
     packages = ("neuron", "perceval-quandela", "pennylane", "mujoco", "torch", "scikit-learn")
     kept |= {"command": "PYTHONPATH=examples python experiments/simulators.py", "seeds": seeds}
     kept["versions"] = {package: version(package) for package in packages} | {"ngspice": ngspice_version()}
