@@ -458,7 +458,13 @@ def keep(row: dict[str, Any], seeds: list[int]) -> None:
     """Put a row in place of the one that was there, as soon as it is known."""
     kept = record()
     rows = [r for r in kept["rows"] if (r["part"], r["method"]) != (row["part"], row["method"])]
-    methods = ("hzo", *(other for part in PARTS.values() for other in part.others), "mjd_transitionFD", "spsa", "frozen")
+    methods = (
+        "hzo",
+        *(other for part in PARTS.values() for other in part.others),
+        "mjd_transitionFD",
+        "spsa",
+        "frozen",
+    )
     order = [(part, method) for part in (*PARTS, "pole") for method in methods]
     kept["rows"] = sorted([*rows, row], key=lambda r: order.index((r["part"], r["method"])))
     packages = ("neuron", "perceval-quandela", "pennylane", "mujoco", "torch", "scikit-learn")

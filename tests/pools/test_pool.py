@@ -1,5 +1,6 @@
 """Pools: what is asked again and what is not, stragglers, answers that are kept, and programs in copies."""
 
+import importlib.util
 import os
 import signal
 import sys
@@ -7,6 +8,7 @@ import threading
 import time
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
+from threading import Lock
 
 import numpy as np
 import pytest
@@ -95,7 +97,20 @@ class TestRetries:
         assert not x.is_shared()
 
     def test_what_cannot_be_sent(self):
+        lock = Lock()
         with ProcessPoolExecutor(1) as executor, pytest.raises(QueryError, match="cannot be sent to a worker"):
+            Pool(executor).ask(lambda k: (k, lock), CALLS[:1])
+
+    def test_code_is_sent_where_cloudpickle_is_installed(self):
+        pytest.importorskip("cloudpickle")
+        offset = 3
+        with ProcessPoolExecutor(1) as executor:
+            found = Pool(executor).ask(lambda k: k + offset, CALLS)
+        assert found == [args[0] + 3 for args, _ in CALLS]
+
+    def test_code_is_not_sent_without_it(self, monkeypatch):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        with ProcessPoolExecutor(1) as executor, pytest.raises(QueryError, match="install cloudpickle"):
             Pool(executor).ask(lambda k: k, CALLS[:1])
 
     def test_an_executor_that_does_not_start(self):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -27,12 +28,12 @@ from hzo.external.history import History
 from hzo.external.planned import PlannedCall, forget, in_dtype_of, planned, seconds_of_plan
 from hzo.external.signature import flatten, names_of
 from hzo.external.state import floating
-from hzo.external.steps import Bounds, Steps
+from hzo.external.steps import MEASURED, Bounds, Steps
 from hzo.finite_differences import Scheme, check_scheme
 from hzo.gradients import traced_for
 from hzo.noise import Noise
 from hzo.plans import Tree, check_not_modelled, check_smoothing
-from hzo.pools import Pool
+from hzo.pools import Pool, processes
 from hzo.structure import Assume
 from hzo.tape import current_recorder
 from hzo.tracing import Chain, Local, Promise, Stages, batch_size, declare, declared, declared_links, declared_step
@@ -64,6 +65,7 @@ def blackbox(
     integers: Literal["floating", "kept"] = "floating",
     state: Any = "found",
     on_failure: OnFailure = "pass",
+    workers: int | None = None,
     executor: Any = None,
     retries: int = 3,
     hedge: float | None = None,
@@ -116,10 +118,13 @@ def blackbox(
         on_failure: of samples that come out as NaN or infinity. ``"pass"`` hands them on, and is an error where the
             loss depends on them; ``"raise"`` is an error at once; ``"zero"`` makes them zero, without a gradient, and
             ``box.failed`` tells which they are. With ``"zero"`` a sample whose call raises is left out alike.
-        executor: a ``concurrent.futures.Executor``, or a function that makes one: calls of ``f`` run there, several at
-            a time; several travel together where they are short for what sending one costs, unless ``timeout`` or
-            ``hedge`` is given. Calls whose worker is lost are asked again up to ``retries`` times. ``f`` must keep no
-            state then.
+        workers: as many processes of this box's own, in which calls of ``f`` run several at a time; ``box.close()``
+            ends them. ``f`` must be one that can be sent there (defined at the top of a module, or anything at all
+            where cloudpickle is installed), and must keep no state. From its second pass on, the samples of a batch
+            are divided among them, too.
+        executor: the same with workers of yours: a ``concurrent.futures.Executor`` (threads, processes, a cluster), or
+            a function that makes one. Several calls travel together where they are short for what sending one costs,
+            unless ``timeout`` or ``hedge`` is given. One whose worker is lost is asked again up to ``retries`` times.
         hedge: ask a call a second time where it runs longer than so many times the median of the others, once none
             waits any more; the first answer counts. None never does.
         noise: None where ``f`` repeats, else an error. Random numbers of torch's do repeat: every query draws those of
@@ -155,6 +160,12 @@ def blackbox(
     whole_plan = noise is not None or isinstance(f, (Chain, list, tuple))
     if (known and isinstance(f, (list, tuple))) or ((known or said) and isinstance(f, Chain)):
         raise InputError("promises are made of one callable; give those of a chain one by one: hzo.declare(part, …)")
+    _check_idle(
+        not whole_plan and not isinstance(f, BlackBox),
+        {"target_cosine": target_cosine is not None, "budget": budget is not None, "tree": tree != "planned"},
+    )
+    if relative and (step is None or step == MEASURED):
+        raise InputError("relative=True says what step= is a share of; give step=, a number, too")
     steps, limits = Steps(step, relative), Bounds(bounds)
     length = float(step) if isinstance(step, (int, float)) and not isinstance(step, bool) else None
     if whole_plan:
@@ -166,16 +177,15 @@ def blackbox(
                 "max_error": max_error is not None,
                 "batch_dim": batch_dim != "found",
                 "on_failure": on_failure != "pass",
+                "workers": workers is not None,
                 "executor": executor is not None,
             }
         )
-    if executor is not None and state not in ("found", None):
+    pool = _pool(workers, executor, retries, hedge)
+    if pool is not None and state not in ("found", None):
         raise InputError(
-            "a part that runs in an executor cannot keep a state: give it and return it, f(x, state) -> (y, state)"
+            "a part that runs in other workers cannot keep a state: give it and return it, f(x, state) -> (y, state)"
         )
-    if hedge is not None:
-        positive("hedge", hedge, "None asks no call twice")
-    pool = None if executor is None else Pool(executor, whole("retries", retries) if retries else 0, hedge)
 
     def guard(part: Part, of: str, last: bool) -> nn.Module:
         if isinstance(part, BlackBox):
@@ -228,6 +238,31 @@ def _check_options(timeout: Any, batched: Any, parameters: Any, noise: Any, max_
         raise InputError(f"expected noise to be a number, an hzo.Noise, 'measured' or None, got {noise!r}")
     if max_error is not None:
         positive("max_error", max_error)
+
+
+def _pool(workers: int | None, executor: Any, retries: int, hedge: float | None) -> Pool | None:
+    if workers is not None and executor is not None:
+        raise InputError("workers= makes an executor of its own; give it, or executor=, not both")
+    if hedge is not None:
+        positive("hedge", hedge, "None asks no call twice")
+    if workers is not None:
+        executor = partial(processes, whole("workers", workers))
+    if executor is not None:
+        return Pool(executor, whole("retries", retries) if retries else 0, hedge, divides=workers)
+    for option, given in {"retries": retries != 3, "hedge": hedge is not None}.items():
+        if given:
+            raise InputError(f"{option}= is about calls in other workers; give workers= or executor=, too")
+    return None
+
+
+def _check_idle(single: bool, given: Mapping[str, bool]) -> None:
+    """Options that would do nothing here: whoever gives them expects that they do."""
+    for option, there in given.items():
+        if there and single:
+            raise InputError(
+                f"{option}= plans a list of parts, or repeats against noise: a single callable without noise= is asked "
+                f"once for each direction. Leave {option}= out, or say how noisy the part is: noise='measured'"
+            )
 
 
 def _one_of(what: str, value: Any, allowed: tuple[Any, ...]) -> None:
@@ -439,7 +474,7 @@ class BlackBox(nn.Module):
         self._known.pop("warned", None)
 
     def close(self) -> None:
-        """Shut down the executor that a function made for this box; the next call makes another one."""
+        """End the workers that were made for this box; the next call makes others."""
         for part in self.stages.modules():
             if isinstance(part, Guarded) and part.pool is not None:
                 part.pool.close()

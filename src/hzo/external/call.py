@@ -182,6 +182,8 @@ class BoxCall:
         counting.add(base_evaluations=batch)
         state = self._state_left()
         if layout is None:
+            if self.guard.pool is not None and self.guard.pool.elsewhere:
+                self._check_keeps_nothing(leaves, batch, sample)
             layout = self._find_layout(leaves, [*outputs, *state], batch, sample)
             self.known[key] = layout
         else:
@@ -304,6 +306,17 @@ class BoxCall:
         self.left = tuple(key for key, value in numbers.items() if floating(value))
         self.stuck = (bool(self.moved_on) and not self.left) or len(self.left) < len(numbers)
         return [torch.as_tensor(numbers[key]).detach().clone() for key in self.left]
+
+    def _check_keeps_nothing(self, leaves: Sequence[Tensor], rows: int, sample: Sequence[bool]) -> None:
+        """A state that is kept in other processes is not seen here, but it shows when a worker answers twice."""
+        size = self.guard.batched if type(self.guard.batched) is int else 1 if self.guard.batched is True else rows
+        cut = [rows_of(t, 0, size) if flag else t for t, flag in zip(leaves, sample, strict=True)]
+        counting.add(check_evaluations=2 * size)
+        with counting.doing("the test that a worker remembers nothing"):
+            results = self.guard.run_twice(*self.arguments(cut), size)
+            one, two = (self._joined([(r, size)], size, leaves[0].device, False)[0] for r in results)
+        if len(one) != len(two) or not all(_close(a, b, 1e-4) for a, b in zip(one, two, strict=True)):
+            raise self._two_results()
 
     def _failures(self, outputs: Sequence[Tensor]) -> Tensor | None:
         """(B,): which samples came out as NaN or infinity; None where none did.
@@ -691,13 +704,15 @@ class BoxCall:
         self, many: Sequence[Sequence[Tensor]], rows: int, sample: Sequence[bool], watched: bool
     ) -> list[list[tuple[Any, int]]]:
         """For each list of leaves the results of the calls that it was split into, with their sizes."""
-        size = self.guard.batched if type(self.guard.batched) is int else rows
+        exact = type(self.guard.batched) is int  # the last call is padded
+        size = int(self.guard.batched) if exact else self._share(many[0], rows, len(many), sample)
         calls, ends = [], []
         for leaves in many:
             for at in range(0, rows, size):
-                cut = [rows_of(t, at, size) if flag and size != rows else t
+                count = size if exact else min(size, rows - at)
+                cut = [rows_of(t, at, count) if flag and size != rows else t
                        for t, flag in zip(leaves, sample, strict=True)]  # fmt: skip
-                calls.append((*self.arguments(cut), size))
+                calls.append((*self.arguments(cut), count))
             ends.append(len(calls))
         try:
             found = self.guard.run_all(calls, watched=watched)
@@ -705,8 +720,18 @@ class BoxCall:
             if self.settings.on_failure != "zero" or self.guard.batched is not True or not any(sample):
                 raise
             return [self._one_by_one(leaves, rows, sample) for leaves in many]
-        starts = [0, *ends[:-1]]
-        return [[(result, size) for result in found[a:b]] for a, b in zip(starts, ends, strict=True)]
+        starts, sizes = [0, *ends[:-1]], [count for *_, count in calls]
+        return [list(zip(found[a:b], sizes[a:b], strict=True)) for a, b in zip(starts, ends, strict=True)]
+
+    def _share(self, leaves: Sequence[Tensor], rows: int, calls: int, sample: Sequence[bool]) -> int:
+        """Samples of one call: all, unless there are workers without one, and samples are known to be apart."""
+        pool = self.guard.pool
+        if pool is None or pool.divides is None or self.guard.batched is not True or not any(sample):
+            return rows
+        layout = self.layout if self.layout.batched else self.known.get(self._key(leaves))
+        if layout is None or not layout.batched or not all(layout.outputs):
+            return rows
+        return divided(rows, calls, pool.divides)
 
     def _one_by_one(self, leaves: Sequence[Tensor], rows: int, sample: Sequence[bool]) -> list[tuple[Any, int]]:
         """Halves of a batch that fails, down to the samples that do: these have no result."""
@@ -843,6 +868,11 @@ def _real(tensor: Tensor) -> Tensor:
     if tensor.is_complex():
         return torch.view_as_real(tensor.resolve_conj())
     return tensor if tensor.is_floating_point() else tensor.double()
+
+
+def divided(rows: int, calls: int, workers: int) -> int:
+    """Samples of one call, where so many calls of ``rows`` samples each are divided until every worker has one."""
+    return -(-rows // max(1, min(rows, workers // calls)))
 
 
 def _close(a: Tensor, b: Tensor, slack: float) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from hzo.execution import counting
-from hzo.external.call import BoxCall
+from hzo.external.call import BoxCall, divided
 from hzo.external.sites import Method, Site, method_of, site_of
 from hzo.plans import Plan
 
@@ -117,7 +117,7 @@ def plan_of_call(call: BoxCall, leaves: Sequence[Tensor], wanted: Sequence[bool]
     if any(call.layout.outputs):
         outputs = [o for o in outputs if call.layout.outputs[o]]
     fixed = guard.batched if type(guard.batched) is int else call.layout.batch
-    sites, calls = [], -(-call.layout.batch // fixed)
+    sites, calls = [], -(-call.layout.batch // fixed) * _pieces(call, 1)
     for k, flag in enumerate(wanted):
         if not flag:
             continue
@@ -155,4 +155,13 @@ def _calls(call: BoxCall, site: Site, method: Method) -> int:
         return method.evaluations * -(-method.directions // max(1, copies))
     if method.alike:
         return -(-method.directions // call.layout.batch)
-    return method.evaluations * method.directions
+    asked = method.evaluations * method.directions
+    return asked * _pieces(call, asked if site.apart else method.evaluations)
+
+
+def _pieces(call: BoxCall, together: int) -> int:
+    """Into how many calls each of so many that are asked together is divided, among workers."""
+    pool, layout = call.guard.pool, call.layout
+    if pool is None or pool.divides is None or call.guard.batched is not True or not all(layout.outputs):
+        return 1
+    return -(-layout.batch // divided(layout.batch, together, pool.divides)) if layout.batched else 1

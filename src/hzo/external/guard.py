@@ -186,19 +186,28 @@ class Guarded(nn.Module):
     ) -> list[Any]:
         """The results of several calls that do not wait for each other, in order."""
         given = [(self._copied(args), self._copied(kwargs)) for args, kwargs, _ in calls]
-        at = 0
+        if self.pool is not None:
+            with self._named(calls[0][2]):
+                return [_owned(result, False) for result in self.pool.ask(self.callable, given, self.timeout)]
+        found = []
+        for (args, kwargs), (*was, samples) in zip(given, calls, strict=True):
+            own = self._own_random_numbers(pytree.tree_leaves(was)) if self.noisy else nullcontext()
+            with self._named(samples), own:
+                found.append(_owned(self._one(args, kwargs, watched), watched))
+        return found
+
+    def run_twice(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], samples: int) -> tuple[Any, Any]:
+        """Two results for one call, one after the other in one worker of its pool."""
+        assert self.pool is not None
+        with self._named(samples):
+            return self.pool.ask_twice(self.callable, (self._copied(args), self._copied(kwargs)), self.timeout)
+
+    @contextmanager
+    def _named(self, samples: int) -> Iterator[None]:
+        """An error in here says which part met it, in which query."""
         try:
-            if self.pool is not None:
-                limit = self.timeout
-                return [_owned(result, False) for result in self.pool.ask(self.callable, given, limit)]
-            found = []
-            for at, (args, kwargs) in enumerate(given):
-                tensors = pytree.tree_leaves((calls[at][0], calls[at][1]))
-                with self._own_random_numbers(tensors) if self.noisy else nullcontext():
-                    found.append(_owned(self._one(args, kwargs, watched), watched))
-            return found
+            yield
         except QueryTimeoutError as error:
-            samples = calls[min(at, len(calls) - 1)][2]
             raise QueryTimeoutError(
                 f"{self}, in {counting.being_done()} ({_counted(samples)} in the call): {error}"
             ) from error
@@ -206,7 +215,6 @@ class Guarded(nn.Module):
             error.args = (f"{self}, in {counting.being_done()}: {error}",)
             raise
         except Exception as error:
-            samples = calls[min(at, len(calls) - 1)][2]
             raise QueryError(
                 f"{self} failed in {counting.being_done()} ({_counted(samples)}): {type(error).__name__}: {error}"
             ) from error

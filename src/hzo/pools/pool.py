@@ -9,6 +9,8 @@ together where sending one by one would keep this process from its workers; each
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 import pickle
 import platform
@@ -100,6 +102,22 @@ def answers_written(part: bytes, calls: list[bytes]) -> list[bytes]:
     return found
 
 
+def _made_twice() -> Callable[..., tuple[Any, Any]]:
+    def twice(f: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        first = deepcopy(f(*args, **kwargs))  # it may use its memory again
+        return first, f(*args, **kwargs)
+
+    return twice
+
+
+_twice_by_value = _made_twice()
+
+
+def twice(f: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    """Two results of one part in one worker, one after the other: a part that remembers its last call shows it."""
+    return _twice_by_value(f, *args, **kwargs)
+
+
 _SEND_CODE = {"distributed", "loky", "joblib", "hzo"}  # where such executors are from; hzo's is that on Ray
 
 
@@ -188,13 +206,16 @@ class Pool:
         retries: how often a call is asked again after its worker was lost.
         hedge: a call that runs longer than so many times the median of the others, when none waits any more, is asked
             a second time, and the first answer counts; None never.
+        divides: workers among which the samples of a call may be divided; None where they stay together.
 
     Attributes:
         lost: calls that were asked again. hedged: calls that were asked twice at once. elsewhere: whether calls run in
             another process.
     """
 
-    def __init__(self, executor: Any, retries: int = 3, hedge: float | None = None) -> None:
+    def __init__(
+        self, executor: Any, retries: int = 3, hedge: float | None = None, *, divides: int | None = None
+    ) -> None:
         self.make: Callable[[], Any] | None = None
         if hasattr(executor, "submit") and not isinstance(executor, type):
             self._executor: Any = executor
@@ -207,6 +228,7 @@ class Pool:
             )
         self.retries = retries
         self.hedge = hedge
+        self.divides = divides
         self.lost = self.hedged = 0
         self.elsewhere = False
         self._kept: dict[bytes, list[Any]] = {}  # answers that came before an error, by their question
@@ -256,6 +278,15 @@ class Pool:
             self._kept = {}  # it was for this time
         return [asked.results[k] for k in range(len(calls))]
 
+    def ask_twice(self, f: Callable[..., Any], call: CallArguments, timeout: float | None = None) -> tuple[Any, Any]:
+        """Two results of ``f`` for one call, one after the other in one worker. Raises as ``ask``."""
+        asked = partial(_twice_by_value if self._sends_code() else twice, f)
+        found: tuple[Any, Any] = self.ask(asked, [call], None if timeout is None else 2 * timeout)[0]
+        return found
+
+    def _sends_code(self) -> bool:
+        return type(self._executor).__module__.split(".")[0] in _SEND_CODE
+
     def _submit_waiting(self, asked: _Asked, done: SimpleQueue[Future[Any]], *, alone: bool) -> None:
         while asked.waiting:
             workers = getattr(self._executor, "_max_workers", 0)
@@ -300,8 +331,7 @@ class Pool:
             if isinstance(self._executor, ProcessPoolExecutor):
                 asked.run = partial(answers_written, _written(asked.f))
             else:
-                sends_code = type(self._executor).__module__.split(".")[0] in _SEND_CODE
-                asked.run = partial(_by_value if sends_code else answers, asked.f)
+                asked.run = partial(_by_value if self._sends_code() else answers, asked.f)
         return self._executor
 
     def _receive(self, asked: _Asked, future: Future[Any]) -> None:
@@ -412,14 +442,20 @@ def _written(what: Any) -> bytes:
     try:
         return pickle.dumps(what)
     except Exception as error:  # of whatever kind, as an object's own __reduce__ raises it
+        if importlib.util.find_spec("cloudpickle") is None:
+            raise _not_sent(error) from error
+    try:  # functions within functions, lambdas, classes of a notebook: their code is sent
+        found: bytes = importlib.import_module("cloudpickle").dumps(what)
+        return found
+    except Exception as error:  # a file, a lock, a handle of a library
         raise _not_sent(error) from error
 
 
 def _not_sent(error: BaseException) -> QueryError:
     return QueryError(
         f"it, or what it was given or returned, cannot be sent to a worker ({_said(error)}); define the part at the "
-        "top of a module that the workers can import, or take an executor that sends code as well (loky, dask, Ray), "
-        "or threads"
+        "top of a module that the workers can import, install cloudpickle, which sends code as well, take an executor "
+        "that does (loky, dask, Ray), or threads: executor=lambda: ThreadPoolExecutor(8)"
     )
 
 
