@@ -222,6 +222,28 @@ def test_three_operands(case, shapes, weights):
     check(function, leaves, weights=weights, calls=[call] if call else None)
 
 
+@pytest.mark.parametrize("bounds", ["both", "min", "max", "clamp_min", "clamp_max"])
+def test_where_a_clamp_meets_its_bounds(bounds):
+    """On a bound, and between bounds that meet or cross, the choice is that of this version of PyTorch."""
+    values = torch.tensor([-1.0, 0.0, 0.5, 1.0], dtype=torch.float64)
+    x, low, high = (t.flatten().requires_grad_() for t in torch.meshgrid(values, values, values, indexing="ij"))
+    clamps = {
+        "both": lambda: x.clamp(low, high),
+        "min": lambda: x.clamp(min=low),
+        "max": lambda: x.clamp(max=high),
+        "clamp_min": lambda: torch.clamp_min(x, low),
+        "clamp_max": lambda: torch.clamp_max(x, high),
+    }
+    leaves = [x, low, high]
+    exact = torch.autograd.grad(clamps[bounds]().sum(), leaves, allow_unused=True)
+    with record() as tape:
+        loss = clamps[bounds]().sum()
+    tape.backward(loss)
+    for leaf, gradient in zip(leaves, exact, strict=True):
+        if gradient is not None:
+            torch.testing.assert_close(leaf.grad, gradient, rtol=0, atol=0)
+
+
 IN_PLACE = {
     "add": lambda a, b: (a * 1).add_(b),
     "sub": lambda a, b: (a * 1).sub_(b, alpha=2),

@@ -56,7 +56,81 @@ class Sees(Function):
         return (3 * first if second is None else first), second
 
 
+class Twice(Function):
+    """Keeps its result, and an argument that is no tensor; the second result is not always used."""
+
+    @staticmethod
+    def forward(ctx, x, factor, options=None):
+        first = x.exp() * factor
+        ctx.save_for_backward(first)
+        ctx.options = options
+        return first, "a note", x.sum(1)
+
+    @staticmethod
+    def backward(ctx, first, note, second):
+        assert ctx.options is None or ctx.options == {"of": "the user"}
+        return ctx.saved_tensors[0] * first * 3 + second[:, None] * 7, None, None
+
+
+class Tripled(Function):
+    """Keeps nothing: what it was given and what it returned may change."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 3
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * 4
+
+
+class Scaled(Function):
+    """Writes to its input."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.mark_dirty(x)
+        return x.mul_(2)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * 3
+
+
+class Widened(Function):
+    """Calls the forward of another Function by itself, as subclasses do."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return Twice.forward(ctx, x, 2.0)[0]
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * 5 * ctx.saved_tensors[0]
+
+
 taken_before = Cubed.apply
+twice, tripled, scaled, widened = Twice.apply, Tripled.apply, Scaled.apply, Widened.apply
+
+
+def changed_between(x):
+    """What the Function was given, and what it returned, are both written to before its result is read."""
+    y = x * 2
+    made = tripled(y)
+    y.mul_(3)
+    return made.add_(1) * y
+
+
+def results_later(x):
+    made = twice(x, 0.3)
+    y = x.cos()
+    return made[0] * y + made[2][:, None]
+
+
+def under_no_grad(x):
+    with torch.no_grad():
+        weight = twice(x, 1.0)[0]
+    return weight * x
 
 
 def with_notes(x):
@@ -66,6 +140,15 @@ def with_notes(x):
 
 FUNCTIONS = {
     "apply taken before the recording": lambda x: taken_before(x).sin(),
+    "apply taken before, one of two results": lambda x: twice(x.sin(), 0.3, {"of": "the user"})[0].sin(),
+    "apply taken before, the other result": lambda x: twice(x.sin(), 0.3)[2].sin(),
+    "apply taken before, all results, later": results_later,
+    "apply taken before, again and again": lambda x: taken_before(taken_before(x)) + twice(taken_before(x), 0.1)[0],
+    "apply taken before, the loss itself": taken_before,
+    "apply taken before, in place around it": changed_between,
+    "apply taken before, under no_grad": under_no_grad,
+    "apply taken before, another's forward inside": lambda x: widened(x).sin(),
+    "apply taken before, under vmap": torch.func.vmap(lambda r: taken_before(r).sin()),
     "under vmap": torch.func.vmap(lambda r: Cubed.apply(r).sin()),
     "under vmap of grad": torch.func.vmap(torch.func.grad(lambda r: Cubed.apply(r.sin()).sum())),
     "results that are no tensors": with_notes,
@@ -77,6 +160,18 @@ FUNCTIONS = {
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions(name):
     check(FUNCTIONS[name], leaves_of((4, 3)), dropped=False)
+
+
+def test_an_apply_taken_before_that_writes_to_its_input():
+    x = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    if torch.__version__ >= "2.14":  # whose apply cannot be seen
+        with pytest.raises(hzo.errors.TapeError, match=r"Scaled\.apply\(\.\.\.\)"), hzo.record():
+            scaled(x * 1)
+        return
+    with hzo.record() as step:
+        loss = scaled(x * 1).sum()
+    step.backward(loss)
+    assert x.grad.tolist() == [3, 3, 3]
 
 
 def test_functions_are_put_back():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hzo.rules.base import Call, Cotangents, Key, unbroadcast, vjp
-from hzo.rules.pointwise import lost
+from hzo.rules.pointwise import BOUND_IS_OUTSIDE, lost
 
 aten = torch.ops.aten
 
@@ -549,7 +549,10 @@ def clamp_tensor(call: Call) -> Cotangents:
     for of, key in places.items():
         if call.needs(key):
             x, low, high = (seen(of, name) if name in places else None for name in ("x", "min", "max"))
-            found[key] = unbroadcast(torch.where(_passes(of, x, low, high), call.grad, 0), _given(call, key))
+            passed = torch.where(_passes(of, x, low, high), call.grad, 0)
+            if BOUND_IS_OUTSIDE:
+                passed = torch.where(_shares(of, x, low, high), call.grad / 2, passed)
+            found[key] = unbroadcast(passed, _given(call, key))
     return found
 
 
@@ -560,12 +563,25 @@ def _passes(of: str, x: Any, low: Any, high: Any) -> Any:
         return passing if high is None else passing & (x <= high)
     if low is None or high is None:
         return x > high if low is None else x < low
-    return (x < low) & (low < high) if of == "min" else (x > high) | (high < low)
+    if of == "max":
+        return (x > high) | (high < low)
+    return (x < low) & (low <= high if BOUND_IS_OUTSIDE else low < high)
+
+
+def _shares(of: str, x: Any, low: Any, high: Any) -> Any:
+    """Where an operand of a clamp and the bound that it equals have a half each; bounds that meet have none."""
+    bounds = [b for b in (low, high) if b is not None]
+    equal: Any = False
+    for bound in bounds if of == "x" else [low if of == "min" else high]:
+        equal = (x == bound) | equal
+    return equal if len(bounds) == 1 else equal & (low < high)
 
 
 @vjp(aten.clamp_min.Tensor, measures=True)
 def clamp_min_tensor(call: Call) -> Cotangents:
     """Not below a tensor of bounds."""
+    if BOUND_IS_OUTSIDE:
+        return _extreme(call, -math.inf, torch.lt)
     found: dict[Key, Tensor] = {}
     if call.needs(0):
         found[0] = unbroadcast(torch.where(call.args[0] >= _bound(call, 0, 1, -math.inf), call.grad, 0), call.args[0])
@@ -577,6 +593,8 @@ def clamp_min_tensor(call: Call) -> Cotangents:
 @vjp(aten.clamp_max.Tensor, measures=True)
 def clamp_max_tensor(call: Call) -> Cotangents:
     """Not above a tensor of bounds."""
+    if BOUND_IS_OUTSIDE:
+        return _extreme(call, math.inf, torch.gt)
     found: dict[Key, Tensor] = {}
     if call.needs(0):
         found[0] = unbroadcast(torch.where(call.args[0] <= _bound(call, 0, 1, math.inf), call.grad, 0), call.args[0])

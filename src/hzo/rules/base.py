@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hzo.tape import Operation, Tape
@@ -169,6 +170,12 @@ def vjp(*targets: Any, measures: bool = False, lean: bool = False) -> Callable[[
         return function
 
     return register
+
+
+def present(*names: str) -> list[Any]:
+    """Of operators that only some versions of PyTorch have ("aten::cholesky"), those of the version that runs."""
+    found = (getattr(getattr(torch.ops, space), name, None) for space, name in (n.split("::") for n in names))
+    return [packet.default for packet in found if packet is not None]
 
 
 def unbroadcast(grad: Tensor, like: Tensor) -> Tensor:

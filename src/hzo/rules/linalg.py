@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hzo.errors import TapeError
-from hzo.rules.base import Call, Cotangents, Key, unbroadcast, vjp
+from hzo.rules.base import Call, Cotangents, Key, present, unbroadcast, vjp
 from hzo.rules.products import may_read
 
 aten = torch.ops.aten
@@ -182,11 +182,10 @@ def _of_pseudoinverse(grad: Tensor, inverse: Tensor, a: Tensor) -> Tensor:
 # -- Cholesky ---------------------------------------------------------------------------------------------------------
 
 
-@vjp(aten.linalg_cholesky_ex.default, aten.cholesky.default)
+@vjp(aten.linalg_cholesky_ex.default, *present("aten::cholesky"))  # the second until torch 2.13
 def cholesky(call: Call) -> Cotangents:
     """``L`` with ``A = L L^H``."""
-    is_legacy = call.op.target is aten.cholesky.default
-    upper = call.arg(1, "upper", False) if is_legacy else call.kwargs.get("upper", False)
+    upper = call.arg(1, "upper", False)
     factor = call.result.mH if upper else call.result
     g = call.grad.mH if upper else call.grad
     grad = (factor.mH @ g).tril()

@@ -255,26 +255,32 @@ def mvlgamma(call: Call) -> Cotangents:
 # -- bounds ------------------------------------------------------------------------------------------------------------
 
 
+BOUND_IS_OUTSIDE = torch.__version__ >= "2.14"
+"""PyTorch's slope of ``clamp`` on a bound: one until 2.13, zero since; where bounds are tensors, each has a half."""
+
+_above, _below = (torch.gt, torch.lt) if BOUND_IS_OUTSIDE else (torch.ge, torch.le)
+
+
 @vjp(aten.clamp.default)
 def clamp(call: Call) -> Cotangents:
-    """Slope one between the bounds and on them."""
+    """Slope one between the bounds."""
     x, low, high = call.args[0], call.arg(1, "min"), call.arg(2, "max")
-    inside: Any = True if low is None else x >= low
+    inside: Any = True if low is None else _above(x, low)
     if high is not None:
-        inside = inside & (x <= high)
+        inside = inside & _below(x, high)
     return {0: torch.where(inside, call.grad, 0)}
 
 
 @vjp(aten.clamp_min.default)
 def clamp_min(call: Call) -> Cotangents:
-    """Slope one above the bound and on it."""
-    return {0: torch.where(call.args[0] >= call.args[1], call.grad, 0)}
+    """Slope one above the bound."""
+    return {0: torch.where(_above(call.args[0], call.args[1]), call.grad, 0)}
 
 
 @vjp(aten.clamp_max.default)
 def clamp_max(call: Call) -> Cotangents:
-    """Slope one below the bound and on it."""
-    return {0: torch.where(call.args[0] <= call.args[1], call.grad, 0)}
+    """Slope one below the bound."""
+    return {0: torch.where(_below(call.args[0], call.args[1]), call.grad, 0)}
 
 
 @vjp(aten.nan_to_num.default)

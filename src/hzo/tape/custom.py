@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from hzo.tape.operations import ref
+from hzo.errors import TapeError
+from hzo.tape.operations import Operation, ref
 
 if TYPE_CHECKING:
     from hzo.tape.record import Recorder
@@ -41,7 +45,7 @@ class CustomFunction:
     def __init__(self, node: Any, objects: dict[int, Any] | None = None) -> None:
         self.node = node
         self.function = node._forward_cls
-        self.objects = objects or {}  # arguments that are neither tensors nor what a fingerprint holds, by position
+        self.objects = objects or {}  # arguments that are not on the tape, by position
 
     def __call__(self, *args: Any) -> tuple[Tensor, ...]:
         """The forward once more, on copies of these tensors: it may write to what it is given."""
@@ -100,8 +104,7 @@ class CustomFunction:
             return ref(recorder.read(argument)) if isinstance(argument, Tensor) else _plain(argument)
 
         refs = tuple(map(place, args))
-        objects = {k: a for k, a in enumerate(args) if not isinstance(a, (Tensor, *_PLAIN))}
-        op = recorder.operation(CustomFunction(node, objects), refs, {})
+        op = recorder.operation(CustomFunction(node, _objects(args)), refs, {})
         writes: list[int | None] = []
         for tensor in results:
             if not isinstance(tensor, Tensor):  # has a place among the cotangents, too
@@ -115,7 +118,60 @@ class CustomFunction:
         op.writes = tuple(writes)
 
 
+@dataclass
+class UnseenCall:
+    """A call of a custom Function that the recording has not seen return: it goes on the tape when a result is read.
+
+    Since PyTorch 2.14 an ``apply`` that was taken before the recording (``f = MyFunction.apply``) is a function of C,
+    beneath which only the Function's own methods are Python.
+
+    Attributes:
+        function, args: as of the operation to be.
+        results: shape, dtype and device of the values to be; None for what is no tensor.
+        op: the operation, once a result was read.
+    """
+
+    function: CustomFunction
+    args: tuple[Any, ...]
+    results: tuple[tuple[torch.Size, torch.dtype, torch.device] | None, ...]
+    op: Operation | None = None
+
+    @staticmethod
+    def arguments(recorder: Recorder, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The values that arguments hold now."""
+        return tuple(ref(recorder.read(a)) if isinstance(a, Tensor) else _plain(a) for a in args)
+
+    @staticmethod
+    def note(recorder: Recorder, node: Any, args: tuple[Any, ...], values: tuple[Any, ...], result: Any) -> None:
+        """Keep what is known of a call until a result is read. Raises TapeError where it writes to operands."""
+        function = CustomFunction(node, _objects(args))
+        if node.dirty_tensors:
+            name = node._forward_cls.__qualname__
+            raise TapeError(
+                f"the custom Function {name} writes to its input, and its apply was taken before the recording "
+                f"(f = {name}.apply), which cannot be seen; write {name}.apply(...) where it is called"
+            )
+        results = tuple((t.shape, t.dtype, t.device) if isinstance(t, Tensor) else None for t in _results(result))
+        recorder.unseen[id(node)] = partial(UnseenCall(function, values, results).value_of, recorder)
+
+    def value_of(self, recorder: Recorder, tensor: Tensor) -> int:
+        """The value of one of its results, which the tape has from now on."""
+        if self.op is None:
+            self.op = recorder.operation(self.function, self.args, {})
+            index = self.op.index
+            self.op.writes = tuple(None if r is None else recorder.expect(*r, index) for r in self.results)
+        value = self.op.writes[tensor.output_nr]
+        assert value is not None
+        recorder.bind(tensor, value)
+        return value
+
+
 _PLAIN = (bool, int, float, str, type(None))
+
+
+def _objects(args: tuple[Any, ...]) -> dict[int, Any]:
+    """Arguments that are neither tensors nor what a fingerprint holds, by position."""
+    return {k: a for k, a in enumerate(args) if not isinstance(a, (Tensor, *_PLAIN))}
 
 
 def _plain(argument: Any) -> Any:

@@ -153,6 +153,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._older: dict[int, list[int]] = {}  # id of a tensor -> its values before the newest
         self._results_of_last: tuple[int | None, ...] = ()
         self._values_before = 0  # values that there were when the last operation was recorded: others no one reads yet
+        self.applying: Any = None  # the custom Function whose ``apply`` is seen just now
+        self.unseen: dict[int, Callable[[Tensor], int]] = {}  # by the id of others' nodes: the value of a result
         self.wrappers: list[nn.Module] = []  # of distributed training, whose hooks average gradients
         self.hooked: list[Tensor] = []  # tensors with hooks
         self.alive: dict[int, Tensor] = {}  # by id: tensors whose ids are in use
@@ -211,6 +213,19 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.unnoted.append(key)
         return index
 
+    def expect(self, shape: torch.Size, dtype: torch.dtype, device: torch.device, producer: int) -> int:
+        """A value whose tensor comes by later (``bind``)."""
+        self.tape.values.append(Value(shape, dtype, device, True, producer, False))
+        self.tape.tensors.append(None)
+        return len(self.tape.values) - 1
+
+    def bind(self, tensor: Tensor, index: int) -> None:
+        """Say of a tensor which value it holds."""
+        self.tape._index[id(tensor)] = index
+        self.keep_alive(tensor)
+        if self.tape.tensors[index] is None:
+            self.tape.tensors[index] = tensor
+
     def keep_alive(self, tensor: Tensor) -> None:
         """Note a tensor by its id, which must not come again for another."""
         key = id(tensor)
@@ -252,7 +267,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if v not in self._needed and v not in self._saved:
                 self.tape.tensors[v] = None
         self._candidates = []
-        self.alive, self.unnoted, self.hooked = {}, [], []
+        self.alive, self.unnoted, self.hooked, self.unseen = {}, [], [], {}
         self._detached, self._older, self.tape._index = {}, {}, {}
         self.memory.release()
 
@@ -296,9 +311,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for index in reversed(self._unpacked):
             known = self.tape.tensors[index]
             if known is not None and known.data_ptr() == tensor.data_ptr() and _looks_like(known, tensor):
-                self.tape._index[id(tensor)] = index
-                self.keep_alive(tensor)
+                self.bind(tensor, index)
                 return index
+        unseen = self.unseen.get(id(tensor.grad_fn)) if self.unseen else None
+        if unseen is not None:
+            return unseen(tensor)
         if self.memory.has_content(tensor) or self.memory.reconstruct(tensor):
             return self.memory.read_window(tensor)
         return self.foreign(tensor)

@@ -17,13 +17,13 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch._C._functorch import maybe_current_level
-from torch.autograd.function import FunctionCtx, _HookMixin, _SingleLevelFunction
+from torch.autograd.function import Function, FunctionCtx, FunctionMeta, _HookMixin, _SingleLevelFunction
 from torch.nn.modules import module
 
 from hzo.distributed import kind_of_wrapper, sharded
 from hzo.errors import TapeError
 from hzo.tape import recurrent
-from hzo.tape.custom import CustomFunction, NodeHooks
+from hzo.tape.custom import CustomFunction, NodeHooks, UnseenCall
 from hzo.tape.marks import is_declared
 from hzo.tape.opaque import call_opaque, hooks_allowed
 from hzo.tape.record import Recorder, current_recorder
@@ -31,8 +31,10 @@ from hzo.tape.record import Recorder, current_recorder
 _lock = threading.RLock()
 _recording = [0]  # threads that record at the moment
 _originals: dict[str, Any] = {}
-_replaced: list[tuple[Any, str]] = []  # whose attributes have an original
+_replaced: list[tuple[Any, str, Any]] = []  # whose attributes, and what stood there
 _INHERITED = object()  # stands for an attribute that a class has from another
+_C_APPLY: Any = vars(torch._C._FunctionBase)["apply"]
+_APPLY_IS_C = vars(Function)["apply"] is _C_APPLY  # since PyTorch 2.14
 
 
 @contextlib.contextmanager
@@ -86,8 +88,9 @@ def _patched() -> Iterator[None]:
 def _replacements() -> list[tuple[Any, str, Any]]:
     """Whose attribute, its name, and what stands there while anybody records."""
     return [
-        # Beneath Function.apply, which may have been taken before: f = MyFunction.apply.
-        (_SingleLevelFunction, "apply", classmethod(_apply)),
+        # Where it can be, beneath Function.apply, which may have been taken before: f = MyFunction.apply.
+        (Function if _APPLY_IS_C else _SingleLevelFunction, "apply", classmethod(_apply)),
+        *((FunctionMeta, name, _Overseen(name)) for name in ("forward", "setup_context") if _APPLY_IS_C),
         (FunctionCtx, "set_materialize_grads", _set_materialize_grads),
         (_HookMixin, "_register_hook", staticmethod(_refuse_hook_of_node)),
         (torch._C._autograd, "_push_saved_tensors_default_hooks", _push_hooks),
@@ -104,8 +107,10 @@ def _replacements() -> list[tuple[Any, str, Any]]:
 
 def _replace() -> None:
     for owner, name, replacement in _replacements():
-        _replaced.append((owner, name))
-        _originals[name] = vars(owner).get(name, _INHERITED) if isinstance(owner, type) else getattr(owner, name)
+        original = vars(owner).get(name, _INHERITED) if isinstance(owner, type) else getattr(owner, name)
+        _replaced.append((owner, name, original))
+        if original is not _INHERITED:
+            _originals[name] = original
         setattr(owner, name, replacement)
     # TorchScript's executor would differentiate by itself what it has seen often enough.
     _originals["optimized"] = torch._C._get_graph_executor_optimize()
@@ -117,11 +122,11 @@ def _replace() -> None:
 
 def _put_back() -> None:
     while _replaced:
-        owner, name = _replaced.pop()
-        if _originals[name] is _INHERITED:
+        owner, name, original = _replaced.pop()
+        if original is _INHERITED:
             delattr(owner, name)
         else:
-            setattr(owner, name, _originals[name])
+            setattr(owner, name, original)
     torch._C._set_graph_executor_optimize(_originals["optimized"])
     for scripted in _SCRIPTED:
         scripted.__call__ = _originals[scripted.__name__]
@@ -177,7 +182,7 @@ def _own_casts() -> Iterator[None]:
 
 def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     """``Function.apply``: a custom Function is one operation, and its backward is its rule."""
-    apply = super(_SingleLevelFunction, cls).apply
+    apply = _C_APPLY.__get__(None, cls)
     recorder = current_recorder()
     if recorder is None or torch._C._are_functorch_transforms_active():  # transforms come by again beneath them
         return apply(*args, **kwargs)
@@ -186,10 +191,60 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return apply(*args, **kwargs)
     before = {id(a): recorder.read(a) for a in args if isinstance(a, Tensor) and a.requires_grad}
-    result = apply(*args, **kwargs)
+    outer, recorder.applying = recorder.applying, cls
+    try:
+        result = apply(*args, **kwargs)
+    finally:
+        recorder.applying = outer
     if before:
         CustomFunction.record(recorder, args, before, result)
     return result
+
+
+class _Overseen:
+    """A method of custom Functions, on their metaclass: ``forward``, or ``setup_context`` of those that have their own.
+
+    An ``apply`` of C that was taken before the recording calls these: they tell the tape what it was given.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, cls: Any, _: Any = None) -> Any:
+        if cls is None:
+            return self
+        method = self._of(cls, self.name)
+        recorder = current_recorder()
+        splits = self._of(cls, "setup_context") is not _SingleLevelFunction.__dict__["setup_context"].__func__
+        if recorder is None or recorder.paused or splits is not (self.name == "setup_context"):
+            return method
+
+        def told(*args: Any, **kwargs: Any) -> Any:
+            node: Any = args[0] if args else None
+            if recorder.applying is cls or getattr(node, "_forward_cls", None) is not cls or not node.next_functions:
+                return method(*args, **kwargs)  # seen already; the user's own call; or one without a derivative
+            given = args[1] if splits else args[1:]
+            values = UnseenCall.arguments(recorder, given)
+            result = method(*args, **kwargs)
+            UnseenCall.note(recorder, node, given, values, args[2] if splits else result)
+            return result
+
+        return told
+
+    @staticmethod
+    def _of(function: Any, name: str) -> Any:
+        for owner in function.__mro__:
+            if name in vars(owner):
+                return vars(owner)[name].__get__(None, function)
+        raise AttributeError(f"{function.__name__} has no {name}")
+
+    def __set__(self, cls: Any, value: Any) -> None:  # as libraries do that write a Function for each operator
+        with _lock:
+            delattr(FunctionMeta, self.name)
+            try:
+                setattr(cls, self.name, value)
+            finally:
+                setattr(FunctionMeta, self.name, self)
 
 
 def _checkpointed(function: Callable[..., Any], *args: Any) -> Any:
