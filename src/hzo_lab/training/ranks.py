@@ -16,11 +16,30 @@ from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from hzo.distributed import Shares, shared
-from hzo.errors import DistributedError, HzoError
+from hzo.errors import DistributedError, HzoError, InputError
 
 T = TypeVar("T")
 
-TIMEOUT = 600.0  # seconds that a process waits for another
+
+def _seconds(name: str, default: float) -> float:
+    """A limit in time, which the environment may set.
+
+    Raises:
+        InputError: to something that is none.
+    """
+    given = os.environ.get(name, "")
+    try:
+        seconds = float(given or default)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise InputError(f"expected the environment to have a number of seconds in {name}, got {given!r}")
+    return seconds
+
+
+def _patience() -> float:
+    """Seconds that a process waits for another in the middle of a run."""
+    return _seconds("HZO_WAIT_SECONDS", 600.0)
 
 
 class Ranks:
@@ -53,7 +72,7 @@ class Ranks:
         if self.size == 1:
             yield lambda loss: loss
             return
-        with shared(self._mesh, model, x, y, how, TIMEOUT) as (here, weight):
+        with shared(self._mesh, model, x, y, how, _patience()) as (here, weight):
 
             def mean(loss: Tensor) -> Tensor:
                 own = [(p, p.grad) for p in model.parameters() if p.grad is not None]
@@ -68,7 +87,7 @@ class Ranks:
         """What every process says, in order."""
         if self.size == 1:
             return [value]
-        return Shares(self._mesh, TIMEOUT).told_by_all(value)
+        return Shares(self._mesh, _patience()).told_by_all(value)
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
         """For each question whether one process says yes."""
@@ -115,11 +134,14 @@ def ranks(device: str = "cpu") -> Ranks:
     size = int(os.environ.get("WORLD_SIZE", "1")) if torch.distributed.is_torchelastic_launched() else 1
     if size == 1:
         return Ranks()
-    limit = float(os.environ.get("HZO_CONNECT_SECONDS", "60"))
+    limit = _seconds("HZO_CONNECT_SECONDS", 60.0)
     backend = "nccl" if device.startswith("cuda") else "gloo"
     try:
         wait = timedelta(seconds=limit)
-        store, rank, _ = next(rendezvous("env://", timeout=wait))
+        # A client of torch's store gives up after one to two and a half times of what it is given.
+        serves = os.environ.get("RANK") == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        once = wait if serves else 0.4 * wait
+        store, rank, _ = next(rendezvous("env://", timeout=once))
         # torchrun keeps its store when it starts processes anew, with the addresses of those before.
         fresh = PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         torch.distributed.init_process_group(backend, store=fresh, rank=rank, world_size=size, timeout=wait)

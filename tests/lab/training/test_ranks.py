@@ -12,9 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hzo.errors import InputError
 from hzo_lab.errors import CheckpointError
 from hzo_lab.training import checkpoint, models
 from hzo_lab.training.checkpoint import Counters
+from hzo_lab.training.ranks import Ranks
 
 OPTIONS = ["--depth", "3", "--width", "16", "--batch-size", "64", "--checkpoint-every", "5", "--cosine-every", "0"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -117,6 +119,13 @@ def test_each_process_has_random_states_of_its_own(tmp_path):
         drawn.append(float(torch.rand(())))
     expected = [float(torch.rand((), generator=torch.Generator().manual_seed(seed))) for seed in (1, 2)]
     assert drawn == expected
+
+
+@pytest.mark.parametrize("given", ["soon", "0", "-1", "inf", "nan"])
+def test_limits_in_time_are_checked(given, monkeypatch):
+    monkeypatch.setenv("HZO_WAIT_SECONDS", given)
+    with pytest.raises(InputError, match=f"a number of seconds in HZO_WAIT_SECONDS, got '{given}'"):
+        Ranks(0, 2).gathered(None)
 
 
 def test_processes_that_cannot_reach_each_other(tmp_path):
