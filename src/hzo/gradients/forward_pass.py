@@ -19,7 +19,7 @@ from hzo.reverse import RecordedStep, as_data, check_input, sweep_end
 from hzo.tape import Recorder, Tape
 from hzo.tape.operations import Ref
 from hzo.tracing import Chain, Graph, batch_size, call_arguments
-from hzo.tracing.recorder import Run, recorded
+from hzo.tracing.recorder import OutOfSight, Run, recorded, run_again
 
 
 class OtherGraphError(PlanError):
@@ -55,6 +55,7 @@ class _Release:
         self.graph, self.recorder, self.steps = graph, recorder, steps
         self.activations = Activations(batch, recorder.tape)
         self.done = 0
+        self.leaves: dict[int, Tensor] = {}  # those of what was freed that no operation makes again
 
     def after_calls(self) -> None:
         """Free what the schedule says behind every operation that has run since."""
@@ -65,35 +66,46 @@ class _Release:
                 return
             gone = self.steps[self.done]
             self.done += 1  # first: to release calls PyTorch, which calls this
-            held = [t for v in gone if (t := self.recorder.tape.tensors[v]) is not None]
+            held = [(v, t) for v in gone if (t := self.recorder.tape.tensors[v]) is not None]
+            self.leaves.update((v, t) for v, t in held if self.recorder.tape.values[v].producer < 0)
             self.activations.release(self.graph, gone)
-            self.recorder.drop(held)
+            self.recorder.drop([t for _, t in held])
+
+    def take_back(self) -> None:
+        """Compute again what was freed: the model does something else, and this schedule is not its own."""
+        tape = self.recorder.tape
+        gone = {v for step in self.steps[: self.done] for v in step}
+        for leaf, content in self.leaves.items():
+            tape.tensors[leaf] = content
+        for op in tape.operations[: self.done]:
+            if gone.isdisjoint(op.writes):
+                continue
+            made = run_again(tape, op, tape.resolve(op.args), {k: tape.resolve(a) for k, a in op.kwargs.items()})
+            for v, tensor in zip(op.writes, made, strict=True):
+                if v in gone and v is not None:
+                    tape.tensors[v] = tensor
 
 
 @contextmanager
-def _running(chain: Chain, x: Any, steps: Sequence[Iterable[int]] = ()) -> Iterator[tuple[Run, int]]:
-    graph = chain.traced
+def _running(
+    module: nn.Module, x: Any, graph: Graph | None, steps: Sequence[Iterable[int]] = (), **how: Any
+) -> Iterator[tuple[Run, _Release | None]]:
     args, kwargs = call_arguments(x)
     batch = batch_size(args, kwargs)
     check_input(x)
-    altered = None if graph.noise is None else _noise(graph)
+    altered = None if graph is None or graph.noise is None else _noise(graph)
+    release: list[_Release] = []
 
     def after_calls(recorder: Recorder) -> Callable[[], None]:
-        return _Release(graph, recorder, batch, steps).after_calls
+        assert graph is not None
+        release.append(_Release(graph, recorder, batch, steps))
+        return release[0].after_calls
 
-    with recorded(
-        chain.model,
-        args,
-        kwargs,
-        opaque=graph.opaque_stages,
-        altered=altered,
-        after_calls=after_calls if steps else None,
-    ) as run:
+    with recorded(module, args, kwargs, altered=altered, after_calls=after_calls if steps else None, **how) as run:
         if run.recorder.after_calls is not None:
             run.recorder.after_calls()
             run.recorder.after_calls = None
-        check_same(graph, run.tape, run.end, batch)
-        yield run, batch
+        yield run, release[0] if release else None
 
 
 def _noise(graph: Graph) -> Callable[[Recorder, int, Tensor], Tensor]:
@@ -120,10 +132,15 @@ def base_pass(chain: Chain, x: Any, steps: Sequence[Iterable[int]] = ()) -> tupl
     Raises:
         PlanError: the model does something else than when it was traced.
     """
-    with _running(chain, x, steps) as (run, batch):
+    graph = chain.traced
+    batch = batch_size(*call_arguments(x))
+    with _running(chain.model, x, graph, steps, opaque=graph.opaque_stages) as (run, release):
+        check_same(graph, run.tape, run.end, batch)
+        if release is not None:
+            release.leaves.clear()
         output = run.output
-    counting.add(base_evaluations=batch * len(chain.traced.stages))
-    return _activations(chain.traced, run, batch), output
+    counting.add(base_evaluations=batch * len(graph.stages))
+    return _activations(graph, run, batch), output
 
 
 def _activations(graph: Graph, run: Run, batch: int) -> Activations:
@@ -134,6 +151,66 @@ def _activations(graph: Graph, run: Run, batch: int) -> Activations:
         None if t is None or v >= kept else t.detach() if t.requires_grad else t for v, t in enumerate(tape.tensors)
     ]
     return Activations(batch, tape, run.recorder)
+
+
+@dataclass(frozen=True)
+class RecordedLoss:
+    """A model and its loss as they ran, once.
+
+    Attributes:
+        module, run, batch, loss: what ran, and what came out.
+        difference: what it did otherwise than the graph that it was expected to follow; None where it followed it.
+    """
+
+    module: nn.Module
+    run: Run
+    batch: int
+    loss: Tensor
+    difference: OtherGraphError | None
+
+
+@torch.no_grad()
+def record_loss(
+    module: nn.Module,
+    x: Any,
+    loss_fn: Callable[..., Any],
+    y: Any,
+    graph: Graph | None = None,
+    steps: Sequence[Iterable[int]] = (),
+    *,
+    follow: bool,
+) -> RecordedLoss:
+    """Run a model and its loss once.
+
+    Args:
+        graph, steps: what it did before, if that is known, and for every operation the values to release after it.
+        follow: note what a graph can be made of, where it does something else or nothing is known.
+
+    Raises:
+        PlanError: without ``follow``, the model does something else than the graph says.
+    """
+    y = pytree.tree_map_only(Tensor, as_data, y)
+    batch = batch_size(*call_arguments(x))
+    opaque = frozenset() if graph is None else graph.opaque_stages
+    while True:
+        try:
+            with _running(module, x, graph, steps, follow=follow, opaque=opaque) as (run, release):
+                difference = None
+                try:
+                    if graph is not None:
+                        check_same(graph, run.tape, run.end, batch)
+                except OtherGraphError as error:
+                    if not follow:
+                        raise
+                    difference = error
+                    if release is not None:
+                        release.take_back()
+                if release is not None:
+                    release.leaves.clear()
+                loss = fitting_loss(loss_fn, run.output, y)
+            return RecordedLoss(module, run, batch, loss, difference)
+        except OutOfSight as found:  # a stage that looks at values: out of the recorder's sight from its beginning
+            opaque = opaque | {id(found.stage)}
 
 
 @torch.no_grad()
@@ -147,10 +224,14 @@ def loss_pass(
         PlanError: the model does something else than when it was traced, a tensor inside it has a hook, or the loss
             reads what the model did not return.
     """
-    graph = chain.traced
-    y = pytree.tree_map_only(Tensor, as_data, y)
-    with _running(chain, x, steps) as (run, batch):
-        loss = fitting_loss(loss_fn, run.output, y)
+    recording = record_loss(chain.model, x, loss_fn, y, chain.traced, steps, follow=False)
+    return carried_to_outputs(chain, x, recording)
+
+
+@torch.no_grad()
+def carried_to_outputs(chain: Chain, x: Any, recording: RecordedLoss) -> BasePass:
+    """A base pass out of a recording that does what the chain says. Raises: as ``loss_pass``."""
+    graph, run, batch, loss = chain.traced, recording.run, recording.batch, recording.loss
     try:
         seeds, hooks = RecordedStep(run.recorder).seed(loss)
         _refuse_hooks(graph, run)
@@ -200,8 +281,11 @@ def _refuse_hooks(graph: Graph, run: Run) -> None:
 def _first_not_finite(chain: Chain, x: Any) -> str | None:
     """The call of the model that made NaN or infinity first: run once more with everything kept."""
     graph = chain.traced
-    with undone_on_error([chain.model]), counting.as_checks():
-        activations, _ = base_pass(chain, x)
+    try:
+        with undone_on_error([chain.model]), counting.as_checks():
+            activations, _ = base_pass(chain, x)
+    except Exception:  # its code does something else the second time: the error names no call then
+        return None
     for op in graph.operations:
         held = [activations.tensor(v) for v in op.writes if graph.values[v].floating]
         if not all(bool(t.isfinite().all()) for t in held) and all(graph.values[v].finite for v in op.writes):

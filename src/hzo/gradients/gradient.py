@@ -8,7 +8,6 @@ declared, ``backward`` and ``grad_and_value`` take the gradient of a recording i
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,17 +19,16 @@ from torch import Tensor, nn
 from hzo._options import factor as factor_of
 from hzo._options import function
 from hzo.distributed import averaged, kind_of_wrapper, refuse_wrappers, shared, unwrapped
-from hzo.errors import HzoWarning, InputError
-from hzo.execution import contained, undone_on_error
+from hzo.errors import InputError
+from hzo.execution import contained
 from hzo.gradients.backward_sweep import Cotangents, sweep
-from hzo.gradients.forward_pass import OtherGraphError, loss_pass
 from hzo.gradients.parameters import Gradients
-from hzo.gradients.trace_cache import made_with, prepare
-from hzo.plans import Plan, schedule
+from hzo.gradients.planned_pass import planned_pass
+from hzo.plans import Plan
 from hzo.reverse import accumulate, gradients_of, hooked, named, one_by_one
 from hzo.tape import Ref
 from hzo.tape.marks import marks_of
-from hzo.tracing import Chain, Graph, batch_size, call_arguments, module_of, output_leaves
+from hzo.tracing import Chain, Graph, module_of, output_leaves
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -54,8 +52,8 @@ def backward(
     """Estimate the gradient of the mean loss by forward passes only and add it to ``.grad``.
 
     Args:
-        model: any module, recorded at every call; or a traced chain. With a plan, options of one or declared modules
-            it is traced and planned on the first call, then cached.
+        model: any module, recorded at every call; or a traced chain. With options of a plan or declared modules, the
+            recording of the first call is what is planned for, and the plan is kept. Your code runs once in each call.
         loss_fn: ``loss_fn(output, y)``: a scalar, or one loss per sample, whose mean is taken.
         x: input with the batch first; a tuple is passed as positional, a dict as keyword arguments.
         y: target; None calls ``loss_fn(output)``.
@@ -79,7 +77,9 @@ def backward(
     complete: they become ``.grad``. Where that is there already they are held beside it until all are found, since an
     error must find it unchanged.
 
-    Cost: one forward pass and the small runs that measure weights; with a plan, ``plan.queries`` and one base pass.
+    Cost: one forward pass and the small runs that measure weights; with a plan, ``plan.queries`` and one base pass,
+    and on the first call about four forward passes more, with all activations held at once (``hzo.trace`` and
+    ``plan=`` do this ahead, with four samples).
     Source: paper (plans), ours (recordings); parameter rules are backprop's local step.
 
     Raises:
@@ -263,30 +263,8 @@ def _estimate(
     function("loss_fn", loss_fn)
     refuse_wrappers(module_of(model))
     model = unwrapped(model)
-    chain, found = prepare(model, x, plan, task.options)
-    graph = chain.traced
-    with undone_on_error([chain.model, *graph.opaque_modules]):
-        steps = schedule(graph, found)
-        try:
-            base = loss_pass(chain, x, loss_fn, y, steps.base_pass)
-        except OtherGraphError:
-            # The model does something else with these numbers than with those it was traced with. Given a plan that is
-            # an error, but for one sample alone: PyTorch copies and broadcasts less for it.
-            if plan is not None and batch_size(*call_arguments(x)) > 1:
-                raise
-            chain, found = prepare(model, x, None, task.options if plan is None else made_with(plan), anew=True)
-            predicted = None if plan is None else plan.cost.stage_evaluations + plan.cost.measurements  # of one sample
-            if predicted is not None and predicted != found.stage_evaluations:
-                warnings.warn(
-                    "PyTorch runs other calls for one sample than this plan was made for: it was planned anew, and "
-                    f"takes {found.stage_evaluations} stage evaluations where the plan says {predicted} for one "
-                    "sample. Plan for one sample, hzo.plan(hzo.trace(model, x)), or leave a last single sample out",
-                    HzoWarning,
-                    stacklevel=4,
-                )
-            graph = chain.traced
-            steps = schedule(graph, found)
-            base = loss_pass(chain, x, loss_fn, y, steps.base_pass)
+    with planned_pass(model, loss_fn, x, y, plan, task.options) as (chain, found, steps, base):
+        graph = chain.traced
         # Drawn where it moves the random state on, so that the next gradient has other signs.
         seed = int(torch.randint(2**62, ())) if found.random else 0
         with contained(graph.opaque_modules):

@@ -12,55 +12,52 @@ from torch import nn
 from hzo.errors import InputError, PlanError
 from hzo.planner import plan as make_plan
 from hzo.plans import Plan
-from hzo.tracing import Chain, batch_size, call_arguments, check_dense, module_of, signature
+from hzo.tracing import Chain, batch_size, call_arguments, check_dense, kept, module_of, signature
 from hzo.tracing.recorder import check_tensors, trace
 
-_KEPT = 8  # traces a module: shapes and modes that alternate (train and eval, the last smaller batch) stay
 _plans: WeakKeyDictionary[Chain, dict[frozenset[tuple[str, Any]], Plan]] = WeakKeyDictionary()
 
 
-class _Kept(dict[tuple[Any, ...], Chain]):
-    """Traces of a module, kept on the module: a trace refers to its module, so a table elsewhere would never be freed.
-
-    A copied or unpickled module starts without them.
-    """
-
-    name = "_hzo_traces"
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return type(self), ()
-
-
-def prepare(
-    model: Chain | nn.Module, x: Any, plan: Plan | None, options: Mapping[str, Any], *, anew: bool = False
-) -> tuple[Chain, Plan]:
+def prepare(model: Chain | nn.Module, x: Any, plan: Plan | None, options: Mapping[str, Any]) -> tuple[Chain, Plan]:
     """The chain traced for inputs like ``x``, and the plan given or made with ``options``.
-
-    ``anew``: what is remembered does not fit; trace all of ``x`` again.
 
     Raises:
         PlanError: the plan was made for another chain, shape, dtype or mode, or options stand beside it.
     """
+    check_plan(plan, options)
+    chain = traced_for(model, x, strict=plan is not None)
+    return chain, fitting(chain, plan, options)
+
+
+def check_plan(plan: Plan | None, options: Mapping[str, Any]) -> None:
+    """Raise PlanError where options stand beside a plan, or what was given is none."""
     if plan is not None and options:
         raise PlanError(f"got a plan and options for one ({', '.join(options)}); give them to hzo.plan instead")
     if plan is not None and not isinstance(plan, Plan):
         raise PlanError(f"expected a plan made by hzo.plan, got {type(plan).__name__}; options go by their names")
-    chain = traced_for(model, x, strict=plan is not None, anew=anew)
-    if plan is not None:
-        if plan.fingerprint != chain.traced.fingerprint:
+
+
+def fitting(chain: Chain, plan: Plan | None, options: Mapping[str, Any]) -> Plan:
+    """The plan given, if it fits the chain, or the one made with ``options``.
+
+    Raises:
+        PlanError: it was made for another chain, shape, dtype or mode.
+    """
+    if plan is None:
+        return plan_of(chain, options)
+    if plan.fingerprint != chain.traced.fingerprint:
+        raise PlanError(
+            "this plan was made for another chain, input shape, dtype or set of trainable parameters; make one "
+            "for this: chain = hzo.trace(model, x); plan = hzo.plan(chain)"
+        )
+    operations = chain.traced.operations
+    for node in plan.nodes:
+        if node.probe is not None and any(operations[k].coupled for k in node.operations):
             raise PlanError(
-                "this plan was made for another chain, input shape, dtype or set of trainable parameters; make one "
-                "for this: chain = hzo.trace(model, x); plan = hzo.plan(chain)"
+                "this plan was made in another mode (train or eval) and would perturb samples that now influence "
+                "each other; make one for this: chain = hzo.trace(model, x); plan = hzo.plan(chain)"
             )
-        operations = chain.traced.operations
-        for node in plan.nodes:
-            if node.probe is not None and any(operations[k].coupled for k in node.operations):
-                raise PlanError(
-                    "this plan was made in another mode (train or eval) and would perturb samples that now influence "
-                    "each other; make one for this: chain = hzo.trace(model, x); plan = hzo.plan(chain)"
-                )
-        return chain, plan
-    return chain, plan_of(chain, options)
+    return plan
 
 
 def made_with(plan: Plan) -> dict[str, Any]:
@@ -78,36 +75,46 @@ def plan_of(chain: Chain, options: Mapping[str, Any]) -> Plan:
     """The plan of a traced chain with these options of ``hzo.plan``, made once."""
     if not all(isinstance(value, Hashable) for value in options.values()):
         return make_plan(chain, **options)  # which says what is wrong with it
-    kept = _plans.setdefault(chain, {})
+    plans = _plans.setdefault(chain, {})
     key = frozenset(options.items())
-    if key not in kept:
-        kept[key] = make_plan(chain, **options)
-    return kept[key]
+    if key not in plans:
+        plans[key] = make_plan(chain, **options)
+    return plans[key]
 
 
-def traced_for(model: Chain | nn.Module, x: Any, *, strict: bool, anew: bool = False) -> Chain:
+def traced_for(model: Chain | nn.Module, x: Any, *, strict: bool) -> Chain:
     """``model`` itself where it is a chain traced for inputs like ``x``, else a trace of it, from memory if there."""
+    about = signature_of(model, x)
+    found = known_trace(model, x, about, strict=strict) or trace(model, x)
+    if isinstance(model, Chain) and model.graph is not None and model.graph.noise is not None and found is not model:
+        return Chain(found.model, replace(found.traced, noise=model.graph.noise))
+    return found
+
+
+def signature_of(model: Chain | nn.Module, x: Any) -> tuple[Any, ...]:
+    """What a trace of a model depends on, of a model and inputs that can be traced."""
     module = module_of(model)
     if not isinstance(module, nn.Module):
         raise InputError(f"expected an nn.Module or an hzo.Chain, got {type(model).__name__}; wrap it: hzo.Chain([f])")
     check_tensors(module)
     check_dense(x)
     batch_size(*call_arguments(x))
-    wanted = signature(module, x)
-    if isinstance(model, Chain) and model.graph is not None and not anew:
-        if model.graph.signature == wanted:
+    return signature(module, x)
+
+
+def known_trace(model: Chain | nn.Module, x: Any, about: tuple[Any, ...], *, strict: bool) -> Chain | None:
+    """``model`` itself where it is a chain traced for inputs like ``x``, else a trace from memory, without its noise.
+
+    Raises:
+        PlanError: ``strict``, and the chain was traced for others.
+    """
+    batch = batch_size(*call_arguments(x))
+    if isinstance(model, Chain) and model.graph is not None:
+        if model.graph.signature == about and (model.graph.batch > 1 or batch == 1):
             return model
         if strict:
             raise PlanError(
                 "the chain was traced for another input shape, dtype, device or mode (train, eval, autocast, hooks, "
                 "trainable parameters) than it is used with; trace and plan again: chain = hzo.trace(model, x)"
             )
-    kept = module.__dict__.setdefault(_Kept.name, _Kept())
-    if wanted not in kept or anew:
-        while len(kept) >= _KEPT:
-            kept.pop(next(iter(kept)))
-        kept[wanted] = trace(model, x, samples=batch_size(*call_arguments(x)) if anew else None)
-    found: Chain = kept[wanted]
-    if isinstance(model, Chain) and model.graph is not None and model.graph.noise is not None:
-        return Chain(found.model, replace(found.traced, noise=model.graph.noise))
-    return found
+    return kept(module_of(model), about, batch)

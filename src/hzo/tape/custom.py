@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hzo.errors import TapeError
+from hzo.tape.history import grad_fn, requires_grad
 from hzo.tape.operations import Operation, ref
 
 if TYPE_CHECKING:
@@ -85,12 +86,12 @@ class CustomFunction:
         """Append the call whose results these are; ``before``: the values of the arguments when it was made."""
         results = _results(result)
         outputs = [t for t in results if isinstance(t, Tensor)]
-        nodes = [t.grad_fn for t in outputs if t.grad_fn is not None and hasattr(t.grad_fn, "_forward_cls")]
+        nodes = [node for t in outputs if hasattr(node := grad_fn(t), "_forward_cls")]
         memory = recorder.memory
         written = {id(t): memory.before_declared_write(t) for t in outputs if any(t is a for a in args)}
         if not nodes:
             for tensor in outputs:
-                if id(tensor) in written and tensor.requires_grad:  # autograd hides the node behind one of its own
+                if id(tensor) in written and requires_grad(tensor):  # autograd hides the node behind one of its own
                     recorder.foreign(tensor, "a custom Function that writes to a view")
                     memory.after_write(tensor, written[id(tensor)])
             return
@@ -110,7 +111,7 @@ class CustomFunction:
             if not isinstance(tensor, Tensor):  # has a place among the cotangents, too
                 writes.append(None)
                 continue
-            made = tensor.grad_fn is node
+            made = grad_fn(tensor) is node
             recorder.settle(tensor)
             writes.append(recorder.new_value(tensor, made, op.index if made else -1, False))
             if id(tensor) in written:

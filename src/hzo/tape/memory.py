@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hzo.errors import TapeError
 from hzo.tape.aliases import apart, geometry_of, overlaps_itself, pass_through, read_window, write_window
+from hzo.tape.history import requires_grad
 from hzo.tape.operations import Operation, Value, ref
 from hzo.tape.tape import Tape
 
@@ -234,7 +235,7 @@ class Memory:
         index = self.tape._index.get(key)
         if index is None or key in self.stale:
             return
-        if self.tape.values[index].requires and tensor.requires_grad:
+        if self.tape.values[index].requires and requires_grad(tensor):
             self.passed.add(key)
         else:
             del self.tape._index[key]
@@ -346,7 +347,7 @@ class Memory:
             if len(lazy) == 2:
                 value = self._step(lazy.pop(0), (value,), (), about, tensor.shape)
             op = recorder.operation(lazy[0], (ref(value),), {})
-        new = recorder.new_value(tensor, tensor.requires_grad, op.index, weight)
+        new = recorder.new_value(tensor, requires_grad(tensor), op.index, weight)
         op.writes = (new,)
         self.stale.discard(id(tensor))
         self.passed.discard(id(tensor))

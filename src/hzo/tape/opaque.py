@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from hzo.errors import TapeError
+from hzo.tape.history import requires_grad
 from hzo.tape.marks import ignores_parameters
 from hzo.tape.memory import storage_of
 from hzo.tape.operations import ref
@@ -167,7 +168,7 @@ def call_opaque(
             finally:
                 recorder.paused = False
         flat[k] = made
-        writes.append(recorder.new_value(made, made.requires_grad, op.index, False))
+        writes.append(recorder.new_value(made, requires_grad(made), op.index, False))
         if tainted and recorder.taint is not None:
             recorder.taint[storage_of(made)] = made
     op.writes = tuple(writes)

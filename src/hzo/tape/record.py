@@ -22,6 +22,7 @@ from hzo.errors import TapeError
 from hzo.tape.aliases import geometry_of, overlaps_itself, pass_through, restride, restride_scatter
 from hzo.tape.foreach import on_lists, singles
 from hzo.tape.functions import OutOfPlace, out_of_place
+from hzo.tape.history import History, grad_fn, is_leaf, requires_grad
 from hzo.tape.memory import WRITTEN_TWICE, Memory, alone, storage_of
 from hzo.tape.operations import Operation, Ref, Value, ref
 from hzo.tape.state import OperationState, random_state
@@ -47,7 +48,8 @@ _SHAPES_ALONE = frozenset(
 
 NESTED = (
     "a nested tensor carries a gradient, which hzo does not follow; pad it (x.to_padded_tensor(0.0)), or work on its "
-    "values and lengths"
+    "values and lengths. PyTorch's transformer encoders make one of a padding mask where nothing in them is trained: "
+    "run those under torch.no_grad()"
 )
 
 _UNINITIALIZED = frozenset(
@@ -175,6 +177,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.touched: dict[int, Tensor] = {}  # trainable tensors that it has used
         self.opaque: Callable[[nn.Module], str | None] | None = None  # the name of a module that is one operation
         self.taint: dict[int, Tensor] | None = None  # storages of what depends on the tensors followed, kept alive
+        self.history: History | None = None  # of tensors whose inputs stand in for data
         self.altered: Callable[[int, Tensor], Tensor] | None = None  # what an operation hands on in place of a result
         self.after_calls: Callable[[], None] | None = None  # called when operations were appended
 
@@ -247,9 +250,19 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         index = self.tape._index.get(key)
         if index is not None and key not in self._stale and key not in self._passed:
             value = self.tape.values[index]
-            if value.requires is tensor.requires_grad or key in self._resolved:
+            if value.requires is requires_grad(tensor) or key in self._resolved:
                 return index
         return self._read_anew(tensor, index)
+
+    def stands_in(self, tensor: Tensor) -> bool:
+        """Whether a tensor that requires a gradient does so for inputs alone that stand in for data (``history``)."""
+        if self.history is None:
+            return False
+        key = id(tensor)
+        unknown = key not in self.tape._index and self.memory.has_content(tensor)
+        if unknown or key in self._stale or key in self._passed:  # written to: it may hang on something else now
+            self.read(tensor)
+        return not self.history.of(tensor)
 
     def seen(self) -> list[Tensor]:
         """The tensors that have had a value."""
@@ -289,7 +302,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if key in self._passed and index is not None:
             self._passed.discard(key)
             return self._passed_through(tensor, index)
-        if tensor.requires_grad and not tensor.is_leaf:
+        if requires_grad(tensor) and not is_leaf(tensor):
             if index is None:
                 return self._unknown(tensor)
             if not self.tape.values[index].requires:
@@ -297,10 +310,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # A leaf: a parameter, an input, a constant; or what autograd detached in the meantime.
         refuse_share(tensor)
         weight = _is_parameter(tensor) or key in self._frozen
-        new = self.new_value(tensor, tensor.requires_grad, -1, weight)
+        new = self.new_value(tensor, requires_grad(tensor), -1, weight)
         self._stale.discard(key)
         self._passed.discard(key)
-        if tensor.requires_grad:
+        if requires_grad(tensor):
             self.tape.leaves[new] = tensor
         if self._packed_ids and self._packed_ids.get(key) == tensor.data_ptr():
             self._saved.add(new)
@@ -313,7 +326,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if known is not None and known.data_ptr() == tensor.data_ptr() and _looks_like(known, tensor):
                 self.bind(tensor, index)
                 return index
-        unseen = self.unseen.get(id(tensor.grad_fn)) if self.unseen else None
+        unseen = self.unseen.get(id(grad_fn(tensor))) if self.unseen else None
         if unseen is not None:
             return unseen(tensor)
         if self.memory.has_content(tensor) or self.memory.reconstruct(tensor):
@@ -441,7 +454,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _touch(self, args: tuple[Any, ...]) -> None:
         for tensor in _tensors(args):
-            if tensor.requires_grad and tensor.is_leaf:
+            if requires_grad(tensor) and is_leaf(tensor):
                 self.touched[id(tensor)] = tensor
 
     def _clone(
@@ -577,7 +590,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             or key in self._stale
             or key in self._passed
             or key in self._detached
-            or (self.tape.values[index].requires is not tensor.requires_grad and index not in self._results_of_last)
+            or (self.tape.values[index].requires is not requires_grad(tensor) and index not in self._results_of_last)
         ):
             index = self._packed(tensor)
         self._saved.add(index)
@@ -783,13 +796,14 @@ def _written(about: _Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 def _unrecorded(tensor: Tensor) -> str:
     """What made a tensor whose history the recording has not seen, and the way on."""
-    function = "an unknown function" if tensor.grad_fn is None else type(tensor.grad_fn).__name__
+    node = grad_fn(tensor)
+    function = "an unknown function" if node is None else type(node).__name__
     if function == "CppFunction":
         return (
             "TorchScript, whose executor has begun to differentiate by itself (it does after some runs with autograd); "
             "flush what it has compiled, scripted._debug_flush_compilation_cache(), or train by hzo from the start"
         )
-    custom = getattr(tensor.grad_fn, "_forward_cls", None)
+    custom = getattr(node, "_forward_cls", None)
     if custom is not None:
         name = custom.__qualname__
         return (
@@ -821,7 +835,7 @@ def _looks_like(a: Tensor, b: Tensor) -> bool:
 def _requires(args: Iterable[Any]) -> bool:
     for argument in args:
         if isinstance(argument, Tensor):
-            if argument.requires_grad:
+            if requires_grad(argument):
                 return True
         elif isinstance(argument, (list, tuple)) and _requires(argument):
             return True

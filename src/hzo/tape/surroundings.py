@@ -24,12 +24,14 @@ from hzo.distributed import kind_of_wrapper, sharded
 from hzo.errors import TapeError
 from hzo.tape import recurrent
 from hzo.tape.custom import CustomFunction, NodeHooks, UnseenCall
+from hzo.tape.history import grad_fn, is_leaf, requires_grad
 from hzo.tape.marks import is_declared
 from hzo.tape.opaque import call_opaque, hooks_allowed
 from hzo.tape.record import Recorder, current_recorder
 
 _lock = threading.RLock()
 _recording = [0]  # threads that record at the moment
+_told = [0]  # of these, threads whose code is told of histories as without a plan
 _originals: dict[str, Any] = {}
 _replaced: list[tuple[Any, str, Any]] = []  # whose attributes, and what stood there
 _INHERITED = object()  # stands for an attribute that a class has from another
@@ -43,7 +45,8 @@ def recording(recorder: Recorder) -> Iterator[None]:
     saved: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if hooks_allowed():
         saved = torch.autograd.graph.saved_tensors_hooks(*_hooks(recorder))
-    with _patched(), torch.inference_mode(False), torch.enable_grad(), _eager(), _own_casts(), saved, recorder:
+    told = contextlib.nullcontext() if recorder.history is None else _told_without_a_plan()
+    with _patched(), told, torch.inference_mode(False), torch.enable_grad(), _eager(), _own_casts(), saved, recorder:
         yield
 
 
@@ -132,6 +135,68 @@ def _put_back() -> None:
         scripted.__call__ = _originals[scripted.__name__]
 
 
+@contextlib.contextmanager
+def _told_without_a_plan() -> Iterator[None]:
+    """What tensors say of their history is what they would say without a plan, as long as any thread needs that. Only
+    then: every question of this kind takes a call in Python."""
+    with _lock:
+        if _told[0] == 0:
+            for name, attribute in _TOLD.items():
+                setattr(Tensor, name, attribute)
+        _told[0] += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _told[0] -= 1
+            if _told[0] == 0:
+                for name in _TOLD:
+                    delattr(Tensor, name)
+
+
+def _asked(tensor: Tensor) -> tuple[bool, bool] | None:
+    """Of what PyTorch gives a history: is it mere data in the user's eyes, or a leaf; None where neither may be."""
+    recorder = current_recorder() if requires_grad(tensor) else None
+    if recorder is None or recorder.history is None:
+        return None
+    data = recorder.stands_in(tensor)
+    leaf = recorder.history.is_claimed(tensor)
+    return (data, leaf) if data or leaf else None
+
+
+def _asked_requires_grad(tensor: Tensor) -> bool:
+    asked = _asked(tensor)
+    return requires_grad(tensor) if asked is None else not asked[0]
+
+
+def _asked_is_leaf(tensor: Tensor) -> bool:
+    return is_leaf(tensor) if _asked(tensor) is None else True
+
+
+def _asked_grad_fn(tensor: Tensor) -> Any:
+    return grad_fn(tensor) if _asked(tensor) is None else None
+
+
+def _set_requires_grad(tensor: Tensor, wanted: bool = True) -> Tensor:
+    """``requires_grad_``: what stands in for data requires a gradient already."""
+    recorder = current_recorder()
+    if recorder is None or recorder.history is None or _asked(tensor) is None:
+        return torch._C.TensorBase.requires_grad_(tensor, wanted)
+    recorder.history.claim(tensor, wanted)
+    return tensor
+
+
+def _assign_requires_grad(tensor: Tensor, wanted: bool) -> None:
+    _set_requires_grad(tensor, wanted)
+
+
+_TOLD: dict[str, Any] = {
+    "requires_grad": property(_asked_requires_grad, _assign_requires_grad),
+    "is_leaf": property(_asked_is_leaf),
+    "grad_fn": property(_asked_grad_fn),
+    "requires_grad_": _set_requires_grad,
+}
+
 _SCRIPTED: tuple[Any, ...] = (torch._C.ScriptFunction, torch._C.ScriptMethod)
 
 
@@ -190,7 +255,7 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         return _checkpointed(args[0], *args[2:])
     if not torch.is_grad_enabled():
         return apply(*args, **kwargs)
-    before = {id(a): recorder.read(a) for a in args if isinstance(a, Tensor) and a.requires_grad}
+    before = {id(a): recorder.read(a) for a in args if isinstance(a, Tensor) and requires_grad(a)}
     outer, recorder.applying = recorder.applying, cls
     try:
         result = apply(*args, **kwargs)

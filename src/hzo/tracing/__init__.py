@@ -4,6 +4,7 @@ from hzo.tracing.arguments import leaves, map_arguments, map_output, output_leav
 from hzo.tracing.chain import Chain, Stages, module_of, noisy
 from hzo.tracing.graph import Graph, GraphOperation, GraphValue, Measured, ParameterUse, Stage, apart
 from hzo.tracing.inputs import batch_size, call_arguments, check_dense, requires_gradient, signature
+from hzo.tracing.kept_traces import keep, kept
 from hzo.tracing.promises import (
     PROMISES,
     Local,
@@ -36,6 +37,8 @@ __all__ = [
     "declared",
     "declared_links",
     "declared_step",
+    "keep",
+    "kept",
     "leaves",
     "local_along",
     "map_arguments",

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from hzo.errors import InputError, TapeError, TraceError
 from hzo.tape import Recorder, Tape, ref
+from hzo.tape.history import History, requires_grad
 from hzo.tape.marks import marks_of
 from hzo.tape.opaque import call_opaque
 from hzo.tape.surroundings import recording
@@ -26,7 +27,7 @@ class Run:
     Attributes:
         inputs: the values of the inputs; given: the tensors that the caller handed over, in the same order.
         output: what the model returned, as tensors; references: the same with values in place of tensors.
-        end: the number of operations of the model; what follows is the loss.
+        end, values: the numbers of operations and values of the model; what follows is the loss.
         opaque: stages that had to be run out of the recorder's sight.
     """
 
@@ -37,6 +38,7 @@ class Run:
     output: Any = None
     references: Any = None
     end: int = 0
+    values: int = 0
     opaque: frozenset[int] = frozenset()
 
     @property
@@ -67,6 +69,7 @@ def recorded(
         after_calls: makes, for the recorder, what is called when operations have run.
     """
     recorder = Recorder(keep=True)
+    recorder.history = History(recorder.tape)
     recorder.undo.remember_modules(module.modules())
     names = {id(m): name for name, m in module.named_modules()}
     recorder.opaque = lambda inner: _opaque_name(inner, names, opaque)
@@ -103,9 +106,15 @@ def _unattached(tensor: Tensor) -> Tensor:
 
 
 def _input(recorder: Recorder, tensor: Tensor, copy: Tensor) -> int:
-    value = recorder.new_value(copy, copy.requires_grad, -1, False)
-    if requires_gradient(tensor):
+    history = recorder.history
+    assert history is not None
+    differentiated = requires_gradient(tensor)
+    value = recorder.new_value(copy, requires_grad(copy), -1, False)
+    if differentiated:
         recorder.tape.leaves[value] = tensor
+        history.claim(copy, True)
+    elif requires_grad(tensor):
+        history.given.add(value)
     return value
 
 
@@ -148,7 +157,7 @@ def _run_stages(module: nn.Module, run: Run, args: tuple[Any, ...], kwargs: dict
         args, kwargs = (tuple(result) if spread else (result,)), {}
     run.output = result
     run.references = map_output(lambda t: ref(run.recorder.read(t)) if isinstance(t, Tensor) else t, result)
-    run.end = len(run.tape.operations)
+    run.end, run.values = len(run.tape.operations), len(run.tape.values)
     name, _ = run.stages[-1]
     run.stages[-1] = (name, run.end)  # reading what was written to through a view is an operation
 
@@ -183,7 +192,7 @@ def _lost(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> bool:
     """Whether floating-point numbers go in with a gradient and come out without any."""
     before = [t for t in tensors_in((args, kwargs)) if t.is_floating_point()]
     after = [t for t in output_leaves(result) if isinstance(t, Tensor) and t.is_floating_point()]
-    return any(t.requires_grad for t in before) and bool(after) and not any(t.requires_grad for t in after)
+    return any(map(requires_grad, before)) and bool(after) and not any(map(requires_grad, after))
 
 
 def check_tensors(module: nn.Module) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
+from copy import copy
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -31,6 +32,7 @@ from hzo.tracing import (
     batch_size,
     call_arguments,
     check_dense,
+    keep,
     output_leaves,
     requires_gradient,
     signature,
@@ -79,8 +81,25 @@ def trace(model: nn.Module | Chain | Callable[..., Any], x: Any, *, samples: int
     trial = counting.doing(counting.TRIAL_RUN)
     with _ONE_AT_A_TIME, torch.inference_mode(False), torch.no_grad(), contained([module]), trial:
         graph = _graph_of_some(module, x, nominal) if samples is None else _graph(module, x, samples)
-    graph = replace(graph, nominal_batch=nominal, signature=signature(module, x))
-    return Chain(module, graph)
+    chain = Chain(module, replace(graph, nominal_batch=nominal, signature=signature(module, x)))
+    keep(chain)
+    return chain
+
+
+def chain_of(module: nn.Module, run: Run, about: tuple[Any, ...]) -> Chain:
+    """The chain of a model that was recorded for a step, with its loss or without: its user's code does not run again.
+
+    Args:
+        run: recorded with ``follow=True``. about: the signature of module and input, from before the run.
+
+    Cost: about four forward passes of the batch, operation by operation, counted as ``check_evaluations``.
+    Raises: as ``trace``.
+    """
+    batch = batch_size(run.given, {})
+    trial = counting.doing(counting.TRIAL_RUN)
+    with _ONE_AT_A_TIME, torch.inference_mode(False), torch.no_grad(), contained([module]), trial:
+        graph = graph_of(module, run, batch)
+    return Chain(module, replace(graph, signature=about))
 
 
 def _graph_of_some(module: nn.Module, x: Any, nominal: int) -> Graph:
@@ -107,6 +126,7 @@ def _graph_of_some(module: nn.Module, x: Any, nominal: int) -> Graph:
 def _graph(module: nn.Module, x: Any, samples: int) -> Graph:
     args, kwargs = pytree.tree_map_only(Tensor, lambda t: _first(t, samples), call_arguments(x))
     opaque: frozenset[int] = frozenset()
+    known = {id(p) for p in module.parameters()}
     while True:
         try:
             with recorded(module, args, kwargs, follow=True, opaque=opaque) as run:
@@ -115,7 +135,15 @@ def _graph(module: nn.Module, x: Any, samples: int) -> Graph:
             opaque = opaque | {id(found.stage)}
             continue
         try:  # operations run again on what they read: what the model wrote to is put back behind that
-            return graph_of(module, run, samples)
+            made = [name for name, p in module.named_parameters() if id(p) not in known]
+            if made:
+                raise TraceError(
+                    f"the model makes parameters in its first forward pass ({', '.join(made[:3])}), which a trace "
+                    "undoes; run it once before: model(x)"
+                )
+            graph = graph_of(module, run, samples)
+            counting.add(check_evaluations=len(graph.stages) * samples)
+            return graph
         finally:
             run.recorder.undo.restore()
 
@@ -146,9 +174,10 @@ def names_of(module: nn.Module, tape: Tape, count: int) -> dict[int, str]:
 
 def graph_of(module: nn.Module, run: Run, batch: int) -> Graph:
     """The graph of what was recorded."""
-    tape, end = run.tape, run.end
-    count = len(tape.values)
-    tape.tensors = [None if t is None else t.detach() for t in tape.tensors]
+    tape, end, count = copy(run.tape), run.end, run.values
+    tape.tensors = [None if t is None else t.detach() for t in tape.tensors[:count]]
+    tape.values = tape.values[:count]
+    tape.tainted = {v for v in tape.tainted if v < count}
     inputs = set(run.inputs)
     names = {v: name for v, name in names_of(module, tape, count).items() if v not in inputs}
     # A parameter that the model writes to without a gradient (max_norm of an embedding) stays a parameter.
@@ -199,7 +228,7 @@ def graph_of(module: nn.Module, run: Run, batch: int) -> Graph:
         raise TraceError("the model's output is not computed from its input by torch calls; " + BY_HAND)
     # Two runs of the batch with other samples, one more of what a rule measures, and one for the price.
     stages = _named_stages(run) if stages_of(module) is not None else _cut(graph)
-    counting.add(check_evaluations=len(stages) * 5 * batch)
+    counting.add(check_evaluations=len(stages) * 4 * batch)
     return replace(graph, stages=stages)
 
 
