@@ -70,21 +70,22 @@ def run_copies(tape: Tape, op: Operation, moved: Mapping[int, Tensor], copies: i
 
 def call_with(tape: Tape, op: Operation, moved: Mapping[int, Tensor]) -> Any:
     """Run an operation with some operands replaced."""
-
-    def fill(argument: Any) -> Any:
-        if type(argument) is Ref:
-            found = moved.get(argument.value)
-            return tape.tensor(argument.value) if found is None else found
-        return tuple([fill(a) for a in argument]) if type(argument) is tuple else argument
-
-    args = [fill(a) for a in op.args]
+    args = [_filled(tape, moved, a) for a in op.args]
     if op.target is pass_through and op.args[0].value in moved:  # what autograd means by it: the path of one ...
         return args[1] + (args[0] - tape.tensor(op.args[0].value))  # ... with the content of another
     if op.target in VIEWS:  # what is run again may lie in memory otherwise
         return args[0].reshape(args[1])
     if op.target is aten.as_strided.default and type(op.args[0]) is Ref:
         args[0] = torch.empty_like(tape.tensor(op.args[0].value)).copy_(args[0])
-    return replay_of(op.target)(*args, **{k: fill(v) for k, v in op.kwargs.items()})
+    return replay_of(op.target)(*args, **{k: _filled(tape, moved, v) for k, v in op.kwargs.items()})
+
+
+def _filled(tape: Tape, moved: Mapping[int, Tensor], argument: Any) -> Any:
+    """An argument with its tensors. Not a closure: one that calls itself keeps what it refers to until a collection."""
+    if type(argument) is Ref:
+        found = moved.get(argument.value)
+        return tape.tensor(argument.value) if found is None else found
+    return tuple([_filled(tape, moved, a) for a in argument]) if type(argument) is tuple else argument
 
 
 def _directly(tape: Tape, op: Operation, moved: Mapping[int, Tensor], copies: int) -> list[Any] | None:

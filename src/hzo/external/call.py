@@ -735,21 +735,20 @@ class BoxCall:
 
     def _one_by_one(self, leaves: Sequence[Tensor], rows: int, sample: Sequence[bool]) -> list[tuple[Any, int]]:
         """Halves of a batch that fails, down to the samples that do: these have no result."""
-
-        def ask(start: int, stop: int) -> list[tuple[Any, int]]:
-            cut = [t[start:stop] if flag else t for t, flag in zip(leaves, sample, strict=True)]
-            try:
-                return [(self.guard.run(*self.arguments(cut), stop - start), stop - start)]
-            except QueryError:
-                if stop - start == 1:
-                    return [(_FAILED, 1)]
-                middle = (start + stop) // 2
-                return [*ask(start, middle), *ask(middle, stop)]
-
-        found = ask(0, rows)
+        found = self._halved(leaves, 0, rows, sample)
         if all(result is _FAILED for result, _ in found):
             self.guard.run(*self.arguments(leaves), rows)  # raises what it raised before
         return found
+
+    def _halved(self, leaves: Sequence[Tensor], start: int, stop: int, sample: Sequence[bool]) -> list[tuple[Any, int]]:
+        cut = [t[start:stop] if flag else t for t, flag in zip(leaves, sample, strict=True)]
+        try:
+            return [(self.guard.run(*self.arguments(cut), stop - start), stop - start)]
+        except QueryError:
+            if stop - start == 1:
+                return [(_FAILED, 1)]
+            middle = (start + stop) // 2
+            return [*self._halved(leaves, start, middle, sample), *self._halved(leaves, middle, stop, sample)]
 
     def _joined(
         self, results: Sequence[tuple[Any, int]], rows: int, device: torch.device, watched: bool

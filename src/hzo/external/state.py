@@ -60,6 +60,19 @@ class Saved:
     leaves: Mapping[StateKey, Any] = field(default_factory=dict)  # numbers that a gradient may flow through
 
 
+def _numbers_in(key: StateKey, slot: Slot) -> dict[StateKey, Any]:
+    """The floating arrays and numbers of one place and of what it contains, by key."""
+    found: dict[StateKey, Any] = {}
+    value = slot.content if isinstance(slot.value, Tensor) or _array(slot.value) else slot.value
+    if isinstance(value, (float, complex)) and isinstance(slot.space, tuple):
+        found[key] = _NOTHING  # a number in a tuple cannot be moved
+    elif floating(value):
+        found[key] = value
+    for item in slot.items:
+        found |= _numbers_in((*key, item.name), item)
+    return found
+
+
 def _array(value: Any) -> bool:
     return type(value).__module__ == "numpy" and type(value).__name__ == "ndarray"
 
@@ -336,19 +349,9 @@ class FoundState:
     def numbers(self, saved: Saved, keys: Sequence[StateKey]) -> dict[StateKey, Any]:
         """The floating arrays and numbers among these slots, by key; containers are looked into."""
         found: dict[StateKey, Any] = {}
-
-        def look(key: StateKey, slot: Slot) -> None:
-            value = slot.content if isinstance(slot.value, Tensor) or _array(slot.value) else slot.value
-            if isinstance(value, (float, complex)) and isinstance(slot.space, tuple):
-                found[key] = _NOTHING  # a number in a tuple cannot be moved
-            elif floating(value):
-                found[key] = value
-            for item in slot.items:
-                look((*key, item.name), item)
-
         for key in dict.fromkeys(key[:3] for key in keys):
             if key in saved.slots:
-                look(key, saved.slots[key])
+                found |= _numbers_in(key, saved.slots[key])
         return found
 
     def move(self, saved: Saved, key: StateKey, content: Any) -> None:

@@ -25,18 +25,11 @@ class OutOfPlace:
         given: list[Any] = list(args)
         named = dict(kwargs)
         copies: list[Tensor] = []
-
-        def copied(argument: Any) -> Any:
-            if isinstance(argument, Tensor):
-                copies.append(argument.clone())
-                return copies[-1]
-            return [copied(a) for a in argument] if isinstance(argument, (list, tuple)) else argument
-
         for slot in self.writes:
             if isinstance(slot, int) and slot < len(given):
-                given[slot] = copied(given[slot])
+                given[slot] = _copied(given[slot], copies)
             elif slot in named:
-                named[str(slot)] = copied(named[str(slot)])
+                named[str(slot)] = _copied(named[str(slot)], copies)
         result = self.func(*given, **named)
         results = () if result is None else result if isinstance(result, (tuple, list)) else (result,)
         if results and not any(r is c for r in results for c in copies):  # statistics, which are constants
@@ -45,6 +38,14 @@ class OutOfPlace:
 
     def __repr__(self) -> str:
         return f"{self.func} out of place"
+
+
+def _copied(argument: Any, copies: list[Tensor]) -> Any:
+    """A copy of a tensor or of tensors in a list, added to ``copies`` as well."""
+    if isinstance(argument, Tensor):
+        copies.append(argument.clone())
+        return copies[-1]
+    return [_copied(a, copies) for a in argument] if isinstance(argument, (list, tuple)) else argument
 
 
 def out_of_place(func: Any, writes: tuple[int | str, ...]) -> Callable[..., Any]:

@@ -7,7 +7,7 @@ samples stand there. Nothing is concluded from names or from sizes alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -187,16 +187,18 @@ def _moved_results(
 ) -> list[Any] | None:
     """The results with other content in some samples of the operands; None where the operation refuses it."""
     content = {v: _other(tape.tensors[v], axes[v], batch, samples, kind) for v in moved}
-
-    def fill(argument: Any) -> Any:
-        if type(argument) is Ref:
-            return content[argument.value] if argument.value in content else tape.resolve(argument)
-        return tuple([fill(a) for a in argument]) if type(argument) is tuple else argument
-
     try:
-        return run(fill(op.args), {k: fill(v) for k, v in op.kwargs.items()})
+        kwargs = {k: _filled(tape, content, v) for k, v in op.kwargs.items()}
+        return run(_filled(tape, content, op.args), kwargs)
     except Exception:  # content that it does not take: what it was given tells nothing
         return None
+
+
+def _filled(tape: Tape, content: Mapping[int, Tensor], argument: Any) -> Any:
+    """An argument with its tensors, some of them with other content."""
+    if type(argument) is Ref:
+        return content[argument.value] if argument.value in content else tape.resolve(argument)
+    return tuple([_filled(tape, content, a) for a in argument]) if type(argument) is tuple else argument
 
 
 def _other(tensor: Tensor | None, axis: Axis | None, batch: int, samples: slice, kind: str) -> Tensor:
