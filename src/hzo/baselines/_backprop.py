@@ -16,7 +16,7 @@ from hzo.losses import LossFn
 
 @baseline("backprop", reverse=True)
 def backprop(model: ev.Model, loss_fn: LossFn, x: Any, y: Any = None) -> Tensor:
-    """``loss.backward()``; adds the gradient to ``.grad`` and returns the loss.
+    """Ordinary backpropagation, ``loss.backward()``: adds the gradient to ``.grad`` and returns the loss.
 
     Exact up to rounding. Cost: one forward pass (counted as the base pass), and a reverse sweep of about two
     forward passes that is no query and is not counted. It needs a derivative of every operation, and the

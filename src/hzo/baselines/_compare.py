@@ -18,7 +18,7 @@ from hzo.tracing import Chain, module_of
 
 @dataclass(frozen=True)
 class GradientComparison:
-    """What ``compare_gradients`` found, by parameter name.
+    """The result of ``hzo.compare_gradients``: how each parameter's gradient differs from backprop's, by name.
 
     Attributes:
         cosines: between the two gradients; 1 where both are zero. errors: relative to backprop's length.

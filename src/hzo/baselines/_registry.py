@@ -13,7 +13,7 @@ Estimate = TypeVar("Estimate", bound=Callable[..., Tensor])
 
 @dataclass(frozen=True)
 class Baseline:
-    """Another way to a gradient.
+    """A gradient method that HZO is compared with: its function, what it costs, and how it is trained with.
 
     Attributes:
         estimate: the function, with the signature of ``hzo.backward``.

@@ -17,7 +17,9 @@ from fractions import Fraction
 
 @dataclass(repr=False)
 class QueryCount:
-    """What was run while the counter was open. All but ``forward_equivalents`` are whole numbers.
+    """Numbers of forward evaluations that ran inside a ``with hzo.count_queries()`` block.
+
+    All but ``forward_equivalents`` are whole numbers.
 
     Attributes:
         queries: evaluations of a segment on one sample at a perturbed state.
@@ -81,7 +83,10 @@ _open: ContextVar[tuple[QueryCount, ...]] = ContextVar("hzo_open_counts", defaul
 
 @contextmanager
 def count_queries() -> Iterator[QueryCount]:
-    """Count all that hzo runs inside the ``with`` block; blocks may be nested, each sees its own total."""
+    """Count the forward evaluations that hzo runs inside the ``with`` block: queries, stages, forward equivalents.
+
+    Yields a ``QueryCount``. Blocks may be nested; each sees its own total.
+    """
     with open_count(QueryCount()) as count:
         yield count
 

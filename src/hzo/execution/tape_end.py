@@ -1,4 +1,4 @@
-"""The end of a tape once more, from other values: what the loss would have been."""
+"""Run the end of a tape again from other values: the loss at other outputs of the model."""
 
 from __future__ import annotations
 

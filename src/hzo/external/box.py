@@ -95,7 +95,7 @@ def blackbox(
             a list are declared one by one.
         parameters: ``"perturbed"``: trainable parameters of an ``f`` that is a module get a gradient, by queries.
             ``"ignored"``: neither they nor other trainable tensors that ``f`` uses get one from here; their gradient
-            is your affair (the product of activation and cotangent, say).
+            is left to you (the product of activation and cotangent, say).
         tree, assume, scheme, mu, draws: as ``hzo.plan`` takes them. For piecewise constant ``f`` a ``step`` of half its
             quantum, or a smoothing ``mu``.
         step: length of the differences. None takes one for each element from its dtype and its surroundings. A number
@@ -441,7 +441,7 @@ class BlackBox(nn.Module):
     # -- around it ---
 
     def plan_for(self, *args: Any, **kwargs: Any) -> BoxPlan | ChainPlan:
-        """What a backward pass at inputs like these would ask, and how long that takes; all of them want a gradient.
+        """How many queries a backward pass at inputs like these takes, and how long; all inputs require a gradient.
 
         Runs the part twice, which leaves no trace, and tests at the first input of a shape that samples are apart, and
         what ``promises="inferred"`` finds. Of a list of parts, or with ``noise=``, it is the plan of the whole; where

@@ -14,7 +14,7 @@ from hzo.losses import Smoothing, cast, evaluate, smoothed_loss
 
 
 def smoothed(score: Callable[..., Any], *, mu: float = 1.0, draws: int = 32, maximize: bool = False) -> Criterion:
-    """Make a loss of a score that has no derivative: an accuracy, an F1, a ranking, what a simulator says.
+    """Turn a score that has no derivative (an accuracy, a ranking, a simulator's verdict) into a loss to train with.
 
     Args:
         score: called as ``score(output, target)``, or ``score(output)`` without a target; returns one value a sample,

@@ -1,4 +1,4 @@
-"""How large a change of an element is large, where its queries are counted and none can be asked twice.
+"""Steps for each element of a tensor, from its own size and that of its surroundings, without a query more.
 
 Two errors pull apart: a step that is large beside the scale on which a network varies along an element loses curvature,
 one that is small beside all that is added up loses digits. That scale is not known: it may be the size of the elements

@@ -159,7 +159,7 @@ _TOLERATED: ContextVar[bool] = ContextVar("rounding tolerated", default=False)
 
 @contextmanager
 def tolerate_rounding() -> Iterator[None]:
-    """Inside the ``with`` block, estimates that drown in rounding are handed out instead of being an error.
+    """Inside the ``with`` block, return gradients that are mostly rounding error instead of raising ``PrecisionError``.
 
     For experiments on how good such estimates are; a network is not trained by them. Source: ours.
     """

@@ -1,4 +1,4 @@
-"""Gradients from queries: record the boundaries, fold the tree, apply the rules.
+"""``backward`` and its like: the gradient of a loss, from a recording or by the queries of a plan.
 
 ``backward``, ``grad_and_value`` and ``cotangents`` are three views of one computation: a base pass gives every
 boundary its activation, the loss gives the last boundary its cotangent, the plan's nodes carry it to the others, and
@@ -60,7 +60,7 @@ def backward(
         plan: from ``hzo.plan``; None plans with ``options`` (those of ``hzo.plan``).
         scale: factor on the gradients, for a ``GradScaler``: ``scale=scaler.scale(torch.ones(()))``.
         memory: with a plan alone, bytes that the perturbed copies of one chunk may take; None takes a share of what is
-            free. What is stored of the base pass is the plan's affair: ``hzo.plan(..., memory=)``.
+            free. What is stored of the base pass is limited by ``hzo.plan(..., memory=)``.
         mesh: a ``torch.distributed.DeviceMesh`` whose dimensions are ``"sample"``, ``"query"`` or both; every process
             of it calls alike. Along ``sample`` each has samples of its own, and all get the gradient and the loss of
             the mean over them, however many each has. Along ``query`` all have the same samples and ask a share of the
@@ -107,7 +107,10 @@ def grad_and_value(
     timeout: float = 600.0,
     **options: Any,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Like ``backward``, but returns ``({parameter name: gradient}, loss)`` and leaves ``.grad`` alone."""
+    """Estimate the gradient of the mean loss by forward passes only; return ``({parameter name: gradient}, loss)``.
+
+    ``.grad`` stays as it is. Arguments, cost and errors as for ``hzo.backward``.
+    """
     leaves, loss, names = _leaves(_Task(model, loss_fn, x, y, plan, memory, options), mesh, timeout)
     if names is None or kind_of_wrapper(model):  # type: ignore[arg-type]
         return named(leaves, model, loss_fn), loss  # type: ignore[arg-type]
@@ -130,7 +133,8 @@ def cotangents(
 ) -> list[Tensor | tuple[Tensor | None, ...] | None]:
     """The gradient of the mean loss by the activations at every stage boundary 0..L, their cotangents.
 
-    Each a tensor, a tuple where several are alive, or None. Parameters and ``.grad`` are left alone.
+    Returns a list with an entry for each boundary: a tensor, a tuple where several tensors cross it, or None.
+    Parameters and ``.grad`` stay as they are.
 
     Without a plan all boundaries are estimated, the input's included; with one, those that it estimates, and None
     elsewhere (``hzo.plan(chain, boundaries="all")`` estimates all). Integer tensors have None.

@@ -52,10 +52,11 @@ class Calibration:
     Attributes:
         fingerprint: of the chain.
         norms: squared norm of the cotangent, by position and value, relative to that at the output.
-        transport: by position, how much more the error of an estimate has grown on its way from the output than the
-            cotangent itself (squared).
+        transport: error amplification, by position: the growth of an estimate's squared error on its way back from the
+            output, over that of the squared cotangent.
         scales: root mean square of the activation, by value.
-        bends: by position and value, of the edge to there from the next position that was measured.
+        bends: curvature error by position and value: of the edge that ends there and starts at the next measured
+            position.
         noise: measured, for each stage. None: every query is deterministic.
         rounding: standard deviation of what rounding adds to the results of each stage.
         parameters: by name, how much larger the squared relative error of the parameter's gradient is than that of the

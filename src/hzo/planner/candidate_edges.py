@@ -1,4 +1,4 @@
-"""Price and spread of every edge that a tree might have: what the best one is looked for in."""
+"""Price and noise of every edge that a tree may have: the candidates among which the planner chooses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every edge of a tree would cost and err, and with it the price and the errors of a tree with its repeats."""
+"""The table of edges: what each costs and how wrong it is, and from these the price and errors of a whole tree."""
 
 from __future__ import annotations
 

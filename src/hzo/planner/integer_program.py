@@ -1,12 +1,13 @@
-"""The tree and its whole repeats chosen together: an interval programme over what is left of the error budget. Ours.
+"""Tree and whole repeats chosen together, by dynamic programming over what is left of the error budget (ours).
 
-V(i, j; b): the least price of estimating all that is wanted strictly between points i and j, if the errors below j may
-add up to b. With k the leftmost point that is estimated straight from j,
+V(i, j; b): the least price of estimating all required cotangents strictly between points i and j, if the errors below j
+may add up to b. With k the leftmost point that is estimated straight from j,
 
     V(i, j; b) = min over k and r of  r·price(k, j) + V(i, k; b − fixed − noise/r) + V(k, j; b).
 
-Trees are nested: no two edges cross. All of them are searched, with relays that are not wanted. The budgets b are those
-that repeats can leave at a point; if they are too many, they are rounded down to a few, so that a bound is always kept.
+Trees are nested: no two edges cross. All of them are searched, with internal nodes that are not required. The budgets b
+are those that repeats can leave at a point; if they are too many, they are rounded down to a few, so that a bound is
+always kept.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The cheapest tree for given prices and errors of table, and how often each edge is repeated. Source: ours.
+"""The cheapest tree for a table of prices and errors of edges, and how often each edge is repeated. Source: ours.
 
 Trees here are nested: no edge (k, j) crosses another one, k < k' < j < j'. If prices do not fall as an interval grows,
 that loses nothing without noise: the target of the longer reach can take the nearer source. With noise a crossing tree

@@ -78,8 +78,9 @@ def plan(
             derivative is zero almost everywhere. The step is ``mu`` where none is given. Each gradient draws one
             number from the random state.
         draws: points for the smoothing.
-        noise: of what queries return, ``hzo.Noise(readout=, process=)``; a number is readout noise. Stages that do not
-            repeat are accepted where it is given. It takes the place of the noise that a calibration measured.
+        noise: of what queries return, ``hzo.Noise(readout=, process=)``; a number is readout noise. Stages that
+            are not deterministic are accepted where it is given. It takes the place of the noise that a calibration
+            measured.
         repeats: with a target or budget, each node's own number of measurements (``"optimal"``) or one for all
             (``"uniform"``).
         boundaries: ``"needed"`` by a parameter's gradient, or ``"all"`` stage boundaries, the input's included.
@@ -96,8 +97,13 @@ def plan(
             perturbed copies of a chunk have a budget of their own: ``hzo.backward(memory=)``). None stores all that is
             read again. A number does so too where that fits, else stores a path of about log₂ L boundaries and runs
             stages again, about (L/2) log₂ L of them; the gradients stay the same to the bit.
+        mesh: the processes that will share a gradient, ``hzo.backward(mesh=)``: a ``DeviceMesh`` (all of its
+            processes call alike), or their numbers along sample and query, ``(2, 4)``. The decisions are the same; the
+            plan also says what each process will run and send.
+        link: between them, (seconds that an exchange takes, words sent in a second), from which seconds are predicted.
 
-    The plan predicts exactly what ``hzo.count_queries`` will count. Source: trees: paper and ours; the rest: ours.
+    Cost: no forward pass. The plan predicts exactly what ``hzo.count_queries`` will count. Source: trees:
+    paper and ours; the rest: ours.
 
     Raises:
         InputError: not a chain, or a number out of range. TraceError: a chain that has not seen an input.

@@ -54,7 +54,7 @@ def save_plan(plan: Plan, path: str | PathLike[str]) -> None:
 
 
 def load_plan(chain: Chain, path: str | PathLike[str]) -> Plan:
-    """The plan that ``hzo.save_plan`` wrote, for the chain that it was made for.
+    """Read a plan from the JSON file that ``hzo.save_plan`` wrote, for the chain that it was made for.
 
     Equal to the plan that was saved. A chain traced for another batch size gets the same decisions, with the totals of
     its own batch. Cost: no forward pass; probes are chosen as for a new plan.

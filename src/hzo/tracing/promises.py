@@ -36,7 +36,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Local:
-    """A promise for ``hzo.declare``: along one axis an output sees a window of the input, as in a convolution.
+    """A promise for ``hzo.declare``: along one axis, an output depends on a window of the input, as in a convolution.
 
     Along ``axis`` output place o depends on input places o·stride + low … o·stride + high alone.
 

@@ -1,4 +1,4 @@
-"""Slow and obviously right: is every promise about a model kept, and what does an unknown module keep."""
+"""Numerical tests, slow and simple: is a gradient right, is every promise kept, what may be promised of a module."""
 
 from hzo.verification.coloring import check_coloring
 from hzo.verification.gradient import GradientCheck, check_gradient

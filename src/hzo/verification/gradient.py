@@ -25,7 +25,7 @@ from hzo.verification.slopes import Slope, measured_slope
 
 @dataclass(frozen=True)
 class GradientCheck:
-    """What ``check_gradient`` found.
+    """The result of ``hzo.check_gradient``: measured slopes of the loss beside those that the gradient predicts.
 
     Attributes:
         slopes: along the gradient itself, then along random directions.

@@ -27,7 +27,7 @@ _STRIDES = (Fraction(1), *(Fraction(n) for n in range(2, 9)), *(Fraction(1, n) f
 
 @dataclass(frozen=True)
 class InferredStructure:
-    """What ``infer_structure`` found; iterates over the promises: ``hzo.declare(module, *inferred)``.
+    """The result of ``hzo.infer_structure``: promises about a module, for ``hzo.declare(module, *inferred)``.
 
     Attributes:
         promises: that held. tested: every property by name, and what its test saw.

@@ -42,7 +42,10 @@ class Check:
 
 @dataclass(frozen=True)
 class StructureReport:
-    """What ``check_structure`` tested; every promise in it holds, but for those without tests."""
+    """The result of ``hzo.check_structure``: every promise tested, with its error and tolerance; ``print`` shows it.
+
+    All that were tested hold, or there would be an error; those that could not be tested are listed.
+    """
 
     checks: tuple[Check, ...]
 

@@ -50,8 +50,8 @@ def trace(model: nn.Module | Chain | Callable[..., Any], x: Any, *, samples: int
     """Run a model on a batch and record its operations as a chain of stages, for which ``hzo.plan`` can plan.
 
     The children of an ``nn.Sequential`` and the callables of a ``hzo.Chain`` are the stages, and are looked into.
-    Any other module is cut at every boundary where a single tensor is alive. A stage that looks at values (NumPy)
-    becomes one opaque operation, whose parameters are perturbed.
+    Any other module is cut wherever a single tensor carries all that later operations need. A stage that looks at
+    values (NumPy) becomes one opaque operation, whose parameters are perturbed.
 
     Args:
         model: a module, or a chain made by hand.
