@@ -1,6 +1,7 @@
 """Real parts without a usable derivative: what can be learned in front of them, by which gradient, at which price.
 
     PYTHONPATH=examples python experiments/real_parts.py    # writes results/blackbox/real_parts.json and .png
+    PYTHONPATH=examples python experiments/real_parts.py analog    # this part alone: real_parts_analog.json and .png
 
 The networks are those of examples/: spiking neurons (snnTorch), 3-bit rounding (PyTorch), analog tiles (aihwkit), a
 frozen ONNX model (onnxruntime), an interferometer in a process of its own. Each is trained on scikit-learn's digits
@@ -265,8 +266,9 @@ def recovered(rows: list[dict[str, Any]]) -> None:
 
 
 def plot(rows: list[dict[str, Any]]) -> Figure:
-    figure = Figure((12, 3.2), layout="constrained")
-    for axes, part in zip(figure.subplots(1, len(PARTS)), PARTS, strict=True):
+    parts = list(dict.fromkeys(row["part"] for row in rows))
+    figure = Figure((2.4 * len(parts), 3.2), layout="constrained")
+    for axes, part in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
         mine = [row for row in reversed(rows) if row["part"] == part]  # the first one on top
         found = [row["accuracy"] for row in mine]
         colors = ["#0072b2" if row["method"] == "hzo" else "#b0b0b0" for row in mine]
@@ -280,19 +282,19 @@ def plot(rows: list[dict[str, Any]]) -> Figure:
 
 
 def main() -> None:
-    given = options(__doc__ or "", out=RESULTS.parent / "blackbox")
+    given = options(__doc__ or "", out=RESULTS.parent / "blackbox", parts=tuple(PARTS))
     started = time.perf_counter()
     seeds = list(range(2) if given.quick else SEEDS)
-    chain = [analog_chain.reached(target, seed) for target in TARGETS for seed in seeds]
+    chain = [] if given.parts else [analog_chain.reached(target, seed) for target in TARGETS for seed in seeds]
     rows: list[dict[str, Any]] = []
-    for name, part in PARTS.items():
-        rows += rows_of(name, part, seeds, given.quick)
+    for name in given.parts or PARTS:
+        rows += rows_of(name, PARTS[name], seeds, given.quick)
     recovered(rows)
     columns = ("part", "method", "accuracy", "deviation", "passes", "rate", "step", "cosine", "spsa_passes", "seconds")
     table(rows, columns)
     table(chain, ("target", "seed", "expected", "measured", "forward_equivalents", "tree"))
     write(
-        "real_parts",
+        "_".join(["real_parts", *given.parts]),
         given,
         plot(rows),
         seeds=seeds,
