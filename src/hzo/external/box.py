@@ -51,6 +51,7 @@ def blackbox(
     name: str | None = None,
     elementwise: bool = False,
     promises: Promise | Sequence[Promise] = (),
+    check_promises: bool = True,
     parameters: Literal["perturbed", "ignored"] = "perturbed",
     tree: Tree = "planned",
     assume: Assume = "structure",
@@ -93,6 +94,8 @@ def blackbox(
         elementwise, promises: what may be assumed of a single ``f``, as ``hzo.declare`` takes it; ``"inferred"`` tests
             at the first input what seems to hold (``hzo.infer_structure``), of each part of a list, too. Else parts of
             a list are declared one by one.
+        check_promises: try at the first use of a promise, by one more evaluation (symmetric: five), whether it holds;
+            False takes it on trust.
         parameters: ``"perturbed"``: trainable parameters of an ``f`` that is a module get a gradient, by queries.
             ``"ignored"``: neither they nor other trainable tensors that ``f`` uses get one from here; their gradient
             is left to you (the product of activation and cotangent, say).
@@ -146,6 +149,7 @@ def blackbox(
         QueryError, QueryTimeoutError, NonFiniteError: what ``f`` did, and in which query.
         NondeterministicError: it gave two results for one input, and no noise is declared.
         CoupledSamplesError: samples influence each other. DerivativeError: a second derivative was asked for.
+        StructureError: a promise does not hold.
         StepError: the error estimate exceeds ``max_error``, or a step is lost in rounding.
         PlanError: a target that cannot be reached. Parameters and buffers are as before.
     """
@@ -215,7 +219,7 @@ def blackbox(
     if not whole_plan and not isinstance(f, BlackBox):
         settings = Settings(
             steps, limits, scheme=scheme, mu=mu, draws=draws, memory=memory, integers=integers, on_failure=on_failure,
-            batch_dim=batch_dim, max_error=max_error,
+            batch_dim=batch_dim, max_error=max_error, check_promises=check_promises,
         )  # fmt: skip
     options: dict[str, Any] = {"tree": tree, "assume": assume, "scheme": scheme, "step": length}
     options |= {"mu": mu, "draws": draws} if mu is not None else {}
@@ -472,6 +476,7 @@ class BlackBox(nn.Module):
         forget(self.stages)
         self._known.pop("steps", None)
         self._known.pop("warned", None)
+        self._known.pop("warned of noise", None)
 
     def close(self) -> None:
         """End the workers that were made for this box; the next call makes others."""

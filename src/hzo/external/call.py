@@ -61,6 +61,7 @@ class Settings:
     on_failure: OnFailure = "pass"
     batch_dim: Any = "found"
     max_error: float | None = None
+    check_promises: bool = True
 
     def pattern(self, value: Sequence[int], output: Sequence[int]) -> Pattern | None:
         """Which elements of an output may depend on which of a value, of one sample; None where nothing is promised."""
@@ -121,6 +122,7 @@ class BoxCall:
     training: dict[nn.Module, bool] = field(default_factory=dict)
     seed: int = 0
     consumed: bool = False  # a backward pass has been through it
+    unlike: list[Tensor] | None = None  # by how much two equal calls differed, though not enough to be an error
     on_tape: bool = False
     slices: list[BoxCall] = field(default_factory=list)  # under vmap, the calls that stand for this one
     whole: BoxCall | None = None  # under several, the one into whose batch all slices went
@@ -603,6 +605,8 @@ class BoxCall:
         with counting.doing("the test that it is deterministic"):
             again = self.evaluate(leaves)
             if self._as_before(again):
+                same = all(torch.equal(a, b) for a, b in zip(again, self.base, strict=True))
+                self.unlike = None if same else [_gap(a, b) for a, b in zip(again, self.base, strict=True)]
                 return
             if any(
                 bool(b.isfinite().all()) and not bool(a.isfinite().all()) for a, b in zip(again, self.base, strict=True)
@@ -860,6 +864,10 @@ def _of_numpy(leaf: Any) -> bool:
 
 def _autocast(device: str) -> bool:
     return torch.is_autocast_enabled(device)
+
+
+def _gap(a: Tensor, b: Tensor) -> Tensor:
+    return (a.double() - b.double()).abs().nan_to_num(0.0, 0.0, 0.0)
 
 
 def _real(tensor: Tensor) -> Tensor:

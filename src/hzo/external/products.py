@@ -21,6 +21,7 @@ from hzo.errors import (
 from hzo.execution import counting
 from hzo.external.call import BoxCall, named_samples
 from hzo.external.granularity import measured_step
+from hzo.external.promises import check_copies, check_promise
 from hzo.external.queries import BoxSweep
 from hzo.external.sites import Method, Site, method_of, site_of
 from hzo.external.steps import MEASURED
@@ -175,6 +176,7 @@ def _along(
     rows = sweep.rows(site)
     shaped = [[g.reshape(site.rows if site.apart else 1, -1) for g in given] for given in cotangents]
     method = method_of(call, site, sweep.outputs, call.sample_shapes(sweep.outputs, site.apart))
+    check_promise(sweep, site, method, rows, step, bounds)
     if method.how == "reindexing":
         return _copied(sweep, site, rows, shaped)
     if method.how == "symmetric":
@@ -264,6 +266,8 @@ def _weighted(
     others = [torch.zeros_like(s) for s in sums]
     moved = torch.zeros(rows.shape, dtype=torch.bool, device=rows.device)
     for start, stop, one, _, two, _ in sweep.differences(site, method, rows, places, moved_base, ranges):
+        if sweep.call.unlike is not None and not method.alike:
+            sweep.note_unlike(one, cotangents[0])
         if resolved:
             _note_moved(site, method, start, stop, one, base, moved)
         _decode(site, method, start, stop, one, cotangents, sums)
@@ -341,7 +345,8 @@ def _copied(sweep: BoxSweep, site: Site, rows: Tensor, cotangents: Sequence[Sequ
     numbers = torch.arange(1, count + 1, dtype=rows.dtype, device=rows.device).view(1, 1, -1)
     with counting.doing(f"the query for the places of {site.name}"):
         (origin,) = sweep.run(site, numbers, 0)
-    places = origin.flatten().long()
+    places = origin.flatten().round().long()
+    check_copies(sweep, site, rows, places)
     found = []
     for (g,) in cotangents:
         sums = torch.zeros(len(g), count + 1, dtype=g.dtype, device=g.device)
@@ -434,11 +439,27 @@ def _judge(call: BoxCall, sweep: BoxSweep) -> None:
     """Say by name that a gradient is not to be trusted, or refuse it."""
     error = max(sweep.error, sweep.measured_error)
     limit = call.settings.max_error
+    if sweep.unlike > (SUSPECT if limit is None else limit):
+        _say_noisy(call, sweep.unlike)
+        return
     if limit is not None and error > limit:
         raise StepError(f"{_doubt(call, error)} max_error={limit:g} does not allow it")
     if limit is None and error > SUSPECT and not call.known.get("warned"):
         call.known["warned"] = True
         warnings.warn(_doubt(call, error), InaccurateGradientWarning, stacklevel=2)
+
+
+def _say_noisy(call: BoxCall, share: float) -> None:
+    text = (
+        f"the gradient of {call.guard} is inaccurate: two calls at the same input differed, by {share:.0%} of "
+        "what its queries showed. If that is the noise of a measurement, say so, and steps and repeats are planned for "
+        "it: noise='measured'. If it is a solver's tolerance, go further: step='measured'"
+    )
+    if call.settings.max_error is not None:
+        raise StepError(f"{text}; max_error={call.settings.max_error:g} does not allow it")
+    if not call.known.get("warned of noise"):
+        call.known["warned of noise"] = True
+        warnings.warn(text, InaccurateGradientWarning, stacklevel=3)
 
 
 def _doubt(call: BoxCall, error: float) -> str:

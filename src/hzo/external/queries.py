@@ -43,6 +43,7 @@ class BoxSweep:
         self.watching = False  # steps of this site are hzo's own choice, and so is their error
         self.noted = False
         self.measured_error = 0.0
+        self.unlike = 0.0  # what two equal calls differed by, beside the differences of queries; the worst of all sites
 
     def rows(self, site: Site) -> Tensor:
         leaf = self.leaves[site.index]
@@ -312,6 +313,17 @@ class BoxSweep:
             second = (a[kept] + b[kept] - 2 * c) * counts
             self.first += float(first.square().sum())
             self.second += float(second.square().sum())
+
+    def note_unlike(self, differences: Sequence[Tensor], cotangents: Sequence[Tensor]) -> None:
+        """How much of these differences is noise: both as the cotangents weigh them, the mean over directions."""
+        assert self.call.unlike is not None
+        noise = seen = 0.0
+        for d, g, o in zip(differences, cotangents, self.outputs, strict=True):
+            weight = g.double().reshape(1, d.shape[1], -1) if d.shape[1] * d.shape[2] == g.numel() else g.double()
+            noise += float((self.call.unlike[o].reshape(weight.shape[1:]) * weight).square().sum())
+            seen += float((d.double() * weight).square().sum()) / len(d)
+        if noise:
+            self.unlike = max(self.unlike, (noise / seen) ** 0.5 if seen else inf)
 
     def _counting(self, output: int, rows: int) -> Tensor:
         """(rows, m): the numbers of an output that have a cotangent, without those of samples that failed.

@@ -164,8 +164,8 @@ def within(run: Evaluate, rows: Tensor, pattern: Pattern, output: int, generator
         chosen = range(size) if size <= _PLACES else torch.randperm(size, generator=generator)[:_PLACES].tolist()
         for i in chosen:
             here = _slab(pattern.value, axis, i).to(rows.device)
-            reached = _reached(pattern, axis, i).to(rows.device)
-            change = gap(target, run(torch.where(here, other, rows))[output]) * ~reached
+            stays = ~reached(pattern, axis, i).to(rows.device)
+            change = gap(target, run(torch.where(here, other, rows))[output]) * stays
             tests += 1
             if change.numel() and float(change.max()) > worst.error:
                 sample, element = divmod(int(change.argmax()), target.shape[1])
@@ -187,7 +187,7 @@ def _slab(shape: Sequence[int], axis: int, index: int) -> Tensor:
     return mask.flatten()
 
 
-def _reached(pattern: Pattern, axis: int, index: int) -> Tensor:
+def reached(pattern: Pattern, axis: int, index: int) -> Tensor:
     """Outputs that may depend on what has this index along an axis, as a mask (m,)."""
     mask = torch.ones(pattern.output, dtype=torch.bool)
     for b, matrix in pattern.links[axis].items():
@@ -220,7 +220,7 @@ def affine(run: Evaluate, rows: Tensor, generator: torch.Generator) -> Finding:
     return Finding(error, tolerance, tests, where, 0.0, error)
 
 
-def symmetric(run: Evaluate, rows: Tensor, generator: torch.Generator) -> Finding:
+def symmetric(run: Evaluate, rows: Tensor, generator: torch.Generator, pairs: int = 4) -> Finding:
     """⟨u, J v⟩ = ⟨v, J u⟩ for random u and v, relative to their lengths; for as many results as there are inputs."""
     wide, unit = accumulation_dtype(rows.dtype), resolution(rows)
     h = deviation_of(rows) * unit ** (1 / 3)
@@ -232,7 +232,7 @@ def symmetric(run: Evaluate, rows: Tensor, generator: torch.Generator) -> Findin
         found: Tensor = (up.to(wide) - down.to(wide)) / (2 * h)
         return found
 
-    error, where, pairs = 0.0, "", 4
+    error, where = 0.0, ""
     for _ in range(pairs):
         u, v = (torch.randn(rows.shape, generator=generator).to(rows) for _ in range(2))
         of_u, of_v = along(u), along(v)

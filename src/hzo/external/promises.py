@@ -1,0 +1,181 @@
+"""Is a promise kept where it is used? One probe at the first use of each; ``infer_structure`` makes many."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hzo.errors import HzoError, StructureError
+from hzo.execution import counting
+from hzo.external.queries import BoxSweep
+from hzo.external.sites import Method, Site
+from hzo.finite_differences import Pattern, of_one_sign
+from hzo.tracing import declared
+from hzo.verification import properties
+
+_AT_ONCE = 16  # elements that are tried, each in other samples
+_ALIKE = 1e-4  # relative: an affine part may compute its sums in another order
+
+
+def check_promise(
+    sweep: BoxSweep, site: Site, method: Method, rows: Tensor, step: Any, bounds: tuple[Any, Any]
+) -> None:
+    """Try what a method takes for granted, at the first use of it in a box.
+
+    Elementwise, local: some elements are moved as queries move them, and outputs that do not depend on them must stay.
+    Affine: halfway between two samples, the output is halfway. Symmetric: ⟨u, J v⟩ = ⟨v, J u⟩ for random u and v.
+
+    Cost: an evaluation of the batch; 2 for an affine part at a single sample, 5 for a symmetric one.
+
+    Raises:
+        StructureError: it does not hold.
+    """
+    call = sweep.call
+    key = ("promise", site.index, site.shape, method.how, method.alike)
+    if not call.settings.check_promises or call.known.get(key) or (method.how == "coordinate" and not method.alike):
+        return
+    generator = torch.Generator().manual_seed(site.index)
+    with counting.doing("the test of what was promised"):
+        if method.alike:
+            _affine(sweep, site, rows, bounds, generator)
+        if method.how in ("elementwise", "colored"):
+            upper = sweep.stencil(site, rows, step, bounds).upper
+            apart = _elementwise if method.how == "elementwise" else _local
+            apart(sweep, site, rows, upper, generator)
+        elif method.how == "symmetric" and bounds == (None, None):  # random directions lead out of them
+            _symmetric(sweep, site, rows, generator)
+    call.known[key] = True
+
+
+def check_copies(sweep: BoxSweep, site: Site, rows: Tensor, places: Tensor) -> None:
+    """Outputs that are copies of these places of the input (from 1 on, 0 for none) were so in the forward pass."""
+    (base,) = sweep.base(site)
+    padded = torch.cat([torch.zeros_like(rows[:, :1]), rows], 1)
+    inside = bool(((places >= 0) & (places <= rows.shape[1])).all())
+    if not inside or not torch.equal(padded[:, places].to(base.dtype), base):
+        raise _broken(sweep, site, "reindexing", "what comes out is not made of copies of what went in")
+
+
+def _base(sweep: BoxSweep, site: Site) -> list[Tensor]:
+    """(rows, m) of the outputs that count, as they came."""
+    return [sweep.call.base[o].reshape(site.rows, -1) for o in sweep.outputs]
+
+
+def _asked(sweep: BoxSweep, site: Site, moved: Tensor) -> list[Tensor]:
+    """(rows, m) of the outputs that count for one batch, as a check."""
+    call, given = sweep.call, list(sweep.leaves)
+    given[site.index] = sweep._leaf(site, moved)
+    counting.add(check_evaluations=call.layout.batch)
+    found = call.evaluate(given)
+    return [found[o].reshape(site.rows, -1) for o in sweep.outputs]
+
+
+def _elementwise(sweep: BoxSweep, site: Site, rows: Tensor, upper: Tensor, generator: torch.Generator) -> None:
+    elements = rows.shape[1] // site.pairs
+    if elements == 1:
+        return
+    here = torch.rand(len(rows), elements, generator=generator) < 0.5
+    here[:, 0], here[:, -1] = True, False  # some of each, in every sample
+    order = torch.rand(len(rows), elements, generator=generator).argsort(1)
+    here = here.gather(1, order)
+    moved = torch.where(here.repeat_interleave(site.pairs, 1).to(rows.device), upper, rows)
+    for base, found in zip(_base(sweep, site), _asked(sweep, site, moved), strict=True):
+        stays = ~here.repeat_interleave(base.shape[1] // elements, 1).to(base.device)
+        _must_stay(sweep, site, "elementwise", base, found, stays)
+
+
+def _local(sweep: BoxSweep, site: Site, rows: Tensor, upper: Tensor, generator: torch.Generator) -> None:
+    call = sweep.call
+    shapes = call.sample_shapes(sweep.outputs, site.apart)
+    promised = f"local ({', '.join(map(str, declared(call.guard) or ()))})"
+    patterns = [call.settings.pattern(site.shape, shape) for shape in shapes]
+    chosen = torch.randint(rows.shape[1], (min(_AT_ONCE, len(rows)),), generator=generator)
+    of_row = chosen.repeat(-(-len(rows) // len(chosen)))[: len(rows)]
+    moved, at = rows.clone(), of_row.to(rows.device).unsqueeze(1)
+    moved.scatter_(1, at, upper.gather(1, at))
+    for base, found, pattern in zip(_base(sweep, site), _asked(sweep, site, moved), patterns, strict=True):
+        assert pattern is not None
+        reached = torch.stack([_reached(pattern, int(k)) for k in chosen]).to(base.device)
+        stays = ~reached.repeat(-(-len(rows) // len(chosen)), 1)[: len(rows)]
+        _must_stay(sweep, site, promised, base, found, stays)
+
+
+def _reached(pattern: Pattern, element: int) -> Tensor:
+    """Outputs of a sample that may depend on one element of it, as a mask (m,)."""
+    index = torch.unravel_index(torch.tensor(element), tuple(pattern.value))
+    mask: Tensor | None = None
+    for axis, link in enumerate(pattern.links):
+        if link:
+            along = properties.reached(pattern, axis, int(index[axis]))
+            mask = along if mask is None else mask & along
+    assert mask is not None
+    return mask
+
+
+def _must_stay(sweep: BoxSweep, site: Site, promise: str, base: Tensor, found: Tensor, stays: Tensor) -> None:
+    good = found.isfinite().all(1, keepdim=True) & base.isfinite().all(
+        1, keepdim=True
+    )  # where it failed nothing is said
+    change = properties.gap(base, found) * (stays & good)
+    if change.numel() and float(change.max()) > _slack(sweep, base, site):
+        sample, element = divmod(int(change.argmax()), change.shape[1])
+        raise _broken(
+            sweep,
+            site,
+            promise,
+            f"output {element} of sample {sample} changed by {float(change.max()):.3g} when elements were moved that "
+            "it cannot depend on then",
+        )
+
+
+def _slack(sweep: BoxSweep, base: Tensor, site: Site) -> float:
+    """What a value may change where nothing that it depends on did: by other kernels, or as two equal calls do."""
+    return max(properties.slack([base], sweep.rows(site)), 4 * _unlike(sweep))
+
+
+def _unlike(sweep: BoxSweep) -> float:
+    unlike = sweep.call.unlike
+    return max((float(unlike[o].max()) for o in sweep.outputs if unlike[o].numel()), default=0.0) if unlike else 0.0
+
+
+def _affine(sweep: BoxSweep, site: Site, rows: Tensor, bounds: tuple[Any, Any], generator: torch.Generator) -> None:
+    base = _base(sweep, site)
+    other, theirs = rows.roll(1, 0), [b.roll(1, 0) for b in base]
+    if torch.equal(other, rows):
+        low, high = (None if b is None else sweep.expanded(site, b, rows) for b in bounds)
+        # Through zero to the other side, where kinks are; not for a part of positive numbers, say.
+        other = properties.moved(rows, generator) if of_one_sign(rows) else -rows
+        other = other if high is None else torch.minimum(other, high.to(other))
+        other = other if low is None else torch.maximum(other, low.to(other))
+        theirs = _asked(sweep, site, other)
+    middle = _asked(sweep, site, rows + (other - rows) / 2)
+    for b, t, m in zip(base, theirs, middle, strict=True):
+        wide = torch.promote_types(m.dtype, torch.float32)
+        expected, got = (b.to(wide) + t.to(wide)) / 2, m.to(wide)
+        gaps = properties.gap(expected, got)[expected.isfinite() & got.isfinite()]
+        scale = float(torch.stack([b.to(wide).abs(), t.to(wide).abs()]).nan_to_num(0, 0, 0).max())
+        if gaps.numel() and float(gaps.max()) > max(_ALIKE * scale, 4 * _unlike(sweep)):
+            raise _broken(
+                sweep,
+                site,
+                "affine, with one matrix for all samples",
+                f"halfway between two inputs the output is off halfway by {float(gaps.max()):.3g}",
+            )
+
+
+def _symmetric(sweep: BoxSweep, site: Site, rows: Tensor, generator: torch.Generator) -> None:
+    try:
+        found = properties.symmetric(lambda moved: _asked(sweep, site, moved), rows, generator, pairs=1)
+    except HzoError:  # it is not defined there
+        return
+    if not found.holds:
+        raise _broken(sweep, site, "symmetric", found.where)
+
+
+def _broken(sweep: BoxSweep, site: Site, promise: str, what: str) -> StructureError:
+    return StructureError(
+        f"{sweep.call.guard} was promised to be {promise}, and is not in {site.name}: {what}. Promise less "
+        "(hzo.infer_structure(module, x) proposes what holds), or nothing; check_promises=False takes it on trust"
+    )

@@ -1,0 +1,151 @@
+"""Promises that do not hold, and noise that nobody declared: found at the first use, or said by name."""
+
+import os
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import hzo
+from hzo.errors import InaccurateGradientWarning, NondeterministicError, StepError, StructureError
+from support.boxes import TOLERANCE
+
+_numbers = torch.Generator().manual_seed(0)  # cases are made when the file is read
+
+
+def normal(*shape):
+    return torch.randn(*shape, dtype=torch.float64, generator=_numbers)
+
+
+A, W, M = normal(5, 8), normal(4, 4), normal(8, 8)
+SYMMETRIC = M + M.T
+
+
+def shifted(z, by):
+    return F.pad(z, (by, 0))[:, : z.shape[1]]
+
+
+# promises: a part that keeps them, one that does not, evaluations of a batch that the test costs, the input.
+CASES = {
+    "elementwise": (torch.tanh, lambda z: z + 1e-2 * z.roll(1, 1), 1, normal(6, 8)),
+    "elementwise of complex numbers": (torch.exp, lambda z: z * z.roll(1, 1), 1, torch.complex(*normal(2, 6, 8))),
+    "local": (lambda z: torch.tanh(z + shifted(z, 1)), lambda z: torch.tanh(z + z.roll(3, 1)), 1, normal(6, 8)),
+    "tokens": (lambda z: torch.tanh(z @ W), lambda z: torch.softmax(z, 1), 1, normal(6, 3, 4)),
+    "affine": (lambda z: z @ A.T + 1, lambda z: (z @ A.T).relu(), 1, normal(6, 8)),
+    "affine, one sample": (lambda z: z @ A.T + 1, lambda z: z.square() @ A.T, 2, normal(1, 8)),
+    "affine, another one for each sample": (lambda z: z @ A.T, lambda z: z * z.mean(1, keepdim=True), 1, normal(6, 8)),
+    "symmetric": (lambda z: z @ SYMMETRIC, lambda z: z @ (SYMMETRIC + 0.1 * shifted(SYMMETRIC, 1)), 5, normal(6, 8)),
+    "reindexing": (lambda z: z.flip(1)[:, :5], lambda z: 1.5 * z.flip(1), 0, normal(6, 8)),
+    "reindexing, padded": (lambda z: F.pad(z, (1, 1)), lambda z: F.pad(z, (1, 1), value=1.0), 0, normal(6, 8)),
+}
+
+
+def promises(name):
+    kind = name.split(",")[0].split(" ")[0]
+    return hzo.Local(1, -1, 1) if kind == "local" else kind
+
+
+def gradient(f, x, **options):
+    x = x.detach().clone().requires_grad_()
+    out = f(x) if not options else hzo.blackbox(f, **options)(x)
+    weights = torch.linspace(1, 2, out.numel(), dtype=torch.float64).reshape(out.shape)
+    (weights * torch.view_as_real(out).sum(-1) if out.is_complex() else weights * out).sum().backward()
+    return x.grad
+
+
+@pytest.mark.parametrize("name", CASES)
+class TestPromises:
+    def test_kept(self, name):
+        kept, _, evaluations, x = CASES[name]
+        found = {}
+        for check in (True, False):
+            with hzo.count_queries() as count:
+                got = gradient(kept, x, promises=promises(name), check_promises=check)
+            assert torch.allclose(got, gradient(kept, x), rtol=TOLERANCE, atol=TOLERANCE)
+            found[check] = count
+        assert found[True].check_evaluations == found[False].check_evaluations + evaluations * len(x)
+        assert found[True].queries == found[False].queries
+
+    def test_broken(self, name):
+        _, broken, _, x = CASES[name]
+        kind = promises(name) if isinstance(promises(name), str) and promises(name) != "tokens" else "local"
+        with pytest.raises(StructureError, match=rf"promised to be {kind}.* and is not in input z .*check_promises="):
+            gradient(broken, x, promises=promises(name))
+        if kind == "reindexing":  # costs nothing to see, and there is nothing to trust
+            return
+        got = gradient(broken, x, promises=promises(name), check_promises=False)
+        assert not torch.allclose(got, gradient(broken, x), rtol=1e-3)
+
+
+def test_a_promise_is_tried_once():
+    box, x = hzo.blackbox(torch.tanh, elementwise=True), normal(6, 8).requires_grad_()
+    counts = []
+    for _ in range(2):
+        with hzo.count_queries() as count:
+            box(x).sum().backward()
+        counts.append(count.check_evaluations)
+    assert counts[0] > counts[1] == 0
+
+
+def test_bounds_hold_in_the_test_of_a_promise():
+    def part(z):
+        assert bool((z >= 0).all())
+        assert bool((z <= 1).all())
+        return 2 * z
+
+    for promise in ("elementwise", "affine"):
+        for x in (torch.rand(4, 3, dtype=torch.float64), torch.ones(1, 3, dtype=torch.float64)):
+            found = gradient(part, x, promises=promise, bounds=(0, 1))
+            assert torch.allclose(found, gradient(lambda z: 2 * z, x), rtol=TOLERANCE)
+
+
+def test_a_sample_that_fails_breaks_no_promise():
+    x = torch.tensor([[1.0, 2.0], [-1.0, 3.0], [2.0, 1.0]], dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = gradient(lambda z: z.sqrt() + 0 * z.sqrt().sum(1, keepdim=True), x, elementwise=True, on_failure="zero")
+    assert torch.equal(found[1], torch.zeros(2, dtype=torch.float64))
+
+
+class Noisy:
+    """Random numbers that are not seen from outside, beside an output that is a million times larger."""
+
+    def __init__(self, size):
+        self.size = size
+
+    def __call__(self, z):
+        drawn = np.frombuffer(os.urandom(8 * len(z)), dtype=np.uint64) / 2.0**64
+        return np.stack([1e6 * z[:, 0], z[:, 1] + self.size * drawn], 1)
+
+
+class TestNoiseThatNobodyDeclared:
+    def column(self, size, **options):
+        x = normal(6, 2).requires_grad_()
+        hzo.blackbox(Noisy(size), numpy=True, **options)(x)[:, 1].sum().backward()
+        return x.grad[:, 1]
+
+    def test_small_noise_in_a_small_output_is_said(self):
+        """The test that a part repeats knows the size of the whole output alone; the loss reads one column."""
+        with pytest.warns(InaccurateGradientWarning, match=r"differed, by \d+% of what .* noise='measured'"):
+            self.column(1e-3)
+
+    def test_a_limit_makes_it_an_error(self):
+        with pytest.raises(StepError, match=r"noise='measured'.*max_error=0\.01 does not allow it"):
+            self.column(1e-3, max_error=0.01)
+
+    def test_noise_that_does_no_harm_is_not(self):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.allclose(self.column(1e-10), torch.ones(6, dtype=torch.float64), rtol=1e-3)
+
+    def test_large_noise_is_an_error(self):
+        with pytest.raises(NondeterministicError, match="noise='measured'"):
+            self.column(1e3)
+
+    def test_a_step_makes_it_harmless(self):
+        """Noise of a thousandth beside differences of two."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.allclose(self.column(1e-3, step=1.0), torch.ones(6, dtype=torch.float64), rtol=1e-2)
