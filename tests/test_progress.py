@@ -54,3 +54,8 @@ def test_what_is_missing_or_wrong_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm.auto", None)
     with pytest.raises(InputError, match=r"hzo\[progress\]"), hzo.show_progress():
         pass
+
+
+def test_a_label_in_the_place_of_the_plan():
+    with pytest.raises(InputError, match="desc="), hzo.show_progress("training"):
+        pass

@@ -222,18 +222,53 @@ def test_a_chain_that_changed_after_it_was_traced(change):
     hzo.backward(model, cross_entropy, X, Y, **PLAN)  # without a chain it is traced anew
 
 
+def recorded(model, x):
+    with hzo.record() as tape:
+        loss = model(x).sum()
+    tape.backward(loss)
+
+
+def total(output):
+    return output.sum()
+
+
+INSIDE = {
+    "record": recorded,
+    "backward": lambda model, x: hzo.backward(model, total, x),
+    "backward by a plan": lambda model, x: hzo.backward(model, total, x, **PLAN),
+    "grad_and_value": lambda model, x: hzo.grad_and_value(model, total, x),
+    "trace": hzo.trace,
+    "check_gradient": lambda model, x: hzo.check_gradient(model, total, x),
+    "check_structure": hzo.check_structure,
+    "infer_structure": lambda model, x: hzo.infer_structure(model[0], x),
+    "spsa": lambda model, x: hzo.baselines.spsa(model, total, x),
+}
+
+
 @pytest.mark.parametrize("transform", [torch.vmap, torch.func.grad])
-def test_inside_transforms(transform):
+@pytest.mark.parametrize("name", INSIDE)
+def test_inside_transforms(transform, name):
     model = mlp()
 
     def step(x):
-        with hzo.record() as tape:
-            loss = model(x).sum()
-        tape.backward(loss)
-        return loss
+        INSIDE[name](model, torch.atleast_2d(x))
+        return x.sum()
 
     with pytest.raises(TapeError, match="inside of the block"):
         transform(step)(X)
+
+
+def test_a_traced_chain_inside_a_transform():
+    chain = hzo.trace(mlp(), X)
+    plan = hzo.plan(chain, **PLAN)
+    for estimate in (lambda x: hzo.backward(chain, total, x, plan=plan), lambda x: hzo.calibrate(chain, x, total)):
+
+        def step(x, estimate=estimate):
+            estimate(x)
+            return x.sum()
+
+        with pytest.raises(TapeError, match="inside of the block"):
+            torch.func.grad(step)(X)
 
 
 class Sparse(nn.Module):

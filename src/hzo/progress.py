@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from hzo._options import whole
+from hzo._options import shown, whole
 from hzo.errors import InputError
 from hzo.execution import QueryCount, open_count
 from hzo.plans import Plan
@@ -45,7 +45,7 @@ def show_progress(plan: Plan | None = None, *, gradients: int = 1, **options: An
     Cost: no query; some microseconds a query call. Source: ours; the bar is tqdm's.
 
     Raises:
-        InputError: tqdm is not installed, or ``gradients`` is not a whole number of at least 1.
+        InputError: tqdm is not installed, ``plan`` is no plan, or ``gradients`` is not a whole number of at least 1.
     """
     try:
         from tqdm.auto import tqdm  # noqa: PLC0415 (an extra)
@@ -53,6 +53,10 @@ def show_progress(plan: Plan | None = None, *, gradients: int = 1, **options: An
         raise InputError(
             'hzo.show_progress needs tqdm, which is not installed; run: pip install "hzo[progress]"'
         ) from None
+    if not isinstance(plan, Plan | None):
+        raise InputError(
+            f"expected a plan of hzo.plan, or none, got {shown(plan)}; the bar's label goes by name: desc='gradient'"
+        )
     whole("gradients", gradients)
     total = None if plan is None else gradients * (plan.queries + plan.adjoints)
     with tqdm(**{"total": total, "desc": "hzo", "unit": " queries", "unit_scale": True, **options}) as bar:

@@ -22,6 +22,7 @@ from hzo.errors import InputError, NonFiniteError, StepError
 from hzo.execution import counting, restore_snapshot, take_snapshot
 from hzo.losses import LossFn, check_finite, check_loss
 from hzo.reverse import accumulate
+from hzo.tape.surroundings import refuse_transforms
 from hzo.tracing import Chain, batch_size, call_arguments, module_of, tensors_in
 
 Model = nn.Module | Chain
@@ -58,7 +59,9 @@ def problem(model: Model, loss_fn: LossFn, x: Any, y: Any, *, by_autograd: bool 
         InputError: no tensor in ``x``, an empty batch, a complex parameter.
         NonFiniteError: NaN or infinity in ``x``.
         DistributedError: a wrapper that shards parameters.
+        TapeError: inside of a transform of ``torch.func``.
     """
+    refuse_transforms()
     module = module_of(model)
     if not by_autograd:
         refuse_wrappers(module)

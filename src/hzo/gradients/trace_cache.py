@@ -12,6 +12,7 @@ from torch import nn
 from hzo.errors import InputError, PlanError
 from hzo.planner import plan as make_plan
 from hzo.plans import Plan
+from hzo.tape.surroundings import refuse_transforms
 from hzo.tracing import Chain, batch_size, call_arguments, check_dense, kept, module_of, signature
 from hzo.tracing.recorder import check_tensors, trace
 
@@ -93,6 +94,7 @@ def traced_for(model: Chain | nn.Module, x: Any, *, strict: bool) -> Chain:
 
 def signature_of(model: Chain | nn.Module, x: Any) -> tuple[Any, ...]:
     """What a trace of a model depends on, of a model and inputs that can be traced."""
+    refuse_transforms()
     module = module_of(model)
     if not isinstance(module, nn.Module):
         raise InputError(f"expected an nn.Module or an hzo.Chain, got {type(model).__name__}; wrap it: hzo.Chain([f])")

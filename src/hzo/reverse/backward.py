@@ -13,6 +13,7 @@ from hzo._options import function
 from hzo.distributed import averaged, refuse_wrappers, unwrapped
 from hzo.errors import InputError, NonFiniteError
 from hzo.reverse.step import LeafGradients, RecordedStep, record
+from hzo.tape.surroundings import refuse_transforms
 from hzo.tracing import call_arguments
 
 
@@ -78,9 +79,10 @@ def check_input(x: Any) -> None:
     """Whether an input holds numbers that a step can be taken from.
 
     Raises:
-        InputError: tensors without numbers, or nested ones. NonFiniteError: NaN or infinity; where there are several
-            inputs, one may hold minus infinity, as masks do.
+        InputError: tensors without numbers, or nested ones. TapeError: called inside of a transform of ``torch.func``.
+        NonFiniteError: NaN or infinity; where there are several inputs, one may hold minus infinity, as masks do.
     """
+    refuse_transforms()
     tensors = [leaf for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor)]
     for tensor in tensors:
         if not tensor.is_floating_point():

@@ -9,7 +9,6 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import maybe_current_level
 
 from hzo._options import factor as factor_of
 from hzo.errors import DistributedError, InputError, NonFiniteError, TapeError
@@ -18,7 +17,7 @@ from hzo.rules.measured import keep_measured
 from hzo.rules.registry import LEAN
 from hzo.tape import Recorder, Tape, current_recorder
 from hzo.tape.memory import alone
-from hzo.tape.surroundings import recording
+from hzo.tape.surroundings import recording, refuse_transforms
 
 LeafGradients = list[tuple[Tensor, Tensor]]
 """Leaves with their gradients."""
@@ -274,11 +273,7 @@ def record(*modules: nn.Module, keep: bool = False) -> Iterator[RecordedStep]:
 
     Cost: one forward pass, and some microseconds a call. Source: ours.
     """
-    if maybe_current_level() is not None:
-        raise TapeError(
-            "hzo.record and hzo.backward do not run inside torch.func or torch.vmap; put the transform inside of "
-            "the block: with hzo.record() as tape: loss = torch.vmap(f)(x).mean()"
-        )
+    refuse_transforms()
     recorder = Recorder(keep, lean=LEAN)
     recorder.undo.remember_modules(inner for module in modules for inner in module.modules())
     try:

@@ -380,6 +380,19 @@ def _wrapped_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     return _originals["forward"](self, *args, **kwargs)
 
 
+def refuse_transforms() -> None:
+    """What hzo does looks at values, which tensors under a transform of ``torch.func`` do not show.
+
+    Raises:
+        TapeError: called inside of ``torch.vmap``, ``torch.func.grad`` or their like.
+    """
+    if maybe_current_level() is not None:
+        raise TapeError(
+            "hzo.record, hzo.backward and hzo.trace do not run inside torch.func or torch.vmap; put the transform "
+            "inside of the block: with hzo.record() as tape: loss = torch.vmap(f)(x).mean()"
+        )
+
+
 _SHARDING = {"torch.distributed.fsdp", "deepspeed"}  # where wrappers come from whose parameters are shares
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hzo.errors import HzoError, InputError
 from hzo.execution import contained, counting, devices_of, random_state, set_random_state
+from hzo.tape.surroundings import refuse_transforms
 from hzo.tracing import Local, Promise, declare
 from hzo.verification import properties
 from hzo.verification.properties import Finding
@@ -79,6 +80,7 @@ def infer_structure(module: nn.Module, x: Tensor, *, seed: int = 0) -> InferredS
         raise InputError(
             "hzo.infer_structure expects a floating tensor x of shape (B, …), at least one axis to a sample"
         )
+    refuse_transforms()
     generator = torch.Generator().manual_seed(seed)
     x = x.detach()[:_SAMPLES]
     if len(x) == 1:  # samples can only be told apart where there are two

@@ -23,6 +23,7 @@ from hzo.distributed import refuse_all_wrappers
 from hzo.errors import HzoError, TraceError
 from hzo.execution import contained, counting
 from hzo.tape import Ref, Tape
+from hzo.tape.surroundings import refuse_transforms
 from hzo.tracing import (
     Chain,
     Graph,
@@ -67,6 +68,7 @@ def trace(model: nn.Module | Chain | Callable[..., Any], x: Any, *, samples: int
         TraceError: what the model does cannot be recorded. InputError: empty or unequal batches.
         NondeterministicError: see ``hzo.plan``, which decides.
     """
+    refuse_transforms()
     if not isinstance(model, Chain):
         function("the model", model)
     module = model.model if isinstance(model, Chain) else model if isinstance(model, nn.Module) else Stages([model])
