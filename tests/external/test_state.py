@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import hzo
-from hzo.errors import HzoError, InputError, NondeterministicError
+from hzo.errors import HzoError, InputError, NondeterministicError, QueryError
 from support.boxes import TOLERANCE
 from support.oracles import normal
 
@@ -252,6 +252,42 @@ def test_a_counter_that_matters_once_there_is_something_to_count():
     out.sum().backward()
     assert torch.allclose(x.grad, torch.cos(x) + 2 * x.numel(), rtol=1e-3)
     assert part.n == 2
+
+
+class Counting:
+    """A schedule: what comes out depends on how often it was called."""
+
+    def __init__(self):
+        self.n, self.fails = 0, False
+
+    def __call__(self, x):
+        self.n += 1
+        if self.fails:
+            raise KeyError("as it says")
+        return x.sin() * self.n
+
+
+def test_a_counter_alone_carries_no_gradient_from_call_to_call():
+    part, x = Counting(), normal(5, 4).requires_grad_()
+    box = hzo.blackbox(part)
+    sum(box(x) for _ in range(3)).sum().backward()
+    assert part.n == 3
+    assert torch.allclose(x.grad, 6 * x.cos(), rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("calls", [0, 2])
+def test_a_call_that_fails_moves_nothing_on(calls, grad):
+    part, x = Counting(), normal(5, 4).requires_grad_(grad)
+    box = hzo.blackbox(part)
+    for _ in range(calls):
+        box(x)
+    part.fails = True
+    with pytest.raises(QueryError, match="as it says"):
+        box(x)
+    assert part.n == calls
+    part.fails = False
+    assert torch.allclose(box(x), x.sin() * (calls + 1))
 
 
 class TestHistory:

@@ -6,13 +6,13 @@ point at which they were taken there is no second derivative, and asking for one
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from hzo.errors import DerivativeError
@@ -303,11 +303,7 @@ def _check_untraced(call: BoxCall) -> None:
 
 
 def _second(call: BoxCall) -> DerivativeError:
-    return DerivativeError(
-        f"a second derivative of {call.guard} was asked for, which it does not have (it is once_differentiable): "
-        "differences of differences lose all digits. Take differences of its gradient yourself, at a step that suits "
-        "the part, or leave create_graph out where only the first derivative is wanted"
-    )
+    return no_second_derivative(str(call.guard))
 
 
 def _shaped(call: BoxCall, changes: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
@@ -369,6 +365,57 @@ def _mapped(
     return found, (0,) * len(found)
 
 
+def no_second_derivative(part: str) -> DerivativeError:
+    """The error of whoever asks for one."""
+    return DerivativeError(
+        f"a second derivative of {part} was asked for, which it does not have (it is once_differentiable): "
+        "differences of differences lose all digits. Take differences of its gradient yourself, at a step that suits "
+        "the part, or leave create_graph out where only the first derivative is wanted"
+    )
+
+
+def first_derivative_only(part: str, why: str | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorates the backward pass of a Function of which no second derivative is known.
+
+    PyTorch's ``once_differentiable`` returns constants where no cotangent requires a gradient, as for a sum of outputs:
+    a gradient penalty would be dropped without a word. Here whoever differentiates the result meets an error.
+
+    Args:
+        part: what is differentiated, for the message; why: the whole message, where another way on is better.
+    """
+
+    def decorated(backward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(backward)
+        def once(ctx: Any, *cotangents: Tensor | None) -> Any:
+            with torch.no_grad():
+                found = backward(ctx, *cotangents)
+            if not torch.is_grad_enabled():  # nobody asked for a graph
+                return found
+            error = no_second_derivative(part) if why is None else DerivativeError(why)
+            anchor = torch.zeros((), requires_grad=True)
+            return tuple(
+                _Last.apply(error, anchor, g) if isinstance(g, Tensor) else g  # type: ignore[no-untyped-call]
+                for g in found
+            )
+
+        return once
+
+    return decorated
+
+
+class _Last(torch.autograd.Function):
+    """A derivative that depends on what it was taken of, and cannot say how."""
+
+    @staticmethod
+    def forward(ctx: Any, error: DerivativeError, anchor: Tensor, result: Tensor) -> Tensor:  # noqa: ARG004
+        ctx.error = error
+        return result.detach()
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> Any:
+        raise ctx.error
+
+
 # ---- a whole that is planned -----------------------------------------------------------------------------------------
 
 
@@ -387,7 +434,7 @@ class _Planned(torch.autograd.Function):
         ctx.mark_non_differentiable(*(t for t in output if not t.is_floating_point()))
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only("a black box that is planned as a whole")
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         _ = ctx.saved_tensors
         return (None, *ctx.this.carry_back(cotangents))
@@ -428,7 +475,7 @@ class _Given(torch.autograd.Function):
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only("a loss that was differentiated by queries")
     def backward(ctx: Any, factor: Tensor, _: Tensor) -> tuple[None, Tensor]:
         return None, factor * ctx.cotangent
 

@@ -306,7 +306,8 @@ class BoxCall:
             )
         numbers = state.numbers(self.end, certain)
         self.left = tuple(key for key, value in numbers.items() if floating(value))
-        self.stuck = (bool(self.moved_on) and not self.left) or len(self.left) < len(numbers)
+        # Whole numbers that Python counts with carry no gradient, here as for autograd.
+        self.stuck = (bool(certain) and not self.left) or len(self.left) < len(numbers)
         return [torch.as_tensor(numbers[key]).detach().clone() for key in self.left]
 
     def _check_keeps_nothing(self, leaves: Sequence[Tensor], rows: int, sample: Sequence[bool]) -> None:

@@ -262,8 +262,12 @@ class Guarded(nn.Module):
     def remembered(self) -> Iterator[None]:
         """What runs inside moves the state on if it is a forward pass, and else leaves it as it was."""
         if self.moves_on:
-            self.remembers.start = self.state.save()
-            yield
+            start = self.remembers.start = self.state.save()
+            try:
+                yield
+            except BaseException:  # the next step begins where this one did
+                self.state.load(start)
+                raise
             self.remembers.end = self.state.save()
             return
         if self.remembers.inside:

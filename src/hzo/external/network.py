@@ -10,13 +10,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from hzo.distributed import refuse_all_wrappers
 from hzo.errors import DerivativeError, InputError, TapeError
-from hzo.external.signature import flatten
+from hzo.external.autograd import first_derivative_only
 from hzo.reverse import Pullback, recorded_call
 from hzo.tape import current_recorder
+from hzo.tracing import map_output, output_leaves, tensors_in
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -111,7 +111,7 @@ def _new(cls: type[nn.Module]) -> Any:
 
 
 def _forward(model: nn.Module, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    leaves, structure = flatten((args, kwargs))
+    leaves = output_leaves((args, kwargs))
     _check_plain_mode(leaves)
     inner: dict[int, Tensor] = {}  # by the identity of an input, what stands for it in the recording
     outer: dict[int, Tensor] = {}
@@ -119,9 +119,9 @@ def _forward(model: nn.Module, run: Callable[..., Any], args: tuple[Any, ...], k
         if isinstance(leaf, Tensor) and leaf.requires_grad and id(leaf) not in inner:
             made = leaf.detach().requires_grad_()
             inner[id(leaf)], outer[id(made)] = made, leaf
-    given_args, given_kwargs = structure.build([inner.get(id(leaf), leaf) for leaf in leaves])
+    given_args, given_kwargs = map_output(lambda leaf: inner.get(id(leaf), leaf), (args, kwargs))
     try:
-        result, pullback = recorded_call(run, given_args, given_kwargs, lambda r: flatten(r)[0], [model])
+        result, pullback = recorded_call(run, given_args, given_kwargs, lambda r: _results(model, r), [model])
     except RuntimeError as error:
         if inner and "leaf Variable that requires grad" in str(error):
             raise TapeError(
@@ -129,19 +129,72 @@ def _forward(model: nn.Module, run: Callable[..., Any], args: tuple[Any, ...], k
                 "model would not see; say inplace=False there, or make a larger part of the model one hzo.module"
             ) from error
         raise
-    if pullback is None:
-        return result
-    found, made_of = flatten(result)
-    sources = [outer.get(id(leaf), leaf) for leaf in pullback.leaves]
-    if not sources:
-        raise TapeError(
-            f"what {type(model).__name__} returned requires a gradient, but all that it was made of has a history from "
-            "before the call, which hzo does not see, and nothing would be trained: so it is with the parameters of "
-            "FSDP's first version (FullyShardedDataParallel), which are views of one flat tensor; take fully_shard. A "
-            "tensor computed elsewhere is an argument of the module, not an attribute"
-        )
-    outputs = iter(_Network.apply(pullback, outer, *sources))  # type: ignore[no-untyped-call]
-    return made_of.build([next(outputs) if isinstance(t, Tensor) and t.requires_grad else t for t in found])
+    stands = dict(outer)  # by the identity of a tensor inside, what stands for it outside
+    if pullback is not None:
+        sources = [outer.get(id(leaf), leaf) for leaf in pullback.leaves]
+        if not sources:
+            raise TapeError(
+                f"what {type(model).__name__} returned requires a gradient, but all that it was made of has a history "
+                "from before the call, which hzo does not see, and nothing would be trained: so it is with the "
+                "parameters of FSDP's first version (FullyShardedDataParallel), which are views of one flat tensor; "
+                "take fully_shard. A tensor computed elsewhere is an argument of the module, not an attribute"
+            )
+        outputs = _Network.apply(pullback, outer, *sources)  # type: ignore[no-untyped-call]
+        stands |= {id(t): made for t, made in zip(pullback.outputs, outputs, strict=True)}
+    for made in inner.values():
+        made.register_hook(functools.partial(_left_elsewhere, type(model).__name__))  # type: ignore[no-untyped-call]
+    for attributes, name, value in _attributes(model):
+        attributes[name] = _with_outer(value, stands)
+    return map_output(lambda leaf: stands.get(id(leaf), leaf), result)
+
+
+def _results(model: nn.Module, returned: Any) -> list[Tensor]:
+    """The tensors that were returned, and that are in attributes: an auxiliary loss, a feature, a state.
+
+    Leaves are left out: an input or a parameter that is returned stays what it is.
+    """
+    kept = [leaf for *_, value in _attributes(model) for leaf in tensors_in(value)]
+    found = [leaf for leaf in (*output_leaves(returned), *kept) if isinstance(leaf, Tensor) and not leaf.is_leaf]
+    return list({id(leaf): leaf for leaf in found}.values())
+
+
+def _attributes(model: nn.Module) -> list[tuple[dict[str, Any], str, Any]]:
+    """All attributes that are tensors, or containers in which some may be: where, name, value."""
+    return [
+        (vars(module), name, value)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, (Tensor, list, tuple, dict)) and name not in _OF_MODULES
+    ]
+
+
+def _with_outer(value: Any, stands: dict[int, Tensor]) -> Any:
+    """An attribute with the tensors that stand for others; lists and dicts stay the objects that they are."""
+    if isinstance(value, tuple):
+        items = [_with_outer(item, stands) for item in value]
+        if all(a is b for a, b in zip(items, value, strict=True)):
+            return value
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, (list, dict)):
+        for key, item in list(enumerate(value) if isinstance(value, list) else value.items()):
+            made = _with_outer(item, stands)
+            if made is not item:
+                value[key] = made
+        return value
+    return stands.get(id(value), value) if isinstance(value, Tensor) else value
+
+
+_OF_MODULES = frozenset(vars(nn.Module()))
+"""What every module holds: parameters, buffers, hooks, modules inside."""
+
+
+def _left_elsewhere(name: str, _: Tensor) -> None:
+    raise TapeError(
+        f"a loss was made of a tensor that {name} left somewhere else than in what it returns or in an attribute (a "
+        "list of a forward hook, a global): for autograd it is no result of this hzo.module, and the gradient of the "
+        "module's input would miss it. Return it, keep it in an attribute of the module, or take hzo.record() around "
+        "the step"
+    )
 
 
 class _Network(torch.autograd.Function):
@@ -158,7 +211,12 @@ class _Network(torch.autograd.Function):
         return tuple(made)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only(
+        "hzo.module",
+        "a second derivative of a module made by hzo.module was asked for (a gradient penalty, forces that are "
+        "trained), which it does not have; take hzo.record() around the step, in which derivatives may be taken, or "
+        "hzo.plain(model)",
+    )
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         _ = ctx.saved_tensors
         keep = torch._C._autograd._get_current_graph_task_keep_graph()

@@ -71,7 +71,7 @@ class Pullback:
             return [None] * len(self.leaves)
         device = self.outputs[0].device.type
         with torch.no_grad(), torch.autocast(device, enabled=False):
-            found = sweep(self._tape, dict(seeds), self._hooks, free=not keep)
+            found = sweep(self._tape, dict(seeds), self._hooks, free=not keep and not self._hooks)
         reached = self._reached(seeds)
         result: list[Tensor | None] = []
         for leaf in self.leaves:
@@ -100,5 +100,11 @@ def recorded_call(
     """
     with record(*modules) as step:
         result = f(*args, **kwargs)
-    outputs = [t for t in tensors_of(result) if isinstance(t, Tensor) and t.requires_grad]
+    outputs = [t for t in tensors_of(result) if isinstance(t, Tensor) and t.requires_grad and _made_here(step, t)]
     return result, Pullback(step, outputs) if outputs else None
+
+
+def _made_here(step: Any, tensor: Tensor) -> bool:
+    """Whether the recording knows how a tensor came about; autograd goes on with others by itself."""
+    recorder = step._recorder
+    return step.tape.values[recorder.read(tensor)].foreign is None

@@ -615,6 +615,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def unpack(self, index: int) -> Tensor:
         """What a derivative inside the model asks back."""
         self._unpacked.append(index)
+        if self.tape.tensors[index] is None and current_recorder() is not self:
+            raise TapeError(
+                "autograd went into what hzo recorded, behind the sweep that released it. Where a backward of yours "
+                "takes a derivative of what was recorded, say tape.backward(loss, retain_graph=True). Where the loss "
+                "was made of a tensor that a module made by hzo.module left elsewhere (a forward hook's list, a "
+                "global), return it, or keep it in an attribute of the module"
+            )
         tensor = self.tape.tensor(index)
         if self.tape.values[index].requires:
             self._unpacking = id(tensor), index

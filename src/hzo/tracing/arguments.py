@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from copy import copy
 from enum import Enum
 from typing import Any
@@ -42,7 +42,7 @@ def leaves(argument: Any) -> Iterator[Any]:
 
 
 def map_output(function: Callable[[Any], Any], output: Any, _inside: tuple[int, ...] = ()) -> Any:
-    """Apply ``function`` to every leaf of what a model returns, in copies of whatever holds them.
+    """Apply ``function`` to every leaf of what a model returns, in copies of whatever holds a leaf that changes.
 
     Looked into are what PyTorch knows as trees (tuples, lists, dicts, outputs of transformers), dataclasses, and plain
     objects with attributes.
@@ -52,19 +52,28 @@ def map_output(function: Callable[[Any], Any], output: Any, _inside: tuple[int, 
     inside = (*_inside, id(output))
     children, form = pytree.tree_flatten(output, is_leaf=lambda part: part is not output)
     if len(children) != 1 or children[0] is not output:
-        return pytree.tree_unflatten([map_output(function, child, inside) for child in children], form)
+        made = [map_output(function, child, inside) for child in children]
+        return output if _same(made, children) else pytree.tree_unflatten(made, form)
     if isinstance(output, MutableMapping):
-        mapping = copy(output)
-        for key, value in output.items():
-            mapping[key] = map_output(function, value, inside)
-        return mapping
-    held = _held(output)
-    if not held:
-        return function(output)
+        held = dict(output.items())
+    else:
+        held = _held(output)
+        if not held:
+            return function(output)
+    made = [map_output(function, value, inside) for value in held.values()]
+    if _same(made, held.values()):
+        return output
     copied = copy(output)
-    for name, value in held.items():
-        object.__setattr__(copied, name, map_output(function, value, inside))
+    for name, value in zip(held, made, strict=True):
+        if isinstance(copied, MutableMapping):
+            copied[name] = value
+        else:
+            object.__setattr__(copied, name, value)
     return copied
+
+
+def _same(some: Iterable[Any], others: Iterable[Any]) -> bool:
+    return all(a is b for a, b in zip(some, others, strict=True))
 
 
 def _held(output: Any) -> dict[str, Any]:
@@ -84,7 +93,12 @@ _OF_PYTHON = frozenset(("builtins", "torch", "numpy", "hzo.tape.operations"))
 def output_leaves(output: Any) -> list[Any]:
     """The leaves of what a model returns, in the order of ``map_output``."""
     found: list[Any] = []
-    map_output(found.append, output)
+
+    def note(leaf: Any) -> Any:
+        found.append(leaf)
+        return leaf
+
+    map_output(note, output)
     return found
 
 
