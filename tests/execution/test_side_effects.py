@@ -93,6 +93,33 @@ def test_tracing_and_planning_leave_no_trace(name):
     assert all(p.grad is None for p in problem.module.parameters())
 
 
+class Remembering(nn.Module):
+    """What it keeps between calls are attributes: a number, a tensor made anew, one that is written to."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.calls, self.name, self.h, self.sum = nn.Linear(4, 4), 0, "new", None, torch.zeros(4)
+
+    def forward(self, x):
+        self.calls, self.name = self.calls + 1, "used"
+        self.h = self.layer(x) if self.h is None else 0.5 * self.h.detach() + self.layer(x)
+        self.sum += self.h.detach().sum(0)
+        return self.h * self.calls
+
+
+@pytest.mark.parametrize("calls", [0, 2])
+def test_attributes_are_put_back(calls):
+    model = Remembering()
+    x = torch.randn(5, 4)
+    for _ in range(calls):
+        model(x)
+    before, content = dict(vars(model)), model.sum.clone()
+    with contained([model]):
+        model(x)
+    assert all(vars(model)[name] is value for name, value in before.items())
+    assert torch.equal(model.sum, content)
+
+
 @pytest.mark.parametrize("assume", ["nothing", "structure"])
 def test_queries_see_the_buffers_of_the_base_pass(assume):
     """A layer whose result depends on a buffer that every call moves: all queries start from one state."""

@@ -336,6 +336,23 @@ class TestErrors:
         with pytest.raises(DerivativeError, match="a second derivative of the black box sin was asked for"):
             g.sum().backward()
 
+    @pytest.mark.parametrize(
+        "function",
+        [
+            hzo.blackbox(torch.sin),
+            hzo.blackbox([torch.sin, torch.tanh]),
+            hzo.blackbox(torch.sin, noise=hzo.Noise(readout=1e-9), step=1e-3),
+            hzo.smoothed(lambda z: z.sum(1), draws=2),
+        ],
+        ids=["single", "list", "noisy", "smoothed"],
+    )
+    def test_gradient_penalties_are_refused(self, function):
+        """Also where no cotangent requires a gradient, as for a sum."""
+        x = normal(2, 3).requires_grad_()
+        (g,) = torch.autograd.grad(function(x).sum(), x, create_graph=True)
+        with pytest.raises(DerivativeError, match="a second derivative of"):
+            (function(x).sum() + g.norm()).backward()
+
     def test_integers_are_kept_where_they_are_indices(self):
         x = normal(2, 3).requires_grad_()
         found = hzo.blackbox(lambda x: x.argmax(1), integers="kept")(x)

@@ -91,3 +91,47 @@ def test_comparison_with_backprop():
     # A bias before BatchNorm has a gradient of zero by theory, and rounding in both.
     assert min(c for name, c in found.cosines.items() if name != "0.bias") > 1 - 1e-12
     assert "1 − cosine" in str(found)
+
+
+class Complex(nn.Module):
+    def __init__(self, function=lambda z: z):
+        super().__init__()
+        self.function = function
+        self.calls = 0
+        self.weight = nn.Parameter(torch.randn(3, 5, dtype=torch.complex128))
+
+    def forward(self, x):
+        self.calls += 1
+        return (self.function(self.weight * 1) @ x.T.to(torch.complex128)).abs().T
+
+
+def test_complex_parameters():
+    """Along real and imaginary parts: a gradient with the sign of one of them turned is wrong."""
+
+    class Conjugate(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, z):
+            return z.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return g.conj()
+
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 5, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)
+    model = Complex()
+    assert hzo.check_gradient(model, F.mse_loss, x, y).holds
+    assert hzo.compare_gradients(model, F.mse_loss, x, y).cosine > 1 - 1e-12
+    gradient, _ = hzo.grad_and_value(model, F.mse_loss, x, y)
+    turned = {"weight": gradient["weight"].conj().resolve_conj()}
+    assert not hzo.check_gradient(model, F.mse_loss, x, y, gradient=turned).holds
+    assert hzo.compare_gradients(model, F.mse_loss, x, y, gradient=turned).cosine < 0.9
+    found = hzo.check_gradient(Complex(Conjugate.apply), F.mse_loss, x, y)
+    assert not found.holds
+    assert "Conjugate" in str(found)
+
+
+def test_a_model_that_counts_its_calls_counts_none():
+    model, x, y = Complex(), torch.randn(6, 5, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)
+    assert hzo.check_gradient(model, F.mse_loss, x, y).holds
+    assert model.calls == 0

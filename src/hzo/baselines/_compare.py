@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hzo.baselines._backprop import backprop
 from hzo.execution import as_checks, contained
+from hzo.finite_differences import real_parts
 from hzo.gradients import grad_and_value
 from hzo.tracing import Chain, module_of
 
@@ -86,7 +87,7 @@ def compare_gradients(
     for name in parameters:
         g, e = gradient.get(name), exact.get(name)
         # In float64: a cosine is to tell 0.999999 from 1, whatever the dtype.
-        a, b = (None if t is None else t.detach().to_dense().double().flatten() for t in (g, e))
+        a, b = (None if t is None else real_parts(t.to_dense()).double().flatten() for t in (g, e))
         lengths = [0.0 if t is None else float(t.norm()) for t in (a, b)]
         squares, exact_squares = squares + lengths[0] ** 2, exact_squares + lengths[1] ** 2
         if a is None or b is None:

@@ -56,7 +56,7 @@ def problem(model: Model, loss_fn: LossFn, x: Any, y: Any, *, by_autograd: bool 
         by_autograd: whether autograd makes the gradient, whose hooks do the work of wrappers.
 
     Raises:
-        InputError: no tensor in ``x``, an empty batch, a complex parameter.
+        InputError: no tensor in ``x``, an empty batch, a complex parameter where autograd does not make the gradient.
         NonFiniteError: NaN or infinity in ``x``.
         DistributedError: a wrapper that shards parameters.
         TapeError: inside of a transform of ``torch.func``.
@@ -72,7 +72,7 @@ def problem(model: Model, loss_fn: LossFn, x: Any, y: Any, *, by_autograd: bool 
         raise NonFiniteError("the input x holds NaN or infinity; clean the data before training on it")
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     for name, p in parameters.items():
-        if not p.is_floating_point():
+        if not (p.is_floating_point() or by_autograd):
             raise InputError(f"parameter {name} is {p.dtype}; expected a real floating dtype. Freeze it or split it.")
     stages = len(model) if isinstance(model, Chain) else 1
     return Problem(model, module, stages, loss_fn, args, kwargs, y, batch, parameters)

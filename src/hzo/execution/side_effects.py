@@ -1,8 +1,8 @@
 """Everything that running a model changes besides its result, in one place: save it, put it back.
 
 Queries, traces and checks run a model many times where its user asked for one forward pass or none. Buffers (the
-statistics of BatchNorm move even under ``no_grad``), random state and training flags are put back from copies; adding
-and subtracting a perturbation would drift in low precision.
+statistics of BatchNorm move even under ``no_grad``), numbers and tensors that modules keep as attributes, random state
+and training flags are put back from copies; adding and subtracting a perturbation would drift in low precision.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import NoneType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +30,7 @@ class Snapshot:
 
     random: RandomState
     buffers: tuple[tuple[nn.Module, str, Tensor, Tensor], ...]  # owner, name, the tensor itself, a copy
+    attributes: tuple[tuple[nn.Module, str, Any, Tensor | None], ...]  # owner, name, the value, a copy of a tensor
     training: tuple[tuple[nn.Module, bool], ...]
 
 
@@ -39,9 +42,23 @@ def take_snapshot(modules: Iterable[nn.Module]) -> Snapshot:
         for module in unique
         for name, buffer in module.named_buffers(recurse=False)
     )
+    attributes = tuple(
+        (module, name, value, _copy(value))
+        for module in unique
+        if not isinstance(module, torch.jit.ScriptModule)
+        for name, value in vars(module).items()
+        if name != "training" and isinstance(value, (Tensor, bool, int, float, str, NoneType))
+    )
     parameters = (parameter for module in unique for parameter in module.parameters(recurse=False))
     devices = devices_of([*parameters, *(buffer for _, _, buffer, _ in buffers)])
-    return Snapshot(random_state(devices), buffers, tuple((module, module.training) for module in unique))
+    training = tuple((module, module.training) for module in unique)
+    return Snapshot(random_state(devices), buffers, attributes, training)
+
+
+def _copy(value: object) -> Tensor | None:
+    if isinstance(value, Tensor) and value.layout == torch.strided and not (value.is_nested or value.is_meta):
+        return value.detach().clone()
+    return None
 
 
 @torch.no_grad()
@@ -54,6 +71,10 @@ def restore_snapshot(snapshot: Snapshot) -> None:
         elif not torch.equal(buffer, copy):
             buffer.copy_(copy)
         module._buffers[name] = buffer
+    for module, name, value, before in snapshot.attributes:
+        if before is not None and value.shape == before.shape and not torch.equal(value, before):
+            value.copy_(before)
+        vars(module)[name] = value
     for module, training in snapshot.training:
         module.training = training
     set_random_state(snapshot.random)

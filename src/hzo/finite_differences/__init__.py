@@ -11,7 +11,7 @@ from hzo.finite_differences.places import (
 )
 from hzo.finite_differences.probes import Probe, States, decode
 from hzo.finite_differences.random_signs import DRAWS, CrossTalk, over_signs, report_crosstalk
-from hzo.finite_differences.scales import immovable, scale_of
+from hzo.finite_differences.scales import immovable, real_parts, scale_of
 from hzo.finite_differences.sparsity import (
     Link,
     Links,
@@ -69,6 +69,7 @@ __all__ = [
     "narrowest",
     "of_one_sign",
     "over_signs",
+    "real_parts",
     "relative_step",
     "report_crosstalk",
     "scale_of",

@@ -20,6 +20,14 @@ _ROUNDINGS = 100  # smaller than these of the whole: zero but for rounding
 _FEW = 3  # elements that may all be small by chance
 
 
+def real_parts(tensor: Tensor) -> Tensor:
+    """The real numbers that a tensor holds, in its own memory: of a complex one (…, 2), real and imaginary parts.
+
+    A change of the loss is the sum over them of gradient times change, as PyTorch defines gradients of complex numbers.
+    """
+    return torch.view_as_real(tensor.detach().resolve_conj()) if tensor.is_complex() else tensor.detach()
+
+
 def immovable(tensor: Tensor) -> Tensor:
     """Elements that no step moves: infinite, or so large that a step would leave the range of the dtype."""
     return ~(tensor.abs() <= torch.finfo(tensor.dtype).max / 4)

@@ -17,6 +17,7 @@ from hzo._options import whole
 from hzo.distributed import refuse_wrappers, unwrapped
 from hzo.errors import InputError
 from hzo.execution import as_checks, contained, counting
+from hzo.finite_differences import real_parts
 from hzo.gradients import grad_and_value
 from hzo.tracing import Chain, call_arguments, module_of
 from hzo.verification.localize import WrongOperation, locate
@@ -99,7 +100,7 @@ def check_gradient(
     with contained([module]), as_checks():
         if gradient is None:
             gradient, _ = grad_and_value(model, loss_fn, x, y, **options)
-    gradient = {name: g.detach().to_dense() for name, g in gradient.items()}
+    gradient = {name: real_parts(g.to_dense()) for name, g in gradient.items()}
     parameters = {name: p for name, p in module.named_parameters() if name in gradient}
     if not parameters:
         raise InputError("there is no gradient to test: none of the names given belongs to a parameter of the model")
@@ -143,9 +144,10 @@ class _GradientTest:
         gradient, not at all."""
         found, rows = {}, padding_rows(self.module)
         for name, p in self.parameters.items():
-            scale = float(p.detach().square().mean().sqrt()) if p.numel() else 0.0
-            noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
-            found[name] = (noise * (scale or 1.0)).to(p)
+            moved = real_parts(p)
+            scale = float(moved.square().mean().sqrt()) if p.numel() else 0.0
+            noise = torch.randn(moved.shape, generator=generator, dtype=torch.float64)
+            found[name] = (noise * (scale or 1.0)).to(moved)
             for row in rows.get(id(p), ()):
                 found[name][row] = 0
         return found
@@ -157,7 +159,7 @@ class _GradientTest:
         expected = sum(float((self.gradient[n].double() * v).sum()) for n, v in wide.items())
         if length == 0:
             return Slope(name, expected, 0.0, 0.0)
-        size = sqrt(sum(float(p.detach().double().square().sum()) for p in (self.parameters[n] for n in direction)))
+        size = sqrt(sum(float(real_parts(self.parameters[n]).double().square().sum()) for n in direction))
         unit = max(torch.finfo(p.dtype).eps for p in self.parameters.values())
         step = unit ** (1 / 3) * (size or 1.0) / length
         return measured_slope(name, expected, lambda by: self.loss(direction, by), step, unit)
@@ -169,7 +171,7 @@ class _GradientTest:
         with contained([self.module]), torch.no_grad():
             try:
                 for name, v in direction.items():
-                    self.parameters[name].add_(v, alpha=step)
+                    real_parts(self.parameters[name]).add_(v, alpha=step)
                 output = self.module(*args, **kwargs)
                 loss = self.loss_fn(output) if self.y is None else self.loss_fn(output, self.y)
                 counting.add(check_evaluations=1)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hzo.execution import replay
-from hzo.finite_differences import immovable, scale_of
+from hzo.finite_differences import immovable, real_parts, scale_of
 from hzo.gradients import estimated_cotangents
 from hzo.losses import fitting_loss
 from hzo.reverse import RecordedStep, recorded_loss, sweep_end
@@ -165,7 +165,9 @@ def _drawn(given: Mapping[int, tuple[Tensor, Tensor]], generator: torch.Generato
     """A direction that moves every value in proportion to its size, and what is infinite not at all."""
     found = {}
     for v, (t, _) in given.items():
-        noise = torch.randn(t.shape, generator=generator, dtype=torch.float64, device="cpu")
+        noise = torch.randn(real_parts(t).shape, generator=generator, dtype=torch.float64, device="cpu")
+        if t.is_complex():
+            noise = torch.view_as_complex(noise)
         found[v] = (noise * scale_of(t)).to(t).masked_fill_(immovable(t), 0)
     return found
 
@@ -181,7 +183,7 @@ def _slope(
     length = sqrt(sum(float(d.abs().double().square().sum()) for d in direction.values()))
     if length == 0:
         return None
-    expected = sum(float((g.double() * direction[v]).sum()) for v, (_, g) in given.items())
+    expected = sum(float((real_parts(g).double() * real_parts(direction[v])).sum()) for v, (_, g) in given.items())
     size = sqrt(sum(scale_of(t) ** 2 * t.numel() for t, _ in given.values()))
     unit = max(torch.finfo(t.dtype).eps for t in (*(t for t, _ in given.values()), *seeds.values()))
 
