@@ -266,7 +266,7 @@ class Guarded(nn.Module):
             try:
                 yield
             except BaseException:  # the next step begins where this one did
-                self.state.load(start)
+                self.state.load(start, self.remembers.counters)
                 raise
             self.remembers.end = self.state.save()
             return

@@ -340,6 +340,22 @@ def check_same(graph: Graph, tape: Tape, end: int, batch: int) -> None:
                 raise _other(graph, op.index, f"{call!r} made {tape.values[v]!r} where {graph.values[v].shape} was")
     if len(graph.operations) != end:
         raise _other(graph, min(end, len(graph.operations)), f"{end} calls ran where {len(graph.operations)} had run")
+    _check_same_leaves(graph, tape, end)
+
+
+def _check_same_leaves(graph: Graph, tape: Tape, end: int) -> None:
+    """Whether what is trained stands where it stood, and what was one parameter is one. Which of several alike stands
+    in a place may change: layers are run in random order, an expert is chosen by its number."""
+    now = {v for v, leaf in tape.leaves.items() if v < len(graph.values) and leaf.requires_grad} - set(graph.inputs)
+    before = {v for v in graph.names if v < len(graph.values)}
+    stand: dict[str, Tensor] = {}
+    for v, name in graph.names.items():
+        if v in now and stand.setdefault(name, tape.leaves[v]) is not tape.leaves[v]:
+            before.discard(v)
+    if now != before:
+        different = now ^ before
+        index = next((op.index for op in graph.operations if not different.isdisjoint(op.reads)), end)
+        raise _other(graph, index, "another set of tensors is trained")
 
 
 def _other(graph: Graph, index: int, what: str) -> OtherGraphError:

@@ -216,7 +216,9 @@ def _leaves(
             return list(leaves), loss, None
         spread = mesh is not None or bool(kind_of_wrapper(module_of(task.model)))
         found = _estimate(task, together=together, widely=spread)
-        names = {name: parameter for name, (parameter, _) in found.gradients.items()}
+        # A chain names the parameters that it was traced with; others of the same shape may stand in their place now.
+        own = {id(parameter): name for name, parameter in module_of(task.model).named_parameters()}
+        names = {own.get(id(leaf), name): leaf for name, (leaf, _) in found.gradients.items()}
         if isinstance(task.loss_fn, nn.Module):
             held = {id(leaf) for leaf, _ in found.others}
             names |= {f"loss_fn.{name}": p for name, p in task.loss_fn.named_parameters() if id(p) in held}
