@@ -47,10 +47,15 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     return re.sub(rf"\]\({re.escape(up)}\.\./({OUTSIDE}|CHANGELOG|CONTRIBUTING)", rf"]({up}\1", markdown)
 
 
-def on_page_content(content: str, **_: Any) -> str:
-    """Equations as MathML; the literal-block mark of docstrings is no text."""
+def on_page_content(content: str, page: Any, **_: Any) -> str:
+    """Equations as MathML; the literal-block mark of docstrings is no text; figures lead to themselves in full size; a
+    notebook has a link to its file."""
     content = re.sub(r'<(span|div) class="arithmatex">(.*?)</\1>', _equation, content, flags=re.DOTALL)
     content = re.sub(r'(href="(?!\w+:)[^"#]+)\.(?:md|ipynb)(#[^"]*)?"', r'\1.html\2"', content)  # of notebooks
+    content = re.sub(r'(<img [^>]*src="([^":]+\.png)"[^>]*>)', r'<a href="\2">\1</a>', content)
+    if page.file.src_uri.endswith(".ipynb"):
+        name = Path(page.file.src_uri).name
+        content = content.replace("</h1>", f'</h1><p><a href="{name}" download>Download this notebook</a></p>', 1)
     return content.replace("<p>::</p>", "")
 
 
