@@ -59,8 +59,22 @@ def test_the_same_bits(make):
 
 
 def test_a_worker_that_is_killed_loses_nothing(make, tmp_path):
-    found = gradient(partial(parts.dies_once, str(tmp_path / "dead")), executor=make)
-    assert torch.equal(found, gradient(parts.work))
+    """In the middle of a backward pass: the bits of a serial run, and no query twice but those that it had."""
+    found = gradient(partial(parts.dies_once, str(tmp_path)), executor=make, batched=1)
+    assert torch.equal(found, gradient(parts.work, batched=1))
+    assert (tmp_path / "dead").exists()
+
+
+@pytest.mark.parametrize("name", ["dask", "loky"])  # Ray starts actors anew for longer than a test may take
+def test_a_part_that_kills_every_worker(name, request):
+    """An error in the end; weights and gradients are as before."""
+    model = torch.nn.Linear(5, 5, dtype=torch.float64)
+    box = hzo.blackbox(parts.kills, numpy=True, executor=request.getfixturevalue(name))
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(QueryError, match=r"its worker was lost 4 times|it killed every worker that dask gave it to"):
+        hzo.backward(torch.nn.Sequential(model, box), torch.sum, X)
+    assert all(torch.equal(p, q) and p.grad is None for p, q in zip(model.parameters(), before, strict=True))
+    box.close()
 
 
 def test_errors_of_the_part_are_its_own(make):

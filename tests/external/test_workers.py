@@ -29,6 +29,11 @@ def mean_and_work(z):
     return work(z), z.mean()
 
 
+def in_place(z):
+    z *= 2.0
+    return np.sin(z)
+
+
 class Neuron:
     def __init__(self):
         self.v = 0.0
@@ -162,3 +167,9 @@ def test_closed_and_opened_again(made):
 def test_options_that_would_do_nothing_are_errors(options, message):
     with pytest.raises(InputError, match=message):
         hzo.blackbox(work, numpy=True, **options)
+
+
+def test_a_part_that_writes_into_what_it_is_given(made):
+    """It keeps no state for that."""
+    x = normal(4, 3)
+    assert torch.equal(gradient(made(in_place, workers=2), x), gradient(made(in_place), x))

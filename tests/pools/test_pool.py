@@ -410,6 +410,27 @@ class TestCopiesOfAProgram:
             hzo.blackbox(np.sin, executor=ThreadPoolExecutor, hedge=-1.0)
 
 
+def test_dask_gives_up():
+    """After workers that it has lost itself: asking again would end as many more."""
+
+    class KilledWorker(Exception):  # noqa: N818  # dask's
+        pass
+
+    class Dask(Losing):
+        def submit(self, fn, /, *args, **kwargs):
+            self.asked += 1
+            future = Future()
+            future.set_exception(KilledWorker("4 workers died"))
+            return future
+
+    executor = Dask()
+    with pytest.raises(
+        QueryError, match=r"it killed every worker that dask gave it to \(KilledWorker: 4 workers died\)"
+    ):
+        Pool(executor).ask(square, CALLS[:1])
+    assert executor.asked == 1
+
+
 def test_dask_is_told_that_a_part_is_not_pure():
     """It would hash the part and its arguments for each call, and answer equal questions once."""
     asked = []

@@ -200,7 +200,9 @@ class Guarded(nn.Module):
         """Two results for one call, one after the other in one worker of its pool."""
         assert self.pool is not None
         with self._named(samples):
-            return self.pool.ask_twice(self.callable, (self._copied(args), self._copied(kwargs)), self.timeout)
+            call = (self._copied(args), self._copied(kwargs))
+            first, second = self.pool.ask_twice(self.callable, call, self.timeout)
+            return _owned(first, False), _owned(second, False)
 
     @contextmanager
     def _named(self, samples: int) -> Iterator[None]:

@@ -104,7 +104,8 @@ def answers_written(part: bytes, calls: list[bytes]) -> list[bytes]:
 
 def _made_twice() -> Callable[..., tuple[Any, Any]]:
     def twice(f: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        first = deepcopy(f(*args, **kwargs))  # it may use its memory again
+        own = deepcopy((args, kwargs))  # it may write into what it is given
+        first = deepcopy(f(*own[0], **own[1]))  # and use its memory again
         return first, f(*args, **kwargs)
 
     return twice
@@ -345,6 +346,11 @@ class Pool:
         except _NOT_SENT as trouble:
             raise _not_sent(trouble) from trouble
         except (Exception, CancelledError) as trouble:
+            if type(trouble).__name__ == "KilledWorker":  # dask has asked several workers itself, and gave up
+                raise QueryError(
+                    f"it killed every worker that dask gave it to ({_said(trouble)}); does this input kill it, or does "
+                    "a worker run out of memory?"
+                ) from trouble
             if ks not in asked.running.values():
                 self._lost(asked, ks, trouble, broken=isinstance(trouble, BrokenExecutor))
                 asked.waiting.extend(reversed(ks))

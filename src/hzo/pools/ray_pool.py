@@ -54,6 +54,10 @@ class _RayExecutor(Executor):
                     self.kept = {key: ray.get(function)}
                 return self.kept[key](*args, **kwargs)
 
+            @ray.method(max_task_retries=-1)  # type: ignore[untyped-decorator]
+            def awake(self) -> None:
+                """Ray asks this again until the actor answers."""
+
         made = ray.remote(**{"num_cpus": 0, "max_restarts": -1, **options})(Worker)
         self._ray = ray
         self._max_workers = workers
@@ -104,13 +108,25 @@ class _RayExecutor(Executor):
             inner.add_done_callback(lambda done, actor=actor, future=future: self._done(done, actor, future))
 
     def _done(self, done: Future[Any], actor: Any, future: Future[Any]) -> None:
-        with self._lock:
-            self._free.append(actor)
         error = done.exception()
-        if error is None:
+        found = None if error is None else _plain(error)
+        if not isinstance(found, (ConnectionError, BrokenExecutor)):
+            self._release(actor)
+        else:  # it is started anew, and would lose all calls that it got until then
+            try:
+                actor.awake.remote().future().add_done_callback(lambda _: self._release(actor))
+            except Exception:  # of whatever kind Ray has
+                self._release(actor)
+        if found is None:
             future.set_result(done.result())
         else:
-            future.set_exception(_plain(error))
+            future.set_exception(found)
+
+    def _release(self, actor: Any) -> None:
+        """It is free for another call."""
+        with self._lock:
+            if not self._closed:
+                self._free.append(actor)
         self._next()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: ARG002  # the protocol's
