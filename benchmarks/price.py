@@ -110,7 +110,7 @@ def llama() -> Problem:
 PROBLEMS: dict[str, Callable[[], Problem]] = {
     "ResNet-20, batch 128": lambda: resnet20(128),
     "ResNet-20, batch 8": lambda: resnet20(8),
-    "ResNet-18, batch 32": lambda: on_images(networks.ResNet(networks.BasicBlock, (2, 2, 2, 2), 64), 32, 32),
+    "ResNet-18, batch 32": lambda: on_images(networks.ResNet(networks.ProjectionBlock, (2, 2, 2, 2), 64), 32, 32),
     "ResNet-50, batch 2, 64 pixels": lambda: on_images(
         networks.ResNet(networks.Bottleneck, (3, 4, 6, 3), 64, stem="imagenet"), 2, 64
     ),

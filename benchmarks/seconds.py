@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hzo
-from hzo_lab.networks import GPT, BasicBlock, ResNet
+from hzo_lab.networks import GPT, ProjectionBlock, ResNet
 from hzo_lab.training import mlp, resnet
 from record import write
 
@@ -39,7 +39,7 @@ def vectors(batch: int) -> tuple[Tensor, Tensor]:
 
 CASES: dict[str, Case] = {
     "resnet20": (lambda: (resnet((3, 32, 32), 10), *images(128)), "structure", ({},)),
-    "resnet18": (lambda: (ResNet(BasicBlock, (2, 2, 2, 2), 64), *images(32)), "structure", ({},)),
+    "resnet18": (lambda: (ResNet(ProjectionBlock, (2, 2, 2, 2), 64), *images(32)), "structure", ({},)),
     "gpt": (
         lambda: (GPT(65, 64, 128, 4, 4), torch.randint(65, (16, 64)), torch.randint(65, (16, 64))),
         "structure",

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import hzo
-from hzo_lab.networks import GPT, BasicBlock, ResNet
+from hzo_lab.networks import GPT, ProjectionBlock, ResNet
 from hzo_lab.records import peak_of
 from hzo_lab.training import resnet
 from record import write
@@ -35,7 +35,7 @@ Problem = tuple[nn.Module, Tensor, Tensor]
 
 NETWORKS: dict[str, tuple[int, Callable[[int], Problem]]] = {
     "resnet20": (128, lambda batch: (resnet((3, 32, 32), 10), *images(batch))),
-    "resnet18": (128, lambda batch: (ResNet(BasicBlock, (2, 2, 2, 2), 64), *images(batch))),
+    "resnet18": (128, lambda batch: (ResNet(ProjectionBlock, (2, 2, 2, 2), 64), *images(batch))),
     "gpt": (16, lambda batch: (GPT(65, 64, 128, 4, 4), torch.randint(65, (batch, 64)), torch.randint(65, (batch, 64)))),
 }
 

@@ -35,7 +35,8 @@ class Noise:
         for name in ("readout", "process"):
             level = getattr(self, name)
             levels = tuple(level) if isinstance(level, Sequence) else level
-            for std in levels if isinstance(levels, tuple) else (levels,):
+            each = levels if isinstance(levels, tuple) else (levels,)
+            for std in each:
                 if isinstance(std, bool) or not isinstance(std, (int, float)) or not 0 <= std <= float_info.max:
                     raise InputError(f"expected {name} noise to be a standard deviation ≥ 0, got {repr(std)[:60]}")
             object.__setattr__(self, name, levels)

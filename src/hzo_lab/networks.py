@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class BasicBlock(nn.Module):
-    """Residual block of ResNet-18 and of the CIFAR ResNets."""
+class ProjectionBlock(nn.Module):
+    """Residual block of ResNet-18: where the shape changes, the skip is a projection (He et al., 2016, option B)."""
 
     def __init__(self, inside: int, outside: int, stride: int) -> None:
         super().__init__()

@@ -296,7 +296,7 @@ def test_dropout_maximum_and_kinks():
 
 
 def test_locality_does_not_hide_batch_norm_in_train_mode():
-    block = architectures.BasicBlock(2, 2, 1)
+    block = architectures.ProjectionBlock(2, 2, 1)
     x = torch.randn(2, 2, 6, 6)
     chain = hzo.trace(nn.Sequential(conv(2, 2), block), x)
     with pytest.raises(hzo.errors.CoupledSamplesError):

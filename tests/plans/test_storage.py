@@ -16,7 +16,7 @@ from hzo.errors import InputError, NonFiniteError, PlanError
 from hzo.execution.operation import Activations
 from hzo.plans.activation_schedule import schedule
 from hzo.plans.memory import activation_bytes
-from hzo.plans.storage import Event, Pass, last_uses, passes, run_again
+from hzo.plans.storage import Event, Pass, last_uses, passes, stages_run_again
 from hzo.tape.marks import Marks
 from hzo_lab.records import peak_of
 from support import oracles
@@ -34,7 +34,7 @@ def recurrence(n):
 def on_path(chain, plan):
     """The plan with a path stored, whether or not that takes less."""
     graph, path = chain.traced, replace(plan, storage="path")
-    again = plan.batch * run_again(len(graph.stages), "path")
+    again = plan.batch * stages_run_again(len(graph.stages), "path")
     return replace(path, activation_bytes=activation_bytes(graph, schedule(graph, path)), recomputed=again)
 
 
@@ -52,13 +52,13 @@ def test_passes(stages):
     found = passes(stages, "path")
     assert found[0] == Pass(0, stages, stages - 1)
     assert [s for p in found for s in reversed(range(p.swept, p.stop))] == list(reversed(range(stages)))
-    assert run_again(stages, "path") == recurrence(stages)
+    assert stages_run_again(stages, "path") == recurrence(stages)
     if stages & (stages - 1) == 0:
         assert recurrence(stages) == stages // 2 * int(math.log2(stages))
     for k, later in enumerate(found[1:], 1):
         assert any(before.start <= later.start < before.stop for before in found[:k])
     assert passes(stages, "all") == [Pass(0, stages, 0)]
-    assert run_again(stages, "all") == 0
+    assert stages_run_again(stages, "all") == 0
 
 
 def test_values_live_from_each_making_to_the_last_reader_before_the_next():

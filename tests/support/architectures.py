@@ -8,15 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hzo_lab.networks import GPT, BasicBlock, Bottleneck, ResNet, TransformerBlock
+from hzo_lab.networks import GPT, Bottleneck, ProjectionBlock, ResNet, TransformerBlock
 
 
 def resnet18(width: int = 4) -> nn.Module:
-    return ResNet(BasicBlock, (2, 2, 2, 2), width, stem="imagenet")
+    return ResNet(ProjectionBlock, (2, 2, 2, 2), width, stem="imagenet")
 
 
 def resnet20(width: int = 4) -> nn.Module:
-    return ResNet(BasicBlock, (3, 3, 3), width)
+    return ResNet(ProjectionBlock, (3, 3, 3), width)
 
 
 def resnet50(width: int = 4) -> nn.Module:

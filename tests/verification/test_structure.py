@@ -218,7 +218,7 @@ def test_samples_that_mix_where_the_trace_did_not_look():
     assert "changes sample 9" in message
 
 
-def test_a_stage_that_no_longer_repeats():
+def test_a_stage_that_is_no_longer_deterministic():
     calls = []
 
     def drifting(x):
@@ -226,7 +226,7 @@ def test_a_stage_that_no_longer_repeats():
         return x.tanh() + (1e-3 * calls[-1] if len(x) > 10 else 0)
 
     chain = hzo.trace(nn.Sequential(Opaque(drifting)), normal(4, batch=4))
-    assert "'repeats'" in caught(chain, normal(4, batch=12))
+    assert "'deterministic'" in caught(chain, normal(4, batch=12))
 
 
 @pytest.mark.parametrize("gain", [1e-3, 1e-2, 0.5])

@@ -19,7 +19,7 @@ from hzo.reverse import RecordedStep, as_data, check_input, sweep_end
 from hzo.tape import Recorder, Tape
 from hzo.tape.operations import Ref
 from hzo.tracing import Chain, Graph, batch_size, call_arguments
-from hzo.tracing.recorder import OutOfSight, Run, recorded, run_again
+from hzo.tracing.recorder import OutOfSight, Run, recorded, rerun
 
 
 class OtherGraphError(PlanError):
@@ -80,7 +80,7 @@ class _Release:
         for op in tape.operations[: self.done]:
             if gone.isdisjoint(op.writes):
                 continue
-            made = run_again(tape, op, tape.resolve(op.args), {k: tape.resolve(a) for k, a in op.kwargs.items()})
+            made = rerun(tape, op, tape.resolve(op.args), {k: tape.resolve(a) for k, a in op.kwargs.items()})
             for v, tensor in zip(op.writes, made, strict=True):
                 if v in gone and v is not None:
                     tape.tensors[v] = tensor

@@ -10,7 +10,7 @@ from hzo.errors import InputError, PlanError
 from hzo.finite_differences import accumulation_dtype
 from hzo.plans.activation_schedule import Schedule, schedule
 from hzo.plans.plan import Node, Plan
-from hzo.plans.storage import Storage, run_again
+from hzo.plans.storage import Storage, stages_run_again
 from hzo.tracing import Graph
 
 
@@ -41,7 +41,7 @@ def stored(graph: Graph, plan: Plan, storage: Storage) -> Plan:
     return replace(
         chosen,
         activation_bytes=activation_bytes(graph, schedule(graph, chosen)),
-        recomputed=plan.batch * run_again(len(graph.stages), storage),
+        recomputed=plan.batch * stages_run_again(len(graph.stages), storage),
     )
 
 

@@ -44,7 +44,7 @@ def _path(start: int, stop: int) -> Iterator[Pass]:
         yield from _path(left, right)
 
 
-def run_again(stages: int, storage: Storage) -> int:
+def stages_run_again(stages: int, storage: Storage) -> int:
     """Stages that the passes after the base pass run, for one sample."""
     return sum(later.stop - later.start for later in passes(stages, storage)[1:])
 

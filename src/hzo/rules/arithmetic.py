@@ -571,8 +571,9 @@ def _passes(of: str, x: Any, low: Any, high: Any) -> Any:
 def _shares(of: str, x: Any, low: Any, high: Any) -> Any:
     """Where an operand of a clamp and the bound that it equals have a half each; bounds that meet have none."""
     bounds = [b for b in (low, high) if b is not None]
+    compared = bounds if of == "x" else [low if of == "min" else high]
     equal: Any = False
-    for bound in bounds if of == "x" else [low if of == "min" else high]:
+    for bound in compared:
         equal = (x == bound) | equal
     return equal if len(bounds) == 1 else equal & (low < high)
 

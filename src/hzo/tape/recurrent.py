@@ -129,7 +129,9 @@ def _run(
     steps = F.linear(x, of_input, biases[0]).unbind(0)
     transposed = of_state.t()
     outputs = []
-    for step in reversed(steps) if backwards else steps:
+    if backwards:
+        steps = steps[::-1]
+    for step in steps:
         product = state[0].mm(transposed) if biases[1] is None else torch.addmm(biases[1], state[0], transposed)
         state = _next(kind, step, product, state, projection)
         outputs.append(state[0])

@@ -99,7 +99,10 @@ def _infer(module: nn.Module, x: Tensor, generator: torch.Generator) -> Inferred
         counting.add(check_evaluations=len(moved))
         return [module(moved.reshape(x.shape)).reshape(len(moved), -1)]
 
-    tested = {"repeats": properties.repeats(run, rows), "samples apart": properties.samples_apart(run, rows, generator)}
+    tested = {
+        "deterministic": properties.deterministic(run, rows),
+        "samples apart": properties.samples_apart(run, rows, generator),
+    }
     if not all(finding.holds for finding in tested.values()):
         return InferredStructure((), tuple(tested.items()))
     if shape == output:

@@ -94,7 +94,7 @@ def place(index: int, shape: Sequence[int]) -> str:
     return f"({', '.join(map(str, found))})"
 
 
-def repeats(run: Evaluate, rows: Tensor) -> Finding:
+def deterministic(run: Evaluate, rows: Tensor) -> Finding:
     """The same input gives the same result."""
     base = run(rows)
     worst = max((float(gap(a, b).max()) for a, b in zip(base, run(rows), strict=True) if a.numel()), default=0.0)

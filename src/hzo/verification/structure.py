@@ -161,7 +161,7 @@ def _operand_checks(task: _StructureTest, op: GraphOperation) -> Found:
             counting.add(check_evaluations=activations.batch)
             return [graph.values[v].copies_to_rows(written[v], activations.batch) for v in outputs]
 
-        yield "repeats", operand, properties.repeats(run, rows)
+        yield "deterministic", operand, properties.deterministic(run, rows)
         declared_rule = find_adjoint(graph, op, value)
         promise = op.rule if has_rule(op) else declared_rule.promise if declared_rule is not None else None
         if not op.coupled or declared(op.module):  # whatever is declared, is declared of each sample

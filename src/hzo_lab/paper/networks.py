@@ -13,7 +13,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"tanh": nn.Tanh, "relu": nn.R
 PLAIN_GAINS = {"tanh": 1.0, "relu": 0.95 * 2**0.5, "gelu": 1.4}
 
 
-class Residual(nn.Module):
+class ResidualStage(nn.Module):
     """x + act(Wx)."""
 
     def __init__(self, width: int, activation: nn.Module, gain: float) -> None:
@@ -36,7 +36,7 @@ def network(kind: str, activation: str, depth: int, width: int = WIDTH, gain: fl
     """A ``residual`` chain near the unitary limit, or a ``plain`` one that contracts."""
     act = ACTIVATIONS[activation]
     if kind == "residual":
-        return nn.Sequential(*(Residual(width, act(), 0.1 if gain is None else gain) for _ in range(depth)))
+        return nn.Sequential(*(ResidualStage(width, act(), 0.1 if gain is None else gain) for _ in range(depth)))
     gain = PLAIN_GAINS[activation] if gain is None else gain
     return nn.Sequential(*(nn.Sequential(linear(width, gain), act()) for _ in range(depth)))
 

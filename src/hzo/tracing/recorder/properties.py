@@ -24,7 +24,7 @@ aten = torch.ops.aten
 _BY_SAMPLE = (aten.bmm.default, aten.baddbmm.default, aten._trilinear.default)
 
 
-def run_again(tape: Tape, op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+def rerun(tape: Tape, op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """The results of an operation on other arguments, from the random state and the buffers of the first time."""
     state = tape.states.get(op.index)
     target = replay_of(op.target)
@@ -72,7 +72,7 @@ def inspect(
 
 def _place_samples(tape: Tape, op: Operation, axes: Axes, batch: int) -> bool:
     def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        return run_again(tape, op, args, kwargs)
+        return rerun(tape, op, args, kwargs)
 
     found, coupled = find_axes(tape, op, axes, batch, run)
     axes.update(found)
@@ -98,7 +98,7 @@ def _learned(
         random=state is not None and state.drew and replay_of(op.target) is op.target,
     )
     if opaque and state is not None:
-        again = run_again(tape, op, tape.resolve(op.args), {})
+        again = rerun(tape, op, tape.resolve(op.args), {})
         same = [close(a, tape.tensor(v)) for a, v in zip(again, learned.writes, strict=True)]
         return replace(learned, stateful=state.moved, deterministic=all(same))
     measured = {v: m for v in reads if tape.values[v].requires and (m := _measured(tape, op, v, learned.rule))}
@@ -142,7 +142,7 @@ def _cost(tape: Tape, op: Operation) -> int:
     products = flop_registry.get(getattr(op.target, "overloadpacket", None))
     if isinstance(op.target, Opaque):
         with FlopCounterMode(display=False) as counter:
-            run_again(tape, op, args, kwargs)
+            rerun(tape, op, args, kwargs)
         flops = counter.get_total_flops()
     elif products is None:
         flops = 0
