@@ -230,6 +230,17 @@ def test_measured_kernels_are_exact_in_float32():
         assert torch.equal(found[id(leaf)], e)
 
 
+@pytest.mark.parametrize(("small", "large"), [(2**62, 2**62), (0, 2**62), (0, 0)], ids=["one row", "single", "rows"])
+@pytest.mark.parametrize("taps", [(1,), (3,), (12,), (1, 1), (3, 3), (1, 2), (7, 5), (2, 3, 2)], ids=str)
+@pytest.mark.parametrize(("channels", "groups"), [(23, 1), (24, 3), (5, 5)])
+def test_impulses_of_several_rows_show_every_tap(taps, channels, groups, small, large, monkeypatch):
+    monkeypatch.setattr("hzo.rules.convolution._SMALL", small)
+    monkeypatch.setattr("hzo.rules.convolution._LARGE", large)
+    leaves = leaves_of((2, channels, *[k + 1 for k in taps]), (2 * groups, channels // groups, *taps), (2 * groups,))
+    function = (F.conv1d, F.conv2d, F.conv3d)[len(taps) - 1]
+    check(lambda x, w, b: function(x, w, b, groups=groups), leaves, weights=(1, 2), calls=[CONV])
+
+
 def test_what_a_measured_kernel_costs():
     layer = nn.Conv2d(8, 6, 3, padding=1, groups=2)
     with record() as step:

@@ -51,7 +51,7 @@ def by_rule(
     Cost: what the rule measures, counted operand by operand.
     """
 
-    def measure(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], size: Tensor) -> Any:
+    def measure(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], size: Tensor | tuple[int, ...]) -> Any:
         del size  # what is counted is what the plan knows of
         if call.tape is not activations.tape:  # inside a decomposition
             return call.op.target(*args, **kwargs)

@@ -122,9 +122,9 @@ class _OnMeta(list[Tensor | None]):
 def _seen(tape: Tape, op: Operation, wanted: frozenset[int], kind: str) -> list[tuple[tuple[int, ...], bool]]:
     found: list[tuple[tuple[int, ...], bool]] = []
 
-    def measure(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], size: Tensor) -> Any:
+    def measure(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], size: Tensor | tuple[int, ...]) -> Any:
         of_batch = any(size is g for g in call.grads) or kind == "slope"
-        found.append((tuple(size.shape), of_batch))
+        found.append((tuple(size if isinstance(size, tuple) else size.shape), of_batch))
         return call.op.target(*args, **kwargs)
 
     grads = [_ones(tape, v) for v in op.writes]
@@ -219,9 +219,10 @@ class _Walk:
         return {v: g for v, g in self.cotangents.items() if v in self.tape.leaves}
 
 
-def _measured(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], size: Tensor) -> Any:
+def _measured(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], size: Tensor | tuple[int, ...]) -> Any:
     """Run an operator on a probe; counted as so many queries as the probe has rows."""
-    samples = size.shape[0] if size.dim() else 1
+    shape = size if isinstance(size, tuple) else size.shape
+    samples = shape[0] if shape else 1
     counting.add(queries=samples, stage_evaluations=samples)
     return call.op.target(*args, **kwargs)
 

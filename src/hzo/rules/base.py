@@ -36,7 +36,7 @@ class Engine:
         divides: large probes are divided among the processes that share queries, where there are any.
     """
 
-    measure: Callable[[Call, tuple[Any, ...], dict[str, Any], Tensor], Any]
+    measure: Callable[[Call, tuple[Any, ...], dict[str, Any], Tensor | tuple[int, ...]], Any]
     again: Callable[[Call, Callable[..., Any]], Cotangents]
     divides: bool = False
 
@@ -123,11 +123,12 @@ class Call:
         template = self._template(key)
         return type(template) is Ref and self.tape.values[template.value].producer < 0
 
-    def measure(self, replaced: Mapping[Key, Any], size: Tensor) -> Any:
+    def measure(self, replaced: Mapping[Key, Any], size: Tensor | tuple[int, ...]) -> Any:
         """Run the operator again with some arguments replaced; its results.
 
         Args:
-            size: the replaced operand that tells the price: queries are counted in proportion to its elements.
+            size: what tells the price, a replaced operand or the shape of one: as many queries are counted as it has
+                rows.
         """
         args = list(self.args)
         kwargs = dict(self.kwargs)

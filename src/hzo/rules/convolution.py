@@ -1,8 +1,9 @@
-"""Convolutions: the kernel is measured with impulses on canvases of one pixel, and goes into PyTorch's own adjoint.
+"""Convolutions: the kernel is measured with impulses of one pixel, and goes into PyTorch's own adjoint.
 
 With full padding and a stride of one, a pixel in one channel of every group answers with every tap that this channel
-has, once. So a kernel costs as many tiny samples as a group has channels, and one of zeros; the bias is left out, and
-what the operator adds for zeros is the hardware's offset and is taken off. Where the image is a learned one and the
+has, once. So a kernel costs as many impulses as a group has channels, and one of zeros; a few stand in a row on one
+canvas, so far apart that no answer meets another. The bias is left out, and what the operator adds for zeros is the
+hardware's offset and is taken off. Where the image is a learned one and the
 kernel an activation, a kernel of one pixel that hands the channels on shows the image.
 """
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from hzo.rules.base import Call, Cotangents, Key, vjp
 from hzo.rules.divided import in_shares
 from hzo.rules.measured import ROWS, Trial, measured_once
+from hzo.rules.probes import made_once
 from hzo.rules.products import may_read
 from hzo.rules.schema import arguments, has, key_of, named
 
@@ -61,8 +63,7 @@ def _groups(call: Call) -> int:
 
 def impulses(channels: int, groups: int, axes: int, like: Tensor, device: torch.device) -> Tensor:
     """A pixel of one in each channel of a group, in all groups at once, and pixels of zero. Nobody writes to it."""
-    make = _small_impulses if channels * channels <= _SMALL * groups else _impulses
-    return make(channels, groups, axes, like.dtype, device)
+    return made_once(_impulses, channels, groups, axes, like.dtype, device)
 
 
 def _impulses(channels: int, groups: int, axes: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -72,8 +73,54 @@ def _impulses(channels: int, groups: int, axes: int, dtype: torch.dtype, device:
     return probe.view(each + 1, channels, *[1] * axes)
 
 
-_SMALL = 1 << 16  # elements of probes that are made once and kept
-_small_impulses = lru_cache(maxsize=64)(_impulses)
+# Multiplications. Small probes are one image with one row of impulses, as all are that a kernel of one pixel answers;
+# large ones have rows of a few, since kernels are slow on single pixels.
+_SMALL, _LARGE = 1 << 22, 1 << 29
+_WIDTH = 8  # pixels of such a row, about
+
+
+def _rows_of_impulses(
+    channels: int, groups: int, axes: int, first: int, stop: int, row: int, apart: int, dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:  # fmt: skip
+    """Impulses ``first`` to ``stop`` of as many as a group has channels and one of zeros, ``row`` of them on a canvas.
+
+    They stand along the last axis, ``apart`` pixels from one another.
+    """
+    each, count, length = channels // groups, stop - first, (row - 1) * apart + 1
+    canvases = torch.zeros(-(-count // row), channels, length, dtype=dtype, device=device)
+    whole, rest = divmod(min(stop, each) - first, row)
+    of_canvas, of_channel = channels * length, length
+    steps = each * of_channel, of_canvas + row * of_channel, of_channel + apart
+    for full, canvas, n in ((whole, 0, row), (1, whole, rest)):
+        if full * n:
+            start = canvas * of_canvas + (first + canvas * row) * of_channel
+            canvases.as_strided((groups, full, n), steps, start).fill_(1)
+    return canvases.view(*canvases.shape[:2], *[1] * (axes - 1), length)
+
+
+def _answers_to_impulses(call: Call, x: Tensor, groups: int, taps: tuple[int, ...]) -> Tensor:
+    """What a convolution makes of impulses in all channels and of zeros: by output channel, impulse and place."""
+    axes, channels, dtype = len(taps), x.shape[1], x.dtype
+    each, out, last = channels // groups, call.grad.shape[1], taps[-1]
+    padding = tuple(k - 1 for k in taps)
+    products = (each + 1) * out * each * prod(taps) ** 2
+
+    def ask(first: int, stop: int) -> Tensor:
+        count = stop - first
+        row = 1 if products < _LARGE else min(-(-_WIDTH // last), count)
+        if products <= _SMALL or prod(taps) == 1:
+            row = count
+        device = call.grad.device
+        canvases = made_once(_rows_of_impulses, channels, groups, axes, first, stop, row, last, dtype, device)
+        replaced = _plainly(call, axes, {_input(call): canvases, "padding": padding})
+        seen: Tensor = call.measure(replaced, (count, channels, *[1] * axes))
+        sample, channel, *between, step = seen.stride()
+        by_place = (channel, sample, last * step, *between, step)
+        answers = seen.as_strided((out, len(canvases), row, *taps), by_place).flatten(1, 2)
+        return answers if row in (1, count) else answers[:, :count]
+
+    return in_shares(call, each + 1, products, ask, of_result=1)
 
 
 def _measured_kernel(call: Call, kernel: Tensor) -> Tensor:
@@ -82,21 +129,21 @@ def _measured_kernel(call: Call, kernel: Tensor) -> Tensor:
     taps = tuple(kernel.shape[2:])
 
     def measure() -> Tensor:
-        probe = impulses(x.shape[1], groups, axes, x, call.grad.device)
-
-        def ask(rows: Tensor) -> Tensor:
-            replaced: dict[str, Any] = {_input(call): rows}
-            if not transposed:
-                replaced["padding"] = tuple(k - 1 for k in taps)
-            seen: Tensor = call.measure(_plainly(call, axes, replaced), rows)
-            return seen
-
-        seen = in_shares(call, probe, len(probe) * kernel.numel() * (1 if transposed else prod(taps)), ask)
         if not transposed:
-            seen = seen.transpose(0, 1)
+            seen = _answers_to_impulses(call, x, groups, taps)
+            if prod(taps) == 1:
+                return seen[:, :-1] - seen[:, -1:]
             made = torch.empty(kernel.shape, dtype=seen.dtype, device=seen.device)
             torch.sub(seen[:, :-1], seen[:, -1:], out=made)
-            return made.flip(tuple(range(2, kernel.dim()))) if any(k > 1 for k in kernel.shape[2:]) else made
+            return made.flip(tuple(range(2, kernel.dim())))
+        probe = impulses(x.shape[1], groups, axes, x, call.grad.device)
+
+        def ask(first: int, stop: int) -> Tensor:
+            rows = probe[first:stop]
+            seen: Tensor = call.measure(_plainly(call, axes, {_input(call): rows}), rows)
+            return seen
+
+        seen = in_shares(call, len(probe), len(probe) * kernel.numel(), ask)
         seen = seen[:-1] - seen[-1:]
         by_group = seen.view(seen.shape[0], groups, kernel.shape[1], *seen.shape[2:])
         return by_group.transpose(0, 1).reshape(kernel.shape)

@@ -19,27 +19,21 @@ _WORTH = 2**28  # multiplications: 10 ms of a processor or more, where an exchan
 
 
 def in_shares(
-    call: Call,
-    probe: Tensor,
-    products: int,
-    measure: Callable[[Tensor], Tensor],
-    *,
-    of_probe: int = 0,
-    of_result: int = 0,
+    call: Call, rows: int, products: int, measure: Callable[[int, int], Tensor], *, of_result: int = 0
 ) -> Tensor:
-    """``measure(probe)``, some rows by each process that shares the queries of this one; whole if there is none.
+    """What a probe shows, some rows by each process that shares the queries of this one; whole if there is none.
 
     Args:
-        products: multiplications that the whole probe takes; few are not worth an exchange.
-        of_probe, of_result: dimensions along which the rows lie.
+        rows: how many the probe has. products: multiplications that it takes; few are not worth an exchange.
+        measure: from the first row and the one behind the last to what these show.
+        of_result: dimension of the result along which the rows lie.
     """
     among = shares() if call.engine.divides else None
-    rows = probe.shape[of_probe]
-    if among is None or rows < among.size("query") or products < _WORTH or probe.is_complex():
-        return measure(probe)
+    if among is None or rows < among.size("query") or products < _WORTH or call.grad.is_complex():
+        return measure(0, rows)
     if keeps_some(call.tape):  # what one process finds to hold still, another may not, and would wait for it
-        return measure(probe)
+        return measure(0, rows)
     first, stop = among.part(rows)
-    own = measure(probe.narrow(of_probe, first, stop - first)).movedim(of_result, 0)
+    own = measure(first, stop).movedim(of_result, 0)
     (found,) = among.joined([own], rows, f"the weights of {call.op.name}, operation {call.op.index}")
     return found.movedim(0, of_result).contiguous()

@@ -32,10 +32,10 @@ def _signs(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.stack([row, -row]).to(dtype).view(2, *shape)
 
 
-def _half_difference(seen: Tensor) -> Tensor:
-    """Of the two rows that answer to signs, in float32 at least."""
-    wide = seen if seen.dtype in (torch.float32, torch.float64) else seen.float()
-    return (wide[0] - wide[1]) * 0.5
+def _half_difference(seen: Tensor, factor: float = 1.0) -> Tensor:
+    """Of the two rows that answer to signs, in float32 at least; times a factor."""
+    above, below = (seen if seen.dtype in (torch.float32, torch.float64) else seen.float()).unbind()
+    return (above - below).mul_(0.5 * factor)
 
 
 def _measured_normalized(call: Call, gamma: Tensor, also: dict[Key, Any]) -> Tensor:
@@ -97,9 +97,11 @@ def _batch_gamma(call: Call, gamma: Tensor, training: bool, eps: float) -> Tenso
     axes = call.grad.dim() - 2
     probe = _ones_and_their_negatives(gamma.shape[0], axes, gamma.dtype, call.grad.device)
     replaced: dict[Key, Any] = {key_of(call, "input"): probe, key_of(call, "bias"): None, **_statistics(call, training)}
-    slope = _half_difference(call.measure(replaced, probe)[0].flatten(1))
-    deviation = sqrt(1 + eps) if training else (named(call, "running_var") + eps).sqrt()
-    return (slope * deviation).to(gamma.dtype)
+    seen: Tensor = call.measure(replaced, probe)[0].flatten(1)
+    if training:
+        return _half_difference(seen, sqrt(1 + eps)).to(gamma.dtype)
+    deviation: Tensor = (named(call, "running_var") + eps).sqrt()
+    return (_half_difference(seen) * deviation).to(gamma.dtype)
 
 
 def batch_norm(call: Call) -> Cotangents:

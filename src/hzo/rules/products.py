@@ -18,6 +18,7 @@ from torch import Tensor
 from hzo.rules.base import Call, Cotangents, Key, vjp
 from hzo.rules.divided import in_shares
 from hzo.rules.measured import ROWS, Trial, measured_once
+from hzo.rules.probes import less_offset, made_once
 
 aten = torch.ops.aten
 
@@ -39,31 +40,26 @@ def scaled(x: Tensor, factor: Any) -> Tensor:
     return x if factor == 1 else x * factor.conjugate()
 
 
-def _zeros(call: Call, key: int, *shape: int) -> Tensor:
-    """Zeros of an operand's type. Its own content may be gone, so that only its dtype is asked for."""
-    operand: Tensor = call.args[key]
-    return torch.zeros(shape, dtype=operand.dtype, device=call.grad.device)
-
-
-_KEPT = 1 << 19  # elements of a probe that is kept for the next product of its size
-_identities: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
-
-
 def _identity(call: Call, key: int, size: int) -> Tensor:
     """The rows of an identity, and a row of zeros. Nobody writes to it: layers of one width share it."""
-    name = size, call.args[key].dtype, call.grad.device
-    probe = _identities.get(name)
-    if probe is None:
-        probe = _zeros(call, key, size + 1, size).fill_diagonal_(1)
-        if probe.numel() <= _KEPT and type(probe) is Tensor:
-            if len(_identities) >= 8:
-                del _identities[next(iter(_identities))]
-            _identities[name] = probe
-    return probe
+    return made_once(_rows_of_identity, size, call.args[key].dtype, call.grad.device)
+
+
+def _rows_of_identity(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.zeros(size + 1, size, dtype=dtype, device=device).fill_diagonal_(1)
+
+
+def _zero(call: Call, key: int) -> Tensor:
+    """A zero of an operand's type. Its own content may be gone, so that only its dtype is asked for."""
+    return made_once(_one_zero, call.args[key].dtype, call.grad.device)
+
+
+def _one_zero(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.zeros(1, dtype=dtype, device=device)
 
 
 def _without_addend(call: Call, left: int) -> dict[Key, Any]:
-    return {0: _zeros(call, 0, 1)} if left == 1 else {}
+    return {0: _zero(call, 0)} if left == 1 else {}
 
 
 def right_factor(call: Call, left: int) -> Tensor:
@@ -71,14 +67,17 @@ def right_factor(call: Call, left: int) -> Tensor:
 
     def measure() -> Tensor:
         shape = call.args[left].shape
-        probe = _identity(call, left, shape[-1]).expand(*shape[:-2], -1, -1)
+        probe = _identity(call, left, shape[-1])
+        if len(shape) > 2:
+            probe = probe.expand(*shape[:-2], -1, -1)
 
-        def ask(rows: Tensor) -> Tensor:
+        def ask(first: int, stop: int) -> Tensor:
+            rows = probe if stop - first == probe.shape[-2] else probe[..., first:stop, :]
             seen: Tensor = call.measure({left: rows, **_without_addend(call, left)}, rows)
             return seen
 
-        seen = in_shares(call, probe, probe.numel() * call.grad.shape[-1], ask, of_probe=-2, of_result=-2)
-        return seen[..., :-1, :] - seen[..., -1:, :]
+        seen = in_shares(call, probe.shape[-2], probe.numel() * call.grad.shape[-1], ask, of_result=-2)
+        return less_offset(seen, -2)
 
     def run(kept: Tensor, sizes: Tensor, draw: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         shape = call.args[left].shape
@@ -101,12 +100,13 @@ def left_factor(call: Call, left: int) -> Tensor:
         shape = call.args[right].shape
         probe = _identity(call, right, shape[-2]).mT.expand(*shape[:-2], -1, -1)
 
-        def ask(columns: Tensor) -> Tensor:
+        def ask(first: int, stop: int) -> Tensor:
+            columns = probe if stop - first == probe.shape[-1] else probe[..., first:stop]
             seen: Tensor = call.measure({right: columns, **_without_addend(call, left)}, columns.mT)
             return seen
 
-        seen = in_shares(call, probe, probe.numel() * call.grad.shape[-2], ask, of_probe=-1, of_result=-1)
-        return seen[..., :-1] - seen[..., -1:]
+        seen = in_shares(call, probe.shape[-1], probe.numel() * call.grad.shape[-2], ask, of_result=-1)
+        return less_offset(seen, -1)
 
     def run(kept: Tensor, sizes: Tensor, draw: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         shape = call.args[right].shape
@@ -135,7 +135,7 @@ def laid_out_like(operand: Tensor, a: Tensor, b: Tensor, otherwise: bool = False
     strided = operand.layout == a.layout == b.layout == torch.strided
     transposed = otherwise if operand.is_meta else operand.dim() == 2 and operand.stride(0) == 1 < operand.stride(1)
     if strided and transposed:
-        return torch.mm(b.mT, a.mT).mT
+        return torch.mm(b.t(), a.t()).t()
     return times(a, b)
 
 
@@ -195,14 +195,14 @@ def addbmm(call: Call) -> Cotangents:
             found[1] = scaled(g @ b.mH, alpha)
         else:  # one row for each entry of each matrix, zeros in the others
             probe = _identity(call, 1, batch * n).view(-1, batch, n).transpose(0, 1)
-            seen = call.measure({0: _zeros(call, 0, 1), 1: probe}, probe[0])
+            seen = call.measure({0: _zero(call, 0), 1: probe}, probe[0])
             found[1] = g @ (seen[:-1] - seen[-1]).view(batch, n, g.shape[-1]).mH
     if call.needs(2):
         if may_read(call, 1, 2):
             found[2] = scaled(a.mH @ g, alpha)
         else:
             probe = _identity(call, 2, batch * n).mT.reshape(batch, n, -1)
-            seen = call.measure({0: _zeros(call, 0, 1), 2: probe}, probe[0].mT)
+            seen = call.measure({0: _zero(call, 0), 2: probe}, probe[0].mT)
             found[2] = (seen[:, :-1] - seen[:, -1:]).view(rows, batch, n).transpose(0, 1).mH @ g
     return found
 
@@ -281,7 +281,7 @@ def addr(call: Call) -> Cotangents:
     u, v = call.args[1:3]
     g = call.grad
     found = addend(call)
-    step: dict[Key, Any] = {0: _zeros(call, 0, 1)}
+    step: dict[Key, Any] = {0: _zero(call, 0)}
     if call.needs(1):
         if may_read(call, 2, 1):
             found[1] = scaled(g.mv(v.conj()), alpha)
@@ -386,6 +386,7 @@ def _right_of_groups(call: Call, a: Tensor, b: Tensor, offs: Tensor | None) -> T
 def _left_of_groups(call: Call, b: Tensor) -> Tensor:
     """The rows that all experts were given, by experts that return what they are given, and zeros."""
     groups, n, _ = b.shape
-    probe = torch.cat([_zeros(call, 1, n, n).fill_diagonal_(1), _zeros(call, 1, n, n)], 1).repeat(groups, 1, 1)
+    unit = _identity(call, 1, n)[:-1]
+    probe = torch.cat([unit, torch.zeros_like(unit)], 1).repeat(groups, 1, 1)
     seen: Tensor = call.measure({1: probe}, probe)
     return (seen[..., :n] - seen[..., n:]).contiguous()

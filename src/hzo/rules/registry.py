@@ -46,5 +46,7 @@ def _fallback(target: Any) -> tuple[Rule, str]:
     return _fallbacks[target]
 
 
-LEAN = frozenset(target.func if type(target) is OutOfPlace else target for target, rule in rules.items() if rule.lean)
-"""Operators whose rules are declared ``lean``: what their calls make, and nobody needs, may go while the step runs."""
+LEAN = frozenset(
+    id(target.func if type(target) is OutOfPlace else target) for target, rule in rules.items() if rule.lean
+)
+"""Ids of those with rules declared ``lean``: what their calls make, and nobody needs, may go while the step runs."""

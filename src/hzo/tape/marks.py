@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 ATTRIBUTE = "hzo_marks"
 """Of the module, or of its class; copies and pickles of a module keep it."""
+
+_NONE: Mapping[str, object] = {}
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class Marks:
 
 def marks_of(module: object) -> Marks | None:
     """The marks of a module; None where it has none, and for anything that is no module."""
-    found = getattr(module, ATTRIBUTE, None)
+    own = getattr(module, "__dict__", _NONE)  # a module asked for what it does not have writes an error message first
+    found = own[ATTRIBUTE] if ATTRIBUTE in own else getattr(type(module), ATTRIBUTE, None)
     return found if isinstance(found, Marks) else None
 
 

@@ -9,13 +9,15 @@ result is a constant when a recorded call reads it.
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from torch._C import _get_dispatch_stack_at, _len_torch_dispatch_stack
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hzo.distributed import refuse_share
 from hzo.errors import TapeError
@@ -24,12 +26,15 @@ from hzo.tape.foreach import on_lists, singles
 from hzo.tape.functions import OutOfPlace, out_of_place
 from hzo.tape.history import History, grad_fn, is_leaf, requires_grad
 from hzo.tape.memory import WRITTEN_TWICE, Memory, alone, storage_of
-from hzo.tape.operations import Operation, Ref, Value, ref
+from hzo.tape.operations import Operation, Value, ref
 from hzo.tape.state import OperationState, random_state
 from hzo.tape.tape import Tape
 from hzo.tape.undo import Undo
 
 aten = torch.ops.aten
+_CLONE, _EFFICIENT_ZEROS = aten.clone.default, aten._efficientzerotensor.default
+_PLAIN = (Tensor, nn.Parameter)
+_NUMBERS = frozenset((int, float, bool, type(None)))  # told apart by type first: isinstance of Tensor takes longer
 _CONJUGATE, _NEGATIVE = torch._C.DispatchKey.Conjugate, torch._C.DispatchKey.Negative
 
 # Writes that the schema does not declare.
@@ -68,6 +73,7 @@ _LAYOUTS = frozenset(("t_", "transpose_", "swapaxes_", "swapdims_", "squeeze_", 
 class _Operator:
     """What the schema of an operator says, looked up once."""
 
+    func: Any
     writes: tuple[int | str, ...]  # positions or names of the arguments that it changes
     in_place: bool  # returns what it changed, or nothing
     view: bool
@@ -77,9 +83,10 @@ class _Operator:
     restrides: bool  # reads memory beside its operand
     on_lists: bool  # does one thing to each tensor of a list
     functional: Callable[..., Any]
+    rule: int  # id of the operator by which rules know it; 0 where the tape writes down another one
 
 
-_OPERATORS: dict[Any, _Operator] = {}
+_OPERATORS: dict[int, _Operator] = {}  # by id: operators hash by a function in Python, and those here live on
 
 
 def _operator(func: Any) -> _Operator:
@@ -96,7 +103,9 @@ def _operator(func: Any) -> _Operator:
     in_place = func not in _HIDDEN_WRITES and (
         not returns or any(r.alias_info is not None and r.alias_info.is_write for r in returns)
     )
+    functional = out_of_place(func, tuple(writes)) if writes else func
     about = _Operator(
+        func,
         tuple(writes),
         in_place,
         view and not writes,
@@ -105,14 +114,19 @@ def _operator(func: Any) -> _Operator:
         name in _LAYOUTS,
         name.startswith("as_strided"),
         on_lists(func),
-        out_of_place(func, tuple(writes)) if writes else func,
+        functional,
+        _id_for_rules(functional) if not name.startswith("as_strided") else 0,
     )
-    _OPERATORS[func] = about
+    _OPERATORS[id(func)] = about
     return about
 
 
+def _id_for_rules(functional: Any) -> int:
+    return id(functional.func if isinstance(functional, OutOfPlace) else functional)
+
+
 def _about(func: Any) -> _Operator:
-    return _OPERATORS.get(func) or _operator(func)
+    return _OPERATORS.get(id(func)) or _operator(func)
 
 
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -122,7 +136,7 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     results are wrong there, seen with ``linalg.pinv`` in 2.13): for complex operands it is told to.
     """
     for argument in args:
-        if isinstance(argument, Tensor) and argument.is_complex():
+        if type(argument) not in _NUMBERS and isinstance(argument, Tensor) and argument.is_complex():
             include = torch._C._dispatch_tls_local_include_set()
             exclude = torch._C._dispatch_tls_local_exclude_set().remove(_CONJUGATE).remove(_NEGATIVE)
             with torch._C._ForceDispatchKeyGuard(include, exclude):
@@ -136,13 +150,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Args:
         keep: keep the content of every value, also where code writes over it: for plans that run operations again.
             Without, what PyTorch's own derivatives would save is kept, which is all that rules read.
-        lean: operators whose rules read no more than PyTorch's own derivative saves. What only they touch, and nobody
-            else holds any more, is released while the recording runs.
+        lean: ids of operators whose rules read no more than PyTorch's own derivative saves. What only they touch, and
+            nobody else holds any more, is released while the recording runs.
     """
 
     supports_higher_order_operators = True
 
-    def __init__(self, keep: bool = False, lean: Collection[Any] = ()) -> None:
+    def __init__(self, keep: bool = False, lean: Collection[int] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.tape = Tape()
         self.keeps_all = keep
@@ -196,7 +210,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """A value for what ``tensor`` holds now."""
         if tensor.is_nested:
             raise TapeError(NESTED)
-        if requires and type(tensor) is not Tensor and _wraps(tensor):
+        if requires and type(tensor) not in _PLAIN and _wraps(tensor):
             raise TapeError(
                 f"a {type(tensor).__name__}, a tensor that wraps others, carries a gradient, which hzo does not "
                 "follow; compute with the tensors inside of it"
@@ -308,7 +322,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if not self.tape.values[index].requires:
                 return self.foreign(tensor)
         # A leaf: a parameter, an input, a constant; or what autograd detached in the meantime.
-        refuse_share(tensor)
+        if type(tensor) is not Tensor:
+            refuse_share(tensor)
         weight = _is_parameter(tensor) or key in self._frozen
         new = self.new_value(tensor, requires_grad(tensor), -1, weight)
         self._stale.discard(key)
@@ -360,7 +375,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        about = _OPERATORS.get(func)
+        about = _OPERATORS.get(id(func))
         if about is None:
             if isinstance(func, torch._ops.HigherOrderOperator):  # inside of a Function, which is what is recorded
                 return func(*args, **kwargs)
@@ -404,7 +419,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     self._write(single[0], _about(single[0]), single[1], single[2], True, copies)
                 return None
             return self._write(func, about, args, kwargs, differentiable, copies)
-        if func is aten.clone.default:
+        if func is _CLONE:
             return self._clone(args, kwargs, differentiable, copies)
         if differentiable:
             return self._call(func, about, args, kwargs)
@@ -412,7 +427,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _constant(self, func: Any, about: _Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call that autograd does not differentiate and that writes to nothing: no trace of it."""
-        if func is aten._efficientzerotensor.default:  # forward mode: calls with these go below autograd, and unseen
+        if func is _EFFICIENT_ZEROS:  # forward mode: calls with these go below autograd, and unseen
             func = aten.zeros.default
         result = _run(func, args, kwargs)
         if self.keeps_all and func._schema.name in _UNINITIALIZED:  # what is compared later must not be chance
@@ -432,18 +447,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return [
                 self._call(single[0], _about(single[0]), single[1], single[2]) for single in singles(func, args, kwargs)
             ]
-        refs = self._refs(args)
-        named = self._named(kwargs) if kwargs else {}
+        reads: list[int] = []
+        refs = self._refs(args, reads)
+        named = self._named(kwargs, reads)
         if self.keeps_all:
             self._remember_state(func, args)
         result = _run(func, args, kwargs)
         if self.altered is not None and isinstance(result, Tensor):
             result = self.altered(len(self.tape.operations), result)
         op = self._restrided(func, refs, args, kwargs, result) if about.restrides else self.operation(func, refs, named)
-        op.writes = self._results(op, result)
-        self._results_of_last = op.writes
-        if self._lean:
-            self._release_unneeded(op)
+        self._made(about, op, reads, result)
         return result
 
     def _remember_state(self, func: Any, args: tuple[Any, ...]) -> None:
@@ -461,7 +474,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, args: tuple[Any, ...], kwargs: dict[str, Any], differentiable: bool, copies: list[tuple[Tensor, Tensor]]
     ) -> Any:
         """A copy. Autograd makes one of what a call in place is about to change, and to read a lazy conjugate."""
-        func = aten.clone.default
+        func = _CLONE
         source: Tensor = args[0]
         result: Tensor = self._call(func, _about(func), args, kwargs) if differentiable else _run(func, args, kwargs)
         if not differentiable:
@@ -487,20 +500,30 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         seen = result.detach()
         return self.operation(restride, (refs[0], ref(self.new_value(seen, False, -1, True)), layout, *window), {})
 
-    def _results(self, op: Operation, result: Any) -> tuple[int | None, ...]:
-        weight = self._of_weights(op.args) and (not op.kwargs or self._of_weights(tuple(op.kwargs.values())))
+    def _made(self, about: _Operator, op: Operation, reads: list[int], result: Any) -> None:
+        """Note what an operation made of the values that it read."""
+        weight = self._of_weights(reads)
         if isinstance(result, Tensor):
-            return (self._result(result, op.index, weight),)
-        return tuple([self._result(r, op.index, weight) for r in flat(result)])
+            op.writes = (self._result(result, op.index, weight),)
+        else:
+            op.writes = tuple([self._result(r, op.index, weight) for r in flat(result)])
+        self._written_down(about, op, reads)
 
-    def _of_weights(self, arguments: tuple[Any, ...]) -> bool:
+    def _written_down(self, about: _Operator, op: Operation, reads: list[int]) -> None:
+        """An operation is complete: what calls of its kind make may be released, or others need what it read."""
+        self._results_of_last = op.writes
+        if about.rule in self._lean and not self.hooks_off:
+            self._candidates += [v for v in op.writes if v is not None]
+            if len(self._candidates) >= self._enough:
+                self._release_unneeded(op)
+        elif self._lean:
+            self._needed.update(reads)
+
+    def _of_weights(self, reads: list[int]) -> bool:
         """Whether what is read was computed from parameters alone."""
         values = self.tape.values
-        for argument in arguments:
-            if type(argument) is Ref:
-                if not values[argument.value].weight:
-                    return False
-            elif type(argument) is tuple and not self._of_weights(argument):
+        for value in reads:  # noqa: SIM110  a generator would take longer than most lists do
+            if not values[value].weight:
                 return False
         return True
 
@@ -510,18 +533,25 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         dtype = tensor.dtype
         return self.new_value(tensor, dtype.is_floating_point or dtype.is_complex, producer, weight)
 
-    def _refs(self, args: Iterable[Any]) -> tuple[Any, ...]:
-        return tuple([ref(self.read(a)) if isinstance(a, Tensor) else self._refs_of(a) for a in args])
+    def _refs(self, args: Iterable[Any], reads: list[int]) -> tuple[Any, ...]:
+        """Arguments with a reference in place of every tensor; appends the values that these hold to ``reads``."""
+        found: list[Any] = []
+        for argument in args:
+            if type(argument) in _NUMBERS:
+                found.append(argument)
+            elif isinstance(argument, Tensor):
+                value = self.read(argument)
+                reads.append(value)
+                found.append(ref(value))
+            elif isinstance(argument, (list, tuple)):
+                numbers = bool(argument) and type(argument[0]) is int  # then all are
+                found.append(tuple(argument) if numbers else self._refs(argument, reads))
+            else:
+                found.append(argument)
+        return tuple(found)
 
-    def _named(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        return {name: self._refs_of(value) for name, value in kwargs.items()} if kwargs else {}
-
-    def _refs_of(self, argument: Any) -> Any:
-        if isinstance(argument, Tensor):
-            return ref(self.read(argument))
-        if isinstance(argument, (list, tuple)):
-            return self._refs(argument)
-        return argument
+    def _named(self, kwargs: dict[str, Any], reads: list[int]) -> dict[str, Any]:
+        return dict(zip(kwargs, self._refs(kwargs.values(), reads), strict=True)) if kwargs else {}
 
     def _detach(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """A detached tensor is a constant; what autograd saves of a result comes by here, too."""
@@ -548,14 +578,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.keep_alive(tensor)
 
     def _release_unneeded(self, op: Operation) -> None:
-        """Every now and then: release what lean calls made, autograd did not save, and the user's code has dropped."""
-        target = op.target.func if isinstance(op.target, OutOfPlace) else op.target
-        if target not in self._lean or self.hooks_off:
-            self._needed.update(op.reads())
-            return
-        self._candidates.extend(v for v in op.writes if v is not None)
-        if len(self._candidates) < self._enough:
-            return
+        """Release what lean calls made, autograd did not save, and the user's code has dropped."""
         tape, last = self.tape, set(op.writes)
         kept: list[int] = []
         dropped: list[Tensor] = []
@@ -581,28 +604,40 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     # -- what autograd saves ------------------------------------------------------------------------------------------
 
-    def pack(self, tensor: Tensor) -> Any:
-        """What autograd saves is on the tape already: it keeps the number of the value."""
-        key = id(tensor)
-        index = self.tape._index.get(key)
-        if (
-            index is None
-            or key in self._stale
-            or key in self._passed
-            or key in self._detached
-            or (self.tape.values[index].requires is not requires_grad(tensor) and index not in self._results_of_last)
-        ):
-            index = self._packed(tensor)
-        self._saved.add(index)
-        return index
+    def packer(self) -> Any:
+        """The function that autograd calls with what it saves: that is on the tape already, its number is enough.
 
-    def _packed(self, tensor: Tensor) -> int:
+        Autograd's nodes keep the function, and tensors on the tape their nodes: it must not lead back to the tape.
+        """
+        behind = weakref.ref(self)
+        index_of, values = self.tape._index, self.tape.values
+        stale, passed, detached, saved = self._stale, self._passed, self._detached, self._saved
+
+        def pack(tensor: Tensor) -> int:
+            key = id(tensor)
+            index = index_of.get(key)
+            if (
+                index is None
+                or values[index].requires is not requires_grad(tensor)
+                or key in stale
+                or key in passed
+                or key in detached
+            ):
+                recorder = behind()
+                assert recorder is not None
+                index = recorder._packed(tensor, index)
+            saved.add(index)
+            return index
+
+        return pack
+
+    def _packed(self, tensor: Tensor, known: int | None) -> int:
+        """The same where what the tensor holds is not simply what is ``known`` of it."""
         key = id(tensor)
         index = self._detached.get(key)
-        known = self.tape._index.get(key)
         if index is None and known is not None and known in self._results_of_last:
             return known  # statistics that the call made, to which autograd gives no history
-        if index is None and known is None:
+        if index is None and known is None and not _is_parameter(tensor):
             for v in self._results_of_last:  # a result comes as another object with the same content
                 result = None if v is None else self.tape.tensors[v]
                 if result is not None and _looks_like(result, tensor) and result.data_ptr() == tensor.data_ptr():
@@ -648,18 +683,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._after_hidden_write(written)
             return result
         if not about.in_place:  # statistics that a layer keeps, noise that a call draws: read as they are afterwards
-            self._before_write(written, read=False)
+            lone = self._before_write(written, read=False)
             if self.keeps_all:
                 self._remember_state(func, args)
             result = self._drawn(func, args, kwargs)
-            self._after_hidden_write(written)
-            op = self.operation(about.functional, self._refs(args), self._named(kwargs))
-            op.writes = self._results(op, result)
-            self._results_of_last = op.writes
-            if self._lean:
-                self._release_unneeded(op)
+            self._after_hidden_write([t for t in written if not (id(t) in lone and self._is_saved_for_next(t))])
+            reads: list[int] = []
+            op = self.operation(about.functional, self._refs(args, reads), self._named(kwargs, reads))
+            self._made(about, op, reads, result)
             return result
-        refs, named = self._refs(args), self._named(kwargs)
+        reads = []
+        refs, named = self._refs(args, reads), self._named(kwargs, reads)
         lone = [not self.keeps_all and not self.hooks_off and alone(t) for t in written]
         if not all(lone):
             self.memory.register()
@@ -668,11 +702,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._before_write(written)
         result = self._drawn(func, args, kwargs)
         op = self.operation(about.functional, refs, named)
-        values = self.tape.values
-        weight = all(values[v].weight for v in op.reads())
+        weight = self._of_weights(reads)
         results = [t for t in _tensors(result) if all(t is not w for w in written)] + written
         op.writes = tuple([self._result(t, op.index, weight) for t in results])
-        self._results_of_last = op.writes
         for tensor, put, one in zip(written, shared, lone, strict=True):
             if overlaps_itself(tensor.shape, tensor.stride()):
                 self.foreign(tensor, WRITTEN_TWICE)
@@ -681,8 +713,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             else:
                 self.memory.register()
                 self.memory.after_write(tensor, put)
-        if self._lean:
-            self._release_unneeded(op)
+        self._written_down(about, op, reads)
         return result
 
     def _drawn(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -697,7 +728,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, about: _Operator, args: tuple[Any, ...], kwargs: dict[str, Any], tensor: Tensor, record: bool
     ) -> Any:
         """A call that gives a tensor another shape in the same memory."""
-        refs = self._refs(args) if record else ()
+        reads: list[int] = []
+        refs = self._refs(args, reads) if record else ()
         self.memory.register()
         self.memory.before_relayout(tensor)
         layout = geometry_of(tensor)
@@ -712,15 +744,24 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             shown = ref(self.new_value(tensor.detach(), False, -1, True))
             op = self.operation(restride, (refs[0], shown, layout, *geometry_of(tensor)), {})
         else:
-            op = self.operation(about.functional, refs, self._named(kwargs))
+            op = self.operation(about.functional, refs, self._named(kwargs, reads))
         op.writes = (self._result(tensor, op.index, self.tape.values[refs[0].value].weight),)
         return result
 
-    def _before_write(self, written: list[Tensor], read: bool = True) -> None:
-        """Keep what must survive of the content that is about to change; ``read``: whether the call reads that."""
-        shared = [t for t in written if not self._before_lone_write(t, read)]
+    def _before_write(self, written: list[Tensor], read: bool = True) -> list[int]:
+        """Keep what must survive of the content that is about to change; ``read``: whether the call reads that.
+
+        Returns the ids of tensors that share their memory with no other one.
+        """
+        shared: list[Tensor] = []
+        lone: list[int] = []
+        for tensor in written:
+            if self._before_lone_write(tensor, read):
+                lone.append(id(tensor))
+            else:
+                shared.append(tensor)
         if not shared:
-            return
+            return lone
         self.memory.register()
         index, values = self.tape._index, self.tape.values
         for tensor in shared:
@@ -733,6 +774,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._detached.pop(key, None)
                 self._packed_ids.pop(key, None)
             self.memory.before_write(tensor, self._saved)
+        return lone
+
+    def _is_saved_for_next(self, tensor: Tensor) -> bool:
+        """Whether the newest value of a tensor is what autograd saved of it for the call that runs just now."""
+        value = self.tape._index.get(id(tensor))
+        return value is not None and value >= self._values_before and value in self._saved
 
     def _before_lone_write(self, tensor: Tensor, read: bool) -> bool:
         """The same for a tensor that shares its memory with no other one; returns whether it is such a tensor.
@@ -755,7 +802,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 tensors[value] = None
             elif read or value < self._values_before:
                 tensors[value] = tensor.clone()
-            else:  # autograd saved it for this very call, and means what it is afterwards
+            elif value != newest:  # autograd saved it for this very call, and means what it is afterwards
                 self._older.setdefault(key, []).append(value)
         return True
 
@@ -786,7 +833,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def current_recorder() -> Recorder | None:
     """The innermost recorder that is active in this thread, or None."""
-    for mode in reversed(_get_current_dispatch_mode_stack()):
+    for k in range(_len_torch_dispatch_stack() - 1, -1, -1):
+        mode = _get_dispatch_stack_at(k)
         if isinstance(mode, Recorder):
             return None if mode.paused else mode
     return None
@@ -841,6 +889,8 @@ def _looks_like(a: Tensor, b: Tensor) -> bool:
 
 def _requires(args: Iterable[Any]) -> bool:
     for argument in args:
+        if type(argument) in _NUMBERS:
+            continue
         if isinstance(argument, Tensor):
             if requires_grad(argument):
                 return True
@@ -851,9 +901,15 @@ def _requires(args: Iterable[Any]) -> bool:
 
 def flat(result: Any) -> list[Any]:
     """Results in order: of a call that returns one, several, or lists of them."""
-    if isinstance(result, (list, tuple)):
-        return [leaf for item in result for leaf in flat(item)]
-    return [result]
+    if not isinstance(result, (list, tuple)):
+        return [result]
+    found: list[Any] = []
+    for item in result:
+        if isinstance(item, (list, tuple)):
+            found += flat(item)
+        else:
+            found.append(item)
+    return found
 
 
 def _tensors(argument: Any) -> list[Tensor]:

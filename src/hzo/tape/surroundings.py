@@ -11,6 +11,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -53,11 +54,7 @@ def recording(recorder: Recorder) -> Iterator[None]:
 def _hooks(recorder: Recorder) -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]:
     """Autograd's nodes keep these functions, and the tape keeps tensors with nodes: a reference back would never go."""
     behind = weakref.ref(recorder)
-
-    def pack(tensor: Tensor) -> Any:
-        found = behind()
-        assert found is not None
-        return found.pack(tensor)
+    pack = recorder.packer()
 
     def unpack(index: int) -> Tensor:
         found = behind()
@@ -68,7 +65,7 @@ def _hooks(recorder: Recorder) -> tuple[Callable[[Tensor], Any], Callable[[Any],
             )
         return found.unpack(index)
 
-    pack.of_tape = True  # type: ignore[attr-defined]
+    pack.of_tape = True
     return pack, unpack
 
 
@@ -472,6 +469,7 @@ def _step_by_step(name: str) -> Callable[..., Any]:
     return layer
 
 
+@cache
 def _recorded_hook(original: type[Any]) -> type[Any]:
     """Backward hooks of modules hang on a Function of PyTorch's; the tape keeps them with its operation."""
 

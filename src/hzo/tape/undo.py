@@ -35,7 +35,7 @@ class Undo:
     def remember(self, tensor: Tensor) -> None:
         """Copy a tensor that is about to be written to, the first time."""
         if id(tensor) not in self._tensors:
-            self._tensors[id(tensor)] = (tensor, tensor.detach().clone())
+            self._tensors[id(tensor)] = (tensor, (tensor.detach() if tensor.requires_grad else tensor).clone())
 
     def remember_generator(self, generator: torch.Generator) -> None:
         """Note the state of a generator of the model's own before it is drawn from."""
