@@ -14,7 +14,7 @@ float32 with n = 512. What is missed is about as small as rounding. Source: ours
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from hzo.rules.base import Call, Key
-from hzo.tape import Tape
+from hzo.tape import Operation, Tape
 from hzo.tape.operations import Ref
 
 ROWS = 2  # of random numbers in a trial
@@ -102,21 +102,31 @@ class _Measurements:
     """For one recording: how many calls an operator and a weight have, and what was measured for those to come."""
 
     def __init__(self) -> None:
+        self.places: Counter[Hashable] | None = None  # by operator and address, which tells most weights apart
         self.uses: Counter[Hashable] | None = None
         self.seen: dict[Hashable, tuple[Tensor, Tensor, int]] = {}
         self.keeps: set[int] = set()  # ids of weights of which measurements are kept for the next gradient
 
-    def uses_of(self, tape: Tape, operator: Any, memory: Hashable) -> int:
+    def uses_of(self, tape: Tape, operator: Any, weight: Tensor) -> int:
         """How many calls of an operator read a weight."""
+        if self.places is None:
+            self.places = Counter((id(op.target), weight.data_ptr()) for op, weight in _reads_of_weights(tape))
+        if self.places[id(operator), weight.data_ptr()] < 2:
+            return 1
         if self.uses is None:
-            self.uses = Counter()
-            for op in tape.operations:
-                for template in op.args:
-                    if type(template) is Ref and tape.values[template.value].weight:
-                        tensor = tape.tensors[template.value]
-                        if tensor is not None and tensor.layout == torch.strided:
-                            self.uses[op.target, _memory(tensor)] += 1
-        return self.uses[operator, memory]
+            self.uses = Counter((op.target, _memory(weight)) for op, weight in _reads_of_weights(tape))
+        return self.uses[operator, _memory(weight)]
+
+
+def _reads_of_weights(tape: Tape) -> Iterator[tuple[Operation, Tensor]]:
+    """Operations with the weights that they read, once for each time that they read one."""
+    values, tensors = tape.values, tape.tensors
+    for op in tape.operations:
+        for template in op.args:
+            if type(template) is Ref and values[template.value].weight:
+                tensor = tensors[template.value]
+                if tensor is not None and tensor.layout == torch.strided:
+                    yield op, tensor
 
 
 _kept: WeakKeyDictionary[Tape, _Measurements] = WeakKeyDictionary()
@@ -177,11 +187,10 @@ def measured_once(
     kept = _kept.get(call.tape)
     if kept is None:
         kept = _kept[call.tape] = _Measurements()
-    memory = _memory(weight)
-    uses = kept.uses_of(call.tape, call.op.target, memory)
+    uses = kept.uses_of(call.tape, call.op.target, weight)
     if uses < 2:
         return _across(kept, call, key, weight, options, measure, trial)
-    name = (call.op.target, memory, options)
+    name = (call.op.target, _memory(weight), options)
     found, held, left = kept.seen.pop(name, (None, weight, uses))
     if found is None:
         found = _across(kept, call, key, weight, options, measure, trial)

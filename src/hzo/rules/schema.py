@@ -23,16 +23,16 @@ def _of(call: Call) -> dict[str, tuple[int, Any]]:
 
 def has(call: Call, name: str) -> bool:
     """Whether the operator has an argument of this name."""
-    return name in _of(call)
+    return name in (call.schema or _of(call))
 
 
 def key_of(call: Call, name: str) -> Key:
     """The place of an argument in this call: its position, or its name where it came as a keyword."""
-    position, _ = _of(call)[name]
+    position, _ = (call.schema or _of(call))[name]
     return position if position < len(call.args) else name
 
 
 def named(call: Call, name: str) -> Any:
     """An argument; its default where the call left it out."""
-    position, default = _of(call)[name]
-    return call.arg(position, name, default)
+    position, default = (call.schema or _of(call))[name]
+    return call.args[position] if position < len(call.args) else call.kwargs.get(name, default)
