@@ -149,3 +149,58 @@ class TestNoiseThatNobodyDeclared:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert torch.allclose(self.column(1e-3, step=1.0), torch.ones(6, dtype=torch.float64), rtol=1e-2)
+
+
+class Reading(torch.nn.Module):
+    """A measurement: a function, and noise of a tenth that is new in every call."""
+
+    def __init__(self, f):
+        super().__init__()
+        self.f = f
+
+    def forward(self, z):
+        out = self.f(z)
+        return out + 0.1 * torch.randn_like(out)
+
+
+class TestStepsAgainstNoise:
+    """Steps against noise are as long as activations are large, which may be longer than a part is straight."""
+
+    def cosine(self, f, **options):
+        x = 1.5 * normal(32, 6)
+        weights = torch.arange(6.0, dtype=torch.float64)
+        found = []
+        for part in (hzo.blackbox(Reading(f), **options), f):
+            z = x.clone().requires_grad_()
+            (part(z) * weights).sum().backward()
+            found.append(z.grad.flatten())
+        return float(F.cosine_similarity(*found, 0))
+
+    @pytest.mark.parametrize("noise", [hzo.Noise(readout=0.1), "measured"])
+    def test_waves_are_said(self, noise):
+        advice = (
+            "have noise and smoothness measured" if noise != "measured" else "Say how far the part is smooth: step="
+        )
+        with pytest.warns(InaccurateGradientWarning, match=rf"the derivative changes by about \d+%.*{advice}"):
+            assert self.cosine(lambda z: torch.cos(3 * z), noise=noise) < 0.5
+
+    @pytest.mark.parametrize("f", [torch.sin, lambda z: 2 * z])
+    def test_what_is_straight_enough_is_not(self, f):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert self.cosine(f, noise=hzo.Noise(readout=0.1)) > 0.9
+
+    def test_a_step_is_the_users(self):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert self.cosine(lambda z: torch.cos(3 * z), noise=hzo.Noise(readout=0.1), step=0.5) > 0.9
+
+    def test_it_is_tried_once(self):
+        box, z = hzo.blackbox(Reading(torch.sin), noise=hzo.Noise(readout=0.1)), normal(32, 6).requires_grad_()
+        checks = []
+        for _ in range(2):
+            out = box(z)
+            with hzo.count_queries() as count:
+                out.sum().backward()
+            checks.append(count.check_evaluations)
+        assert checks == [6 * 32, 0]

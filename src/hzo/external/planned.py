@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from hzo.errors import NondeterministicError
+from hzo.errors import InaccurateGradientWarning, NondeterministicError
 from hzo.execution import Activations, contained, counting, run_again, undone_on_error, with_parameters
 from hzo.external.guard import Guarded, expect
 from hzo.external.state import Saved
-from hzo.finite_differences import accumulation_dtype
+from hzo.finite_differences import accumulation_dtype, scale_of
 from hzo.gradients import Sweep, at_the_end, base_pass, plan_of, sweep, traced_for
 from hzo.measurement import calibrate
 from hzo.planner import plan as make_plan
@@ -28,6 +29,10 @@ from hzo.tracing.recorder import close
 
 _measured: WeakKeyDictionary[Chain, Plan] = WeakKeyDictionary()
 """Plans of chains whose noise was measured."""
+_tried: WeakSet[Chain] = WeakSet()
+"""Chains of which it was tried how straight they are over the steps of their plan."""
+
+BENT = 0.2  # change of the derivative within a step, above which its gradient is said to be inaccurate
 
 
 def planned(chain: Chain, options: Mapping[str, Any]) -> Plan:
@@ -139,6 +144,9 @@ def _backward(this: PlannedCall, cotangents: Sequence[Tensor | None]) -> list[Te
             expect(this.stages, this.inputs[0].shape[0])
             if this.repeats:
                 _check_same(this)
+            elif this.options.get("step") is None and this.chain not in _tried:
+                _check_straight(this, plan)
+                _tried.add(this.chain)
             return sweep(graph, plan, schedule(graph, plan), activations, at_end, memory=this.memory, seed=this.seed)
 
     device, dtype = this.autocast  # autograd runs a backward pass outside the user's autocast
@@ -207,6 +215,51 @@ def _check_same(this: PlannedCall) -> None:
     for op in graph.operations:
         if not all(close(first.tensor(v), again.tensor(v)) for v in op.writes):
             raise _two_results(op.name)
+
+
+def _check_straight(this: PlannedCall, plan: Plan) -> None:
+    """Warn where the derivative changes within the steps of a plan.
+
+    A declared noise says nothing of how far a part is smooth, and waves are not seen by a measurement at few lengths.
+    One element of each sample is moved by a whole step and by half of one, up and down; what the derivatives differ by
+    more than noise does, as two readings at one place show it, is the part's own. Costs six passes, as checks.
+    """
+    lengths = [n.relative_step for n in plan.nodes if n.relative_step is not None]
+    if not lengths or "mu" in this.options:
+        return
+    generator = torch.Generator().manual_seed(0)
+
+    def ask(share: float) -> list[Tensor]:
+        moved = [t + share * d if d is not None else t for t, d in zip(this.inputs, directions, strict=True)]
+        return [t.double() for t in pytree.tree_leaves(this.stages(*moved)) if t.is_floating_point()]
+
+    directions = [_one_element(t, max(lengths), generator) if t.is_floating_point() else None for t in this.inputs]
+    counting.add(check_evaluations=6 * len(this.inputs[0]))
+    with counting.doing("the test how long a step may be"), torch.no_grad():
+        first, second, up, down, half_up, half_down = map(ask, (0.0, 0.0, 1.0, -1.0, 0.5, -0.5))
+    noise = change = seen = 0.0
+    for a, b, u, d, hu, hd in zip(first, second, up, down, half_up, half_down, strict=True):
+        noise += float((a - b).square().sum()) / 2  # of one reading
+        change += float(((u - d) - 2 * (hu - hd)).square().sum())
+        seen += float((u - d).square().sum())
+    # By noise alone the change would be ten times that of one reading, give or take a third of it, say.
+    if change - 15 * noise > BENT**2 * max(seen - 2 * noise, 0.0):
+        share, names = ((change - 10 * noise) / seen) ** 0.5, ", ".join(map(str, parts_of(this.stages)))
+        advice = "" if this.measured else ", or have noise and smoothness measured: noise='measured'"
+        warnings.warn(
+            f"the gradient of {names} is inaccurate: the steps of its plan are long, for the noise, and within one the "
+            f"derivative changes by about {share:.0%}. Say how far the part is smooth: step= (half a radian for a "
+            f"phase, say){advice}",
+            InaccurateGradientWarning,
+            stacklevel=2,
+        )
+
+
+def _one_element(tensor: Tensor, length: float, generator: torch.Generator) -> Tensor:
+    """A step for one element of each sample, in units of the root mean square."""
+    rows = torch.zeros_like(tensor).reshape(len(tensor), -1)
+    chosen = torch.randint(rows.shape[1], (len(rows), 1), generator=generator).to(rows.device)
+    return rows.scatter_(1, chosen, length * scale_of(tensor)).reshape(tensor.shape)
 
 
 def _two_results(name: str) -> NondeterministicError:
