@@ -7,8 +7,8 @@ Jaxley (Deistler et al.) solves the same equations, in JAX, and differentiates t
 channels and currents of examples/hodgkin_huxley.py, and takes steps of the same length by the same scheme. Compared are
 the gradients of the layer in front of the neurons, on digits, in networks as they are made and after one epoch:
 ``forward`` is the largest difference of a potential, in the units of the network's outputs (10 mV); ``cosine`` that of
-the gradients with a step short enough for the onset of spikes, where the derivative is a needle; ``own_cosine`` with the
-step that hzo takes by itself, of which it warns there; ``wide_cosine`` with the one that the example trains with.
+the gradients with a step short enough for the onset of spikes, where the derivative is a needle; ``own_cosine`` with
+the step that hzo takes by itself, of which it warns there; ``wide_cosine`` with the one that the example trains with.
 """
 
 import json

@@ -15,11 +15,26 @@ from torch import Tensor
 
 from hzo.tape.tape import Tape
 
-_BASE: Any = torch._C.TensorBase
-requires_grad: Callable[[Tensor], bool] = _BASE.requires_grad.__get__
-"""What PyTorch knows itself, whatever the attribute of the same name says."""
-is_leaf: Callable[[Tensor], bool] = _BASE.is_leaf.__get__
-grad_fn: Callable[[Tensor], Any] = _BASE.grad_fn.__get__
+_has_torch_function: Callable[[Tensor], bool] = torch._C._has_torch_function_unary
+
+
+def _of_pytorch(name: str) -> Callable[[Tensor], Any]:
+    """What PyTorch knows itself, whatever the attribute of this name says: modes and subclasses that overload torch's
+    functions (``torch.device`` as a context, for one) would be sent to that attribute."""
+    get = getattr(torch._C.TensorBase, name).__get__
+
+    def asked(tensor: Tensor) -> Any:
+        if _has_torch_function(tensor):
+            with torch._C.DisableTorchFunction():
+                return get(tensor)
+        return get(tensor)
+
+    return asked
+
+
+requires_grad: Callable[[Tensor], bool] = _of_pytorch("requires_grad")
+is_leaf: Callable[[Tensor], bool] = _of_pytorch("is_leaf")
+grad_fn: Callable[[Tensor], Any] = _of_pytorch("grad_fn")
 
 
 class History:

@@ -37,7 +37,7 @@ def forward_equivalents(call: Callable[[], Tensor]) -> tuple[float, float]:
         )
     measured = 0
 
-    def measure(made: Any, args: tuple[Any, ...], kwargs: dict[str, Any], _: Tensor) -> Any:
+    def measure(made: Any, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> Any:
         nonlocal measured
         out = made.op.target(*args, **kwargs)
         measured += operations(made.op.target, args, kwargs, out)
