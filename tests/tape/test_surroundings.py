@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import hzo
 from hzo.errors import TapeError
@@ -164,3 +166,75 @@ def test_masks_of_minus_infinity_are_inputs():
     F.mse_loss(model(**inputs), x).backward()
     for g, p in zip(found, model.parameters(), strict=True):
         torch.testing.assert_close(g, p.grad, atol=1e-12, rtol=1e-9)
+
+
+class CountsCalls(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+    def found(self):
+        return self.calls
+
+
+class CountsFlops(FlopCounterMode):
+    def __init__(self):
+        super().__init__(display=False)
+
+    def found(self):
+        return self.get_total_flops()
+
+
+class Profiles(torch.profiler.profile):
+    def __init__(self):
+        super().__init__(activities=[torch.profiler.ProfilerActivity.CPU])
+
+    def found(self):
+        return sum(event.count for event in self.key_averages() if event.key.startswith("aten::"))
+
+
+STEPS = {
+    "hzo.record": None,
+    "hzo.backward": {},
+    "a plan of queries": {"tree": "bisect", "assume": "nothing"},
+    "a plan by structure": {"tree": "stagewise"},
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("mode", [CountsCalls, CountsFlops, Profiles], ids=lambda mode: mode.__name__)
+def test_what_counts_and_profiles_may_stand_around_a_step(mode, step):
+    """Counters of operations ask by hooks where the backward pass is; they see the queries, too."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    x, y = torch.randn(6, 5, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)
+    with mode() as forward:
+        F.mse_loss(model(x), y)
+    F.mse_loss(model(x), y).backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    with mode() as counts:
+        if STEPS[step] is None:
+            with hzo.record() as tape:
+                loss = F.mse_loss(model(x), y)
+            tape.backward(loss)
+        else:
+            hzo.backward(model, F.mse_loss, x, y, **STEPS[step])
+    for p, g in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, g, rtol=1e-7, atol=1e-9)
+    assert counts.found() > forward.found() > 0
+
+
+def test_a_counter_may_be_entered_inside():
+    x = torch.rand(3, 4, dtype=torch.float64, requires_grad=True)
+    layer = nn.Linear(4, 2).double()
+    with hzo.record() as tape, CountsFlops() as counts:
+        loss = layer(x).square().sum()
+    tape.backward(loss)
+    assert counts.found() == 2 * 3 * 4 * 2
+    (expected,) = torch.autograd.grad(layer(x).square().sum(), x)
+    torch.testing.assert_close(x.grad, expected)

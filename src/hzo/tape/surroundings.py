@@ -10,6 +10,7 @@ import contextlib
 import sys
 import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from torch._C._functorch import maybe_current_level
 from torch.autograd.function import Function, FunctionCtx, FunctionMeta, _HookMixin, _SingleLevelFunction
 from torch.nn.modules import module
+from torch.utils import module_tracker
+from torch.utils.hooks import RemovableHandle
 
 from hzo.distributed import kind_of_wrapper, sharded
 from hzo.errors import TapeError
@@ -102,6 +105,7 @@ def _replacements() -> list[tuple[Any, str, Any]]:
         *((torch._VF, name, _step_by_step(name)) for name in _RECURRENT),
         (torch._C._nn, "pad", _pad),
         (torch, "cond", _cond),
+        (module_tracker, "register_multi_grad_hook", _unhooked),
     ]
 
 
@@ -434,6 +438,13 @@ def _cond(pred: Any, true_fn: Callable[..., Any], false_fn: Callable[..., Any], 
     if current_recorder() is None:
         return _originals["cond"](pred, true_fn, false_fn, operands)
     return true_fn(*operands) if pred else false_fn(*operands)
+
+
+def _unhooked(tensors: Sequence[Tensor], hook: Callable[..., Any], **how: Any) -> Any:
+    """What counts by module (``FlopCounterMode``) learns by hooks where the backward pass stands, which never runs."""
+    if current_recorder() is None:
+        return _originals["register_multi_grad_hook"](tensors, hook, **how)
+    return RemovableHandle(OrderedDict())
 
 
 _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell")
