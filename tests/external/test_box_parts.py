@@ -278,10 +278,29 @@ class TestBatches:
         F.cross_entropy(model[2](physics(model[0](x))), y).backward()
         assert worst(relative_errors(found, {n: p.grad for n, p in model.named_parameters()})) <= TOLERANCE
 
-    def test_a_chain_must_be_told_the_size(self):
-        model = nn.Sequential(nn.Linear(3, 4), hzo.blackbox(physics, batched=False), nn.Linear(4, 2)).double()
+    def test_a_trace_must_be_told_the_size_and_a_step_shows_it(self):
+        """A trace runs other samples than a step."""
+        sizes = set()
+
+        def part(x):
+            sizes.add(len(x))
+            return physics(x)
+
+        model = nn.Sequential(nn.Linear(3, 4), hzo.blackbox(part, batched=False), nn.Linear(4, 2)).double()
+        x, y = normal(5, 3), torch.arange(5) % 2
         with pytest.raises(InputError, match=r"say how many: hzo\.blackbox"):
-            hzo.backward(model, F.cross_entropy, normal(5, 3), torch.arange(5) % 2)
+            hzo.trace(model, x)
+        for rows in (5, 3):
+            model.zero_grad()
+            hzo.backward(model, F.cross_entropy, x[:rows], y[:rows])
+            assert sizes == {rows}
+            sizes.clear()
+            found = [p.grad.clone() for p in model.parameters()]
+            expected = torch.autograd.grad(
+                F.cross_entropy(model[2](physics(model[0](x[:rows]))), y[:rows]), [*model.parameters()]
+            )
+            for a, b in zip(found, expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
 
     @pytest.mark.parametrize("batched", [0, -1, 1.5, None])
     def test_a_size_is_a_whole_number(self, batched):

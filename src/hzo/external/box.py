@@ -36,6 +36,7 @@ from hzo.plans import Tree, check_not_modelled, check_smoothing
 from hzo.pools import Pool, processes
 from hzo.structure import Assume
 from hzo.tape import current_recorder
+from hzo.tape.history import requires_grad
 from hzo.tracing import Chain, Local, Promise, Stages, batch_size, declare, declared, declared_links, declared_step
 from hzo.verification import infer_structure
 
@@ -337,7 +338,7 @@ class BlackBox(nn.Module):
         guard = self._guard
         self._know(args, kwargs)
         call, tensors, parameters = self._call(args, kwargs)
-        wanted = [t for t in (*tensors, *parameters) if t.requires_grad]
+        wanted = [t for t in (*tensors, *parameters) if requires_grad(t)]
         state: list[Tensor] = []
         if torch.is_grad_enabled():
             keys, state = self._history.reaching(guard)
@@ -426,7 +427,7 @@ class BlackBox(nn.Module):
         if not torch.is_grad_enabled():
             return in_dtype_of(inputs, self.stages(*inputs))
         parameters = {name: p for name, p in self.stages.named_parameters() if p.requires_grad}
-        if not any(t.requires_grad for t in (*inputs, *parameters.values())) and not _transformed(inputs):
+        if not any(requires_grad(t) for t in (*inputs, *parameters.values())) and not _transformed(inputs):
             with torch.no_grad():
                 return in_dtype_of(inputs, self.stages(*inputs))
         this = PlannedCall(
@@ -434,7 +435,7 @@ class BlackBox(nn.Module):
             self.options,
             self.measured,
             self.memory,
-            tuple(t.requires_grad for t in inputs),
+            tuple(requires_grad(t) for t in inputs),
             tuple(parameters),
         )
         self._history.refuse([part for part in self.stages.modules() if isinstance(part, Guarded)])

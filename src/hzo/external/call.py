@@ -34,6 +34,7 @@ from hzo.external.signature import Structure, flatten
 from hzo.external.state import Saved, StateKey, floating
 from hzo.external.steps import Bounds, Steps
 from hzo.finite_differences import Pattern, Scheme
+from hzo.tape.history import grad_fn, requires_grad
 
 OnFailure = Literal["pass", "raise", "zero"]
 
@@ -806,7 +807,7 @@ class BoxCall:
 
     def _check_trainable(self, leaves: Sequence[Any]) -> None:
         for leaf in leaves:
-            if isinstance(leaf, Tensor) and leaf.requires_grad:
+            if isinstance(leaf, Tensor) and requires_grad(leaf):
                 shapes = [tuple(t.shape) for t in _trainable_behind(leaf)]
                 which = f"of shape {shapes[0]} " if shapes else ""
                 raise TraceError(
@@ -918,8 +919,8 @@ def _warn_of_failure(guard: Guarded, failed: Tensor, batched: bool) -> None:
 
 
 def _trainable_behind(tensor: Tensor) -> list[Tensor]:
-    found, todo, seen = [], [tensor.grad_fn], set()
-    if tensor.grad_fn is None:
+    found, todo, seen = [], [grad_fn(tensor)], set()
+    if todo[0] is None:
         return [tensor]
     while todo:
         node = todo.pop()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hzo.errors import InputError
 from hzo.external.autograd import with_cotangent
 from hzo.losses import Smoothing, cast, evaluate, smoothed_loss
+from hzo.tape.history import requires_grad
 
 
 def smoothed(score: Callable[..., Any], *, mu: float = 1.0, draws: int = 32, maximize: bool = False) -> Criterion:
@@ -51,7 +52,7 @@ class Criterion(nn.Module):
         self.maximize = maximize
 
     def forward(self, output: Any, target: Any = None) -> Tensor:
-        if torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad:
+        if torch.is_grad_enabled() and isinstance(output, Tensor) and requires_grad(output):
             return with_cotangent(lambda: smoothed_loss(self.values, output.detach(), target, self.smoothing), output)
         return self.values(output, target).mean()
 

@@ -11,6 +11,7 @@ from hzo.errors import InputError
 from hzo.external.call import BoxCall
 from hzo.external.guard import Guarded
 from hzo.external.state import Saved, StateKey
+from hzo.tape.history import grad_fn, requires_grad
 
 
 class History:
@@ -31,17 +32,19 @@ class History:
         """A call has run; ``found`` are its outputs, numbers of its state behind the first ``results``."""
         kept = History()
         if call.moved_on and guard.remembers.end is not None:
-            if transformed and any(t.requires_grad for t in found):
+            if transformed and any(requires_grad(t) for t in found):
                 kept.stuck = True
             kept.call = call
             kept.tensors = {
-                key: t for key, t in zip(call.left, found[results:], strict=True) if t.requires_grad and not transformed
+                key: t
+                for key, t in zip(call.left, found[results:], strict=True)
+                if requires_grad(t) and not transformed
             }
             kept.ends = [(guard, guard.remembers.end, call.moved_on)]
-            kept.stuck = kept.stuck or (call.stuck and any(t.requires_grad for t in found))
+            kept.stuck = kept.stuck or (call.stuck and any(requires_grad(t) for t in found))
         self.__dict__ = kept.__dict__
         if self.call is not None:
-            self.grad_fn = next((t.grad_fn for t in found if t.grad_fn is not None), None)
+            self.grad_fn = next((node for t in found if (node := grad_fn(t)) is not None), None)
 
     def _alive(self) -> bool:
         """Whether a gradient may still flow back into the last call."""
@@ -79,7 +82,7 @@ class History:
         self.__dict__ = History().__dict__
         if ends:  # else nothing holds on to the graph
             self.ends, self.call = ends, this
-            self.grad_fn = next((t.grad_fn for t in outputs if t.grad_fn is not None), None)
+            self.grad_fn = next((node for t in outputs if (node := grad_fn(t)) is not None), None)
 
     def refuse(self, parts: Sequence[Guarded]) -> None:
         """Through a box that is planned as a whole no gradient follows a state from call to call.
