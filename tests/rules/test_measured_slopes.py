@@ -17,7 +17,7 @@ def without_rule(monkeypatch):
         for target in targets:
             monkeypatch.delitem(rules, target)
             assert registry.kind_of(target) == "slope"
-        monkeypatch.setattr(step, "LEAN", registry.LEAN - set(targets))  # a slope reads the operand
+        monkeypatch.setattr(step, "LEAN", registry.LEAN - set(map(id, targets)))  # a slope reads the operand
 
     return forget
 
