@@ -135,6 +135,18 @@ def test_code_is_told_what_it_is_told_without_a_plan(asks, frozen, options):
     assert found.told == expected.told
 
 
+@pytest.mark.parametrize("options", PLANS, ids=str)
+def test_a_mode_around_a_step_changes_nothing(options):
+    """``torch.device`` as a context overloads torch's functions, attributes of tensors among them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double().requires_grad_(False)
+    x, y = torch.randn(5, 3, dtype=torch.float64, requires_grad=True), torch.randn(5, 2, dtype=torch.float64)
+    (expected,) = torch.autograd.grad(F.mse_loss(model(x), y), x)
+    with torch.device("cpu"):
+        found = hzo.cotangents(model, F.mse_loss, x.detach(), y, **options)
+    torch.testing.assert_close(found[0], expected, rtol=1e-6, atol=1e-8)
+
+
 def test_an_input_that_requires_a_gradient_says_so():
     x = X.clone().requires_grad_()
     model = Asks(lambda model, x: model.first(x * model.tell(x.requires_grad) * model.tell(x.is_leaf)))

@@ -24,10 +24,10 @@ from hzo.external.autograd import through, through_planned
 from hzo.external.call import BoxCall, OnFailure, Settings
 from hzo.external.cost import BoxPlan, ChainPlan, plan_of_call
 from hzo.external.guard import Guarded, expect
-from hzo.external.history import History
 from hzo.external.planned import PlannedCall, forget, in_dtype_of, planned, seconds_of_plan
 from hzo.external.signature import flatten, names_of
 from hzo.external.state import floating
+from hzo.external.state_history import StateHistory
 from hzo.external.steps import MEASURED, Bounds, Steps
 from hzo.finite_differences import Scheme, check_scheme
 from hzo.gradients import traced_for
@@ -318,7 +318,7 @@ class BlackBox(nn.Module):
         self.memory = memory
         self.failed: Tensor | None = None
         self._known: dict[Any, Any] = {}
-        self._history = History()
+        self._history = StateHistory()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if "torch._dynamo" not in sys.modules:
@@ -487,7 +487,7 @@ class BlackBox(nn.Module):
 
     def detach_state(self) -> None:
         """Let gradients of later calls end at the state that the part is in now (truncated backpropagation in time)."""
-        self._history = History()
+        self._history = StateHistory()
 
     def _know(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """What the parts must know of a forward pass before they run."""
@@ -513,7 +513,7 @@ class BlackBox(nn.Module):
                     given = result if isinstance(result, tuple) else (result,)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_known": {}, "_history": History(), "failed": None}
+        return {**self.__dict__, "_known": {}, "_history": StateHistory(), "failed": None}
 
 
 _uncompiled: list[Callable[..., Any]] = []

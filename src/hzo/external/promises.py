@@ -115,10 +115,8 @@ def _reached(pattern: Pattern, element: int) -> Tensor:
 
 
 def _must_stay(sweep: BoxSweep, site: Site, promise: str, base: Tensor, found: Tensor, stays: Tensor) -> None:
-    good = found.isfinite().all(1, keepdim=True) & base.isfinite().all(
-        1, keepdim=True
-    )  # where it failed nothing is said
-    change = properties.gap(base, found) * (stays & good)
+    worked = (found.isfinite() & base.isfinite()).all(1, keepdim=True)  # of a sample that failed nothing is said
+    change = properties.gap(base, found) * (stays & worked)
     if change.numel() and float(change.max()) > _slack(sweep, base, site):
         sample, element = divmod(int(change.argmax()), change.shape[1])
         raise _broken(

@@ -578,30 +578,30 @@ def _shares(of: str, x: Any, low: Any, high: Any) -> Any:
     return equal if len(bounds) == 1 else equal & (low < high)
 
 
+def _not_beyond(call: Call, silent: float, beyond: Any) -> Cotangents:
+    """The operand, unless it lies beyond the bound; where the two are equal, as this version of PyTorch has it."""
+    if BOUND_IS_OUTSIDE:
+        return _extreme(call, silent, beyond)
+    found: dict[Key, Tensor] = {}
+    if call.needs(0):
+        x = call.args[0]
+        found[0] = unbroadcast(call.grad.masked_fill(beyond(x, _bound(call, 0, 1, silent)), 0), x)
+    if call.needs(1):
+        bound = call.args[1]
+        found[1] = unbroadcast(torch.where(beyond(_bound(call, 1, 0, silent), bound), call.grad, 0), bound)
+    return found
+
+
 @vjp(aten.clamp_min.Tensor, measures=True)
 def clamp_min_tensor(call: Call) -> Cotangents:
     """Not below a tensor of bounds."""
-    if BOUND_IS_OUTSIDE:
-        return _extreme(call, -math.inf, torch.lt)
-    found: dict[Key, Tensor] = {}
-    if call.needs(0):
-        found[0] = unbroadcast(torch.where(call.args[0] >= _bound(call, 0, 1, -math.inf), call.grad, 0), call.args[0])
-    if call.needs(1):
-        found[1] = unbroadcast(torch.where(_bound(call, 1, 0, -math.inf) < call.args[1], call.grad, 0), call.args[1])
-    return found
+    return _not_beyond(call, -math.inf, torch.lt)
 
 
 @vjp(aten.clamp_max.Tensor, measures=True)
 def clamp_max_tensor(call: Call) -> Cotangents:
     """Not above a tensor of bounds."""
-    if BOUND_IS_OUTSIDE:
-        return _extreme(call, math.inf, torch.gt)
-    found: dict[Key, Tensor] = {}
-    if call.needs(0):
-        found[0] = unbroadcast(torch.where(call.args[0] <= _bound(call, 0, 1, math.inf), call.grad, 0), call.args[0])
-    if call.needs(1):
-        found[1] = unbroadcast(torch.where(_bound(call, 1, 0, math.inf) > call.args[1], call.grad, 0), call.args[1])
-    return found
+    return _not_beyond(call, math.inf, torch.gt)
 
 
 @vjp(aten._prelu_kernel.default, measures=True)

@@ -10,7 +10,7 @@ from hzo.rules.base import Rule, rules
 from hzo.rules.custom import CUSTOM
 from hzo.rules.fallback import fallback
 from hzo.tape.custom import CustomFunction
-from hzo.tape.functions import OutOfPlace
+from hzo.tape.functions import operator_of
 
 _WITHOUT_RULES = {"base", "fallback", "measured", "registry", "schema"}
 FAMILIES = tuple(
@@ -46,7 +46,5 @@ def _fallback(target: Any) -> tuple[Rule, str]:
     return _fallbacks[target]
 
 
-LEAN = frozenset(
-    id(target.func if type(target) is OutOfPlace else target) for target, rule in rules.items() if rule.lean
-)
+LEAN = frozenset(id(operator_of(target)) for target, rule in rules.items() if rule.lean)
 """Ids of those with rules declared ``lean``: what their calls make, and nobody needs, may go while the step runs."""

@@ -6,12 +6,13 @@ from functools import cache
 from typing import Any
 
 from hzo.rules.base import Call, Key
+from hzo.tape.functions import operator_of
 
 
 @cache
 def arguments(target: Any) -> dict[str, tuple[int, Any]]:
     """By name: the position, and the default. Calls out of place keep the operator that they run in ``func``."""
-    schema = getattr(target, "func", target)._schema
+    schema = operator_of(target)._schema
     return {argument.name: (k, argument.default_value) for k, argument in enumerate(schema.arguments)}
 
 

@@ -48,6 +48,11 @@ def _copied(argument: Any, copies: list[Tensor]) -> Any:
     return [_copied(a, copies) for a in argument] if isinstance(argument, (list, tuple)) else argument
 
 
+def operator_of(target: Any) -> Any:
+    """The operator that a target of the tape runs, on copies or as it is."""
+    return target.func if type(target) is OutOfPlace else target
+
+
 def out_of_place(func: Any, writes: tuple[int | str, ...]) -> Callable[..., Any]:
     """The operator that computes the same without writing, ``aten.add`` for ``aten.add_``; else a wrapper of copies."""
     if func not in _cache:
@@ -82,6 +87,6 @@ def _rrelu_again(
 
 def replay_of(target: Callable[..., Any]) -> Callable[..., Any]:
     """What computes the same again, with the random numbers that a call drew where these stand among its operands."""
-    if getattr(target, "func", target) is torch.ops.aten.rrelu_with_noise.default:
+    if operator_of(target) is torch.ops.aten.rrelu_with_noise.default:
         return _rrelu_again
     return target

@@ -23,7 +23,7 @@ from hzo.distributed import refuse_share
 from hzo.errors import TapeError
 from hzo.tape.aliases import geometry_of, overlaps_itself, pass_through, restride, restride_scatter
 from hzo.tape.foreach import on_lists, singles
-from hzo.tape.functions import OutOfPlace, out_of_place
+from hzo.tape.functions import operator_of, out_of_place
 from hzo.tape.history import History, grad_fn, is_leaf, requires_grad
 from hzo.tape.memory import WRITTEN_TWICE, Memory, alone, storage_of
 from hzo.tape.operations import Operation, Value, ref
@@ -115,14 +115,10 @@ def _operator(func: Any) -> _Operator:
         name.startswith("as_strided"),
         on_lists(func),
         functional,
-        _id_for_rules(functional) if not name.startswith("as_strided") else 0,
+        id(operator_of(functional)) if not name.startswith("as_strided") else 0,
     )
     _OPERATORS[id(func)] = about
     return about
-
-
-def _id_for_rules(functional: Any) -> int:
-    return id(functional.func if isinstance(functional, OutOfPlace) else functional)
 
 
 def _about(func: Any) -> _Operator:

@@ -49,8 +49,11 @@ def recording(recorder: Recorder) -> Iterator[None]:
     saved: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if hooks_allowed():
         saved = torch.autograd.graph.saved_tensors_hooks(*_hooks(recorder))
-    told = contextlib.nullcontext() if recorder.history is None else _told_without_a_plan()
-    with _patched(), told, torch.inference_mode(False), torch.enable_grad(), _eager(), _own_casts(), saved, recorder:
+    told: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if recorder.history is not None:
+        told = _shared(_told, _tell_without_a_plan, _tell_the_truth)
+    seen = _shared(_recording, _replace, _put_back)
+    with seen, told, torch.inference_mode(False), torch.enable_grad(), _eager(), _own_casts(), saved, recorder:
         yield
 
 
@@ -73,19 +76,19 @@ def _hooks(recorder: Recorder) -> tuple[Callable[[Tensor], Any], Callable[[Any],
 
 
 @contextlib.contextmanager
-def _patched() -> Iterator[None]:
-    """The replacements, as long as any thread records."""
+def _shared(users: list[int], put: Callable[[], None], put_back: Callable[[], None]) -> Iterator[None]:
+    """Replacements that stand for all threads, as long as any of them (``users`` counts these) is inside."""
     with _lock:
-        if _recording[0] == 0:
-            _replace()
-        _recording[0] += 1
+        if users[0] == 0:
+            put()
+        users[0] += 1
     try:
         yield
     finally:
         with _lock:
-            _recording[0] -= 1
-            if _recording[0] == 0:
-                _put_back()
+            users[0] -= 1
+            if users[0] == 0:
+                put_back()
 
 
 def _replacements() -> list[tuple[Any, str, Any]]:
@@ -93,7 +96,7 @@ def _replacements() -> list[tuple[Any, str, Any]]:
     return [
         # Where it can be, beneath Function.apply, which may have been taken before: f = MyFunction.apply.
         (Function if _APPLY_IS_C else _SingleLevelFunction, "apply", classmethod(_apply)),
-        *((FunctionMeta, name, _Overseen(name)) for name in ("forward", "setup_context") if _APPLY_IS_C),
+        *((FunctionMeta, name, _WatchedMethod(name)) for name in ("forward", "setup_context") if _APPLY_IS_C),
         (FunctionCtx, "set_materialize_grads", _set_materialize_grads),
         (_HookMixin, "_register_hook", staticmethod(_refuse_hook_of_node)),
         (torch._C._autograd, "_push_saved_tensors_default_hooks", _push_hooks),
@@ -136,23 +139,16 @@ def _put_back() -> None:
         scripted.__call__ = _originals[scripted.__name__]
 
 
-@contextlib.contextmanager
-def _told_without_a_plan() -> Iterator[None]:
+def _tell_without_a_plan() -> None:
     """What tensors say of their history is what they would say without a plan, as long as any thread needs that. Only
     then: every question of this kind takes a call in Python."""
-    with _lock:
-        if _told[0] == 0:
-            for name, attribute in _TOLD.items():
-                setattr(Tensor, name, attribute)
-        _told[0] += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _told[0] -= 1
-            if _told[0] == 0:
-                for name in _TOLD:
-                    delattr(Tensor, name)
+    for name, attribute in _TOLD.items():
+        setattr(Tensor, name, attribute)
+
+
+def _tell_the_truth() -> None:
+    for name in _TOLD:
+        delattr(Tensor, name)
 
 
 def _asked(tensor: Tensor) -> tuple[bool, bool] | None:
@@ -267,7 +263,7 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     return result
 
 
-class _Overseen:
+class _WatchedMethod:
     """A method of custom Functions, on their metaclass: ``forward``, or ``setup_context`` of those that have their own.
 
     An ``apply`` of C that was taken before the recording calls these: they tell the tape what it was given.

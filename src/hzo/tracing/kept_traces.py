@@ -8,10 +8,10 @@ from torch import nn
 
 from hzo.tracing.chain import Chain
 
-_KEPT = 8  # traces a module: shapes and modes that alternate (train and eval, the last smaller batch) stay
+_MOST = 8  # traces a module: shapes and modes that alternate (train and eval, the last smaller batch) stay
 
 
-class _Kept(dict[tuple[Any, ...], Chain]):
+class _Traces(dict[tuple[Any, ...], Chain]):
     """Traces of a module, kept on the module: a trace refers to its module, so a table elsewhere would never be freed.
 
     A copied or unpickled module starts without them.
@@ -25,16 +25,16 @@ class _Kept(dict[tuple[Any, ...], Chain]):
 
 def keep(chain: Chain) -> None:
     """Keep a traced chain with its module; the oldest one goes."""
-    kept = chain.model.__dict__.setdefault(_Kept.name, _Kept())
+    kept = chain.model.__dict__.setdefault(_Traces.name, _Traces())
     key = chain.traced.signature, chain.traced.batch == 1
     kept.pop(key, None)
-    while len(kept) >= _KEPT:
+    while len(kept) >= _MOST:
         kept.pop(next(iter(kept)))
     kept[key] = chain
 
 
 def kept(module: nn.Module, about: tuple[Any, ...], batch: int) -> Chain | None:
     """A trace of the module for inputs of this signature; what was seen of one sample alone says nothing of more."""
-    known: _Kept = module.__dict__.get(_Kept.name, _Kept())
+    known: _Traces = module.__dict__.get(_Traces.name, _Traces())
     alone = known.get((about, True)) if batch == 1 else None
     return alone or known.get((about, False))

@@ -14,7 +14,7 @@ from hzo.external.state import Saved, StateKey
 from hzo.tape.history import grad_fn, requires_grad
 
 
-class History:
+class StateHistory:
     """What the last call of a box left, as autograd knows it.
 
     It ends where a backward pass has been through it (its graph is gone), where the state was reset by others, and
@@ -30,7 +30,7 @@ class History:
 
     def note(self, call: BoxCall, guard: Guarded, found: Sequence[Tensor], results: int, transformed: bool) -> None:
         """A call has run; ``found`` are its outputs, numbers of its state behind the first ``results``."""
-        kept = History()
+        kept = StateHistory()
         if call.moved_on and guard.remembers.end is not None:
             if transformed and any(requires_grad(t) for t in found):
                 kept.stuck = True
@@ -79,7 +79,7 @@ class History:
         for part, start in this.states.items():
             if part.remembers.end is not None and (moved := part.changed(start, part.remembers.end)[0]):
                 ends.append((part, part.remembers.end, tuple(moved)))
-        self.__dict__ = History().__dict__
+        self.__dict__ = StateHistory().__dict__
         if ends:  # else nothing holds on to the graph
             self.ends, self.call = ends, this
             self.grad_fn = next((node for t in outputs if (node := grad_fn(t)) is not None), None)
