@@ -103,7 +103,7 @@ def compared(seed: int, epochs: int) -> list[dict[str, float]]:
 
 
 def main() -> None:
-    commit()
+    began_at = commit()  # the tree may have changed by the end
     rows = []
     for epochs in (0, 1):
         of_seeds = {seed: compared(seed, epochs) for seed in SEEDS}
@@ -114,7 +114,7 @@ def main() -> None:
             | {"lowest_cosine": min(b["cosine"] for b in each), "by_seed": of_seeds}
         )
         print({key: value for key, value in rows[-1].items() if key != "by_seed"}, flush=True)
-    report = {"command": "PYTHONPATH=examples python experiments/jaxley_neurons.py", "commit": commit()}
+    report = {"command": "PYTHONPATH=examples python experiments/jaxley_neurons.py", "commit": began_at}
     report |= {"seeds": list(SEEDS), "versions": {p: version(p) for p in ("jaxley", "jax", "neuron", "torch")}}
     OUT.write_text(json.dumps(report | {"rows": rows}, indent=1) + "\n")
 
