@@ -1,6 +1,7 @@
 """Bad input: a clear error, and nothing changed."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import hzo
-from hzo.errors import CoupledSamplesError, InputError, NonFiniteError, PlanError, StepError
+from hzo.errors import CoupledSamplesError, HzoWarning, InputError, NonFiniteError, PlanError, StepError
 from support.oracles import normal
 from support.state import assert_same, state
 
@@ -159,7 +160,8 @@ class TestForeignPlans:
         """A Softmax in place of a Tanh: what was elementwise is no longer."""
         other = network()
         other[1] = nn.Softmax(1)
-        unit.refuses(PlanError, "made for another chain", plan=hzo.plan(hzo.trace(other, unit.x)))
+        where = r"made for another chain.*: at boundary 1 aten\.tanh.* runs where aten\._softmax.* had run"
+        unit.refuses(PlanError, where, plan=hzo.plan(hzo.trace(other, unit.x)))
 
     def test_another_width(self, unit):
         wide = nn.Sequential(nn.Linear(6, 4), *network()[1:]).double()
@@ -250,7 +252,8 @@ def test_step_lost_in_rounding(unit):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_step_lost_in_rounding_of_a_narrow_dtype(dtype):
     model, x = network().to(dtype), normal(5, 4).to(dtype)
-    with pytest.raises(StepError, match=f"a step of 1e-09 vanishes beside values .* in {dtype}"):
+    rough = nullcontext() if dtype == torch.float32 else pytest.warns(HzoWarning, match="differences of results in")
+    with rough, pytest.raises(StepError, match=f"a step of 1e-09 vanishes beside values .* in {dtype}"):
         hzo.backward(model, F.cross_entropy, x, torch.arange(5) % 3, step=1e-9, assume="nothing")
 
 

@@ -225,3 +225,40 @@ def test_warnings_of_the_model_come_once():
         warnings.simplefilter("always")
         hzo.backward(Stateful(warns, None), F.mse_loss, X, Y, **PLANS[0])
     assert len([w for w in caught if "as often" in str(w.message)]) == 1
+
+
+class Doubling(nn.Module):
+    """Writes to its input in place, as some preprocessing does."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(7)
+        self.layer = nn.Linear(5, 3).double()
+
+    def forward(self, x, *others):
+        return self.layer(x.mul_(2)) + sum(o.sum() for o in others)
+
+
+@pytest.mark.parametrize("options", [{}, *PLANS])
+def test_what_a_model_writes_to_its_input_reaches_the_caller(options):
+    model = Doubling()
+    for x in (X.clone(), X.clone(), X[:4].clone()):  # the second time the plan is known
+        before = x.clone()
+        gradient, _ = hzo.grad_and_value(model, F.mse_loss, x, Y[: len(x)], **options)
+        assert torch.equal(x, 2 * before)
+        F.mse_loss(model(before), Y[: len(x)]).backward()
+        torch.testing.assert_close(gradient["layer.weight"], model.layer.weight.grad, rtol=1e-6, atol=1e-8)
+        model.zero_grad()
+    x = X.clone()
+    with pytest.raises(HzoError):
+        hzo.backward(model, lambda output: output.sum() * float("nan"), x, **options)
+    assert torch.equal(x, X)
+    hzo.trace(model, x)
+    assert torch.equal(x, X)
+
+
+def test_two_inputs_of_one_memory_that_is_written_to():
+    x = X.clone()
+    with pytest.raises(TraceError, match="writes in place to input 0"):
+        hzo.backward(Doubling(), F.mse_loss, (x, x), Y, **PLANS[0])
+    assert torch.equal(x, X)

@@ -1,6 +1,7 @@
 """Narrow dtypes, autocast and the scaling of gradients, against autograd in float64."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,8 +9,14 @@ import torch.nn.functional as F
 from torch import nn
 
 import hzo
-from hzo.errors import PrecisionError
+from hzo.errors import HzoWarning, PrecisionError
 from support.training import COSINES, autograd, batch, cosine, grads, network
+
+
+def rough(dtype, assume):
+    """What says that a plan's differences in half precision leave few digits; nothing is said of any other."""
+    low = dtype in (torch.bfloat16, torch.float16) and assume == "nothing"
+    return pytest.warns(HzoWarning, match=f"differences of results in {str(dtype)[6:]}") if low else nullcontext()
 
 
 @pytest.mark.parametrize("scheme", ["central", "forward"])
@@ -19,7 +26,8 @@ def test_narrow_dtypes(dtype, assume, scheme):
     model, (x, y) = network(), batch(32)
     exact = autograd(model, x, y)
     narrow = copy.deepcopy(model).to(dtype)
-    hzo.backward(narrow, F.cross_entropy, x.to(dtype), y, assume=assume, scheme=scheme, tree="planned")
+    with rough(dtype, assume):
+        hzo.backward(narrow, F.cross_entropy, x.to(dtype), y, assume=assume, scheme=scheme, tree="planned")
     assert all(p.grad.dtype == dtype for p in narrow.parameters())
     # Forward differences leave u^(1/2) instead of u^(2/3): 0.09 a node in bfloat16.
     assert cosine(grads(narrow), exact) >= COSINES[dtype] - (0.02 if scheme == "forward" else 0)
@@ -32,7 +40,7 @@ def test_autocast(assume, scheme, least):
     model, (x, y) = nn.Sequential(nn.LayerNorm(6), *network()).double(), batch(32)
     exact = autograd(model, x, y)
     single = copy.deepcopy(model).float()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16), rough(torch.bfloat16, assume):
         hzo.backward(single, F.cross_entropy, x.float(), y, assume=assume, scheme=scheme)
     assert all(p.grad.dtype == torch.float32 for p in single.parameters())
     assert cosine(grads(single), exact) >= least

@@ -73,7 +73,7 @@ def test_the_file_is_small_and_has_totals_for_the_reader(tmp_path):
     plan = hzo.plan(small(), tree="bisect", assume="nothing", noise=1e-3)
     hzo.save_plan(plan, tmp_path / "plan.json")
     text = (tmp_path / "plan.json").read_text()
-    assert len(text.splitlines()) == 19 + len(plan.edges)
+    assert len(text.splitlines()) == 20 + len(plan.edges)
     assert '"where": "boundary 7"' in text
     summary = json.loads(text)["summary"]
     assert summary["queries"] == plan.queries
@@ -112,6 +112,7 @@ TAMPERED = {
     "missing": (lambda values: values.pop("storage"), "'storage' is missing"),
     "unknown": (changed(steps=3), "unknown field 'steps'"),
     "other chain": (changed(fingerprint="0123"), "another chain"),
+    "calls as text": (changed(calls="linear"), "calls: expected a list of calls"),
     "tree": (changed(tree="oak"), "tree: expected tree 'planned'"),
     "tree as a list": (changed(tree=[2]), "expected tree"),
     "assume": (changed(assume="luck"), "assume"),
@@ -218,3 +219,15 @@ def test_lines_keep_to_the_width(name, options):
     longest = 125 if "spacing" in options else 120  # such colorings take a whole line to say
     assert max(map(len, str(plan).splitlines())) <= longest
     assert len(describe(plan, rows=1).splitlines()) <= len(str(plan).splitlines())
+
+
+def test_a_plan_for_another_chain_names_the_first_call_that_differs(saved):
+    chain, path = saved
+    other = list(chain.model.children())
+    other[3] = nn.Sigmoid()
+    with pytest.raises(PlanError, match=r"boundary 3 aten\.sigmoid\.default .* where aten\.tanh\.default .* had run"):
+        hzo.load_plan(hzo.trace(nn.Sequential(*other).double(), normal(3, 4)), path)
+    values = json.loads(path.read_text())
+    del values["calls"]  # as files of before were
+    path.write_text(json.dumps(values))
+    assert len(hzo.load_plan(chain, path).edges) == len(values["edges"])

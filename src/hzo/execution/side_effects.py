@@ -7,7 +7,7 @@ and training flags are put back from copies; adding and subtracting a perturbati
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import NoneType
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hzo.tape.state import RandomState, random_state, set_random_state
+from hzo.tape.state import RandomState, generators_back_to_now, random_state, set_random_state
 
 
 def devices_of(tensors: Iterable[object]) -> tuple[torch.device, ...]:
@@ -32,6 +32,7 @@ class Snapshot:
     buffers: tuple[tuple[nn.Module, str, Tensor, Tensor], ...]  # owner, name, the tensor itself, a copy
     attributes: tuple[tuple[nn.Module, str, Any, Tensor | None], ...]  # owner, name, the value, a copy of a tensor
     training: tuple[tuple[nn.Module, bool], ...]
+    generators: tuple[Callable[[], object], ...]  # what puts Python's, NumPy's and the modules' own back
 
 
 def take_snapshot(modules: Iterable[nn.Module]) -> Snapshot:
@@ -52,7 +53,8 @@ def take_snapshot(modules: Iterable[nn.Module]) -> Snapshot:
     parameters = (parameter for module in unique for parameter in module.parameters(recurse=False))
     devices = devices_of([*parameters, *(buffer for _, _, buffer, _ in buffers)])
     training = tuple((module, module.training) for module in unique)
-    return Snapshot(random_state(devices), buffers, attributes, training)
+    generators = tuple(generators_back_to_now(unique))
+    return Snapshot(random_state(devices), buffers, attributes, training, generators)
 
 
 def _copy(value: object) -> Tensor | None:
@@ -78,6 +80,8 @@ def restore_snapshot(snapshot: Snapshot) -> None:
     for module, training in snapshot.training:
         module.training = training
     set_random_state(snapshot.random)
+    for back in snapshot.generators:
+        back()
 
 
 @contextmanager

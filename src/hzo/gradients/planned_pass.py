@@ -22,7 +22,7 @@ from hzo.gradients.trace_cache import check_plan, fitting, known_trace, made_wit
 from hzo.plans import Plan, Schedule, schedule
 from hzo.tape import Tape
 from hzo.tracing import Chain, batch_size, call_arguments, keep, module_of
-from hzo.tracing.recorder import chain_of
+from hzo.tracing.recorder import chain_of, write_back
 
 
 class PlannedPass(NamedTuple):
@@ -83,6 +83,7 @@ def planned_pass(
                 for values in followed.steps.base_pass:
                     base.activations.release(followed.chain.traced, values)
             yield PlannedPass(followed.chain, followed.plan, followed.steps, base)
+            write_back(recording.run)
 
 
 class _Followed(NamedTuple):

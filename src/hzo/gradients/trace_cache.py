@@ -11,7 +11,7 @@ from torch import nn
 
 from hzo.errors import InputError, PlanError
 from hzo.planner import plan as make_plan
-from hzo.plans import Plan
+from hzo.plans import Plan, check_fits
 from hzo.tape.surroundings import refuse_transforms
 from hzo.tracing import Chain, batch_size, call_arguments, check_dense, kept, module_of, signature
 from hzo.tracing.recorder import check_tensors, trace
@@ -46,18 +46,7 @@ def fitting(chain: Chain, plan: Plan | None, options: Mapping[str, Any]) -> Plan
     """
     if plan is None:
         return plan_of(chain, options)
-    if plan.fingerprint != chain.traced.fingerprint:
-        raise PlanError(
-            "this plan was made for another chain, input shape, dtype or set of trainable parameters; make one "
-            "for this: chain = hzo.trace(model, x); plan = hzo.plan(chain)"
-        )
-    operations = chain.traced.operations
-    for node in plan.nodes:
-        if node.probe is not None and any(operations[k].coupled for k in node.operations):
-            raise PlanError(
-                "this plan was made in another mode (train or eval) and would perturb samples that now influence "
-                "each other; make one for this: chain = hzo.trace(model, x); plan = hzo.plan(chain)"
-            )
+    check_fits(plan, chain.traced)
     return plan
 
 

@@ -6,9 +6,12 @@ steps and repeats by the error model; and for every edge of the tree the tensors
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
-from hzo.errors import InputError, NondeterministicError, PlanError
+import torch
+
+from hzo.errors import HzoWarning, InputError, NondeterministicError, PlanError
 from hzo.finite_differences import Scheme
 from hzo.noise import Noise, as_noise
 from hzo.planner.accuracy import error_model
@@ -156,8 +159,27 @@ def plan(
         model = error_model(graph, calibration or unitary(graph, scheme), declared, scheme)
         choice = choices(graph, model, step, edges, wanted, allowed, repeats)
         found = expecting(graph, planned(decide(graph, model, choice, aim, planned, together)), model)
+    else:
+        _warn_of_few_digits(graph, found)
     found = with_storage(graph, found, memory)
     return found if together is None else with_mesh(graph, found, together, calibration)
+
+
+def _warn_of_few_digits(graph: Graph, plan: Plan) -> None:
+    """Differences of results in half precision: nothing else says that they are rough."""
+    queried = [node.operations for node in plan.nodes if node.probe is not None]
+    queried += [(probe.operation,) for probe in plan.perturbed]
+    written = (graph.values[v].dtype for ops in queried for k in ops for v in graph.operations[k].writes)
+    low = next((dtype for dtype in written if dtype in (torch.bfloat16, torch.float16)), None)
+    if low is not None:
+        warnings.warn(
+            f"this plan takes differences of results in {str(low).removeprefix('torch.')}, of which about one digit is "
+            "left: its gradients can be far from the gradient (hzo.compare_gradients shows how far). Run the model in "
+            "float32 (model.float(), without autocast), leave out plan and options, or declare noise=, which chooses "
+            "longer steps and repeats",
+            HzoWarning,
+            stacklevel=3,
+        )
 
 
 def _check_no_declared_steps(graph: Graph) -> None:

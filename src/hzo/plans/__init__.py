@@ -3,6 +3,7 @@
 from hzo.plans.activation_schedule import Schedule, schedule
 from hzo.plans.choice import Allowed
 from hzo.plans.cost import bytes_per_direction, share_of
+from hzo.plans.fit import check_fits
 from hzo.plans.memory import with_storage
 from hzo.plans.nodes import (
     Wanted,
@@ -52,6 +53,7 @@ __all__ = [
     "b_ary",
     "bytes_per_direction",
     "check_boundaries",
+    "check_fits",
     "check_not_modelled",
     "check_queries",
     "check_smoothing",

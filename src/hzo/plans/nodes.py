@@ -42,6 +42,7 @@ def plan_without_nodes(graph: Graph, options: PlanOptions) -> Plan:
     return Plan(
         **options.given,
         fingerprint=graph.fingerprint,
+        calls=graph.calls,
         nodes=(),
         perturbed=tuple(perturbed_parameters(graph, options.scheme)),
         trainable=tuple(dict.fromkeys(use.name for op in graph.operations for use in op.parameters if use.name)),

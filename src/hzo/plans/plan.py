@@ -216,7 +216,7 @@ class Plan(PlanOptions):
     Made by ``hzo.plan``; valid for any batch size of the traced chain.
 
     Attributes:
-        fingerprint: of the chain that it was made for.
+        fingerprint, calls: of the chain that it was made for; its calls in words.
         edges: the tree's edges, from the output to the input, with what was decided about each.
         nodes: what follows from the edges, in the order in which they run.
         perturbed: parameters without a closed rule.
@@ -241,6 +241,7 @@ class Plan(PlanOptions):
     recomputed: int = 0
     expected: Expected | None = None
     edges: tuple[PlannedEdge, ...] = ()
+    calls: tuple[str, ...] = field(default=(), repr=False, compare=False)
     mesh: MeshCost | None = field(default=None, compare=False)
 
     @property

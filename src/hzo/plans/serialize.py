@@ -20,6 +20,7 @@ from hzo._options import positive, shown
 from hzo.errors import HzoError, InputError, PlanError
 from hzo.finite_differences import check_scheme
 from hzo.noise import Level, Noise
+from hzo.plans.fit import difference
 from hzo.plans.memory import stored
 from hzo.plans.nodes import plan_without_nodes, wanted_by, with_edges
 from hzo.plans.options import PlanOptions, check_boundaries, check_spacing
@@ -74,10 +75,12 @@ def load_plan(chain: Chain, path: str | PathLike[str]) -> Plan:
         raise InputError(f"expected the path of a plan's file, got {path!r}")
     values = _Fields(_read(Path(path)), str(path))
     _check_format(values)
+    calls = values.take("calls", _calls, missing=())  # files of before 2026-12 have none
     if (found := values.take("fingerprint")) != graph.fingerprint:
+        where = f": {difference(calls, graph)}" if calls else ""
         raise PlanError(
             f"{path} holds a plan for another chain, input shape, dtype or set of trainable parameters (fingerprint "
-            f"{found!r}, this chain's is {graph.fingerprint!r}); load it for its own, or make one for this: "
+            f"{found!r}, this chain's is {graph.fingerprint!r}){where}; load it for its own, or make one for this: "
             "plan = hzo.plan(chain)"
         )
     made = plan_without_nodes(graph, _options(graph, values, str(path)))
@@ -111,6 +114,7 @@ def _text(plan: Plan) -> str:
         "format": FORMAT,
         "version": VERSION,
         "fingerprint": plan.fingerprint,
+        "calls": plan.calls,
         **plan.given,
         "noise": None if plan.noise is None else asdict(plan.noise),
         "storage": plan.storage,
@@ -159,9 +163,11 @@ class _Fields:
         self.source = source
         self._left: dict[str, Any] = dict(values)
 
-    def take(self, name: str, check: Callable[[Any], Any] = lambda value: value) -> Any:
-        """What ``check`` makes of a field; its errors say where it stands."""
+    def take(self, name: str, check: Callable[[Any], Any] = lambda value: value, missing: Any = None) -> Any:
+        """What ``check`` makes of a field, ``missing`` where there is none; its errors say where it stands."""
         if name not in self._left:
+            if missing is not None:
+                return missing
             raise PlanError(f"{self.source}: the field {name!r} is missing; {_AGAIN}")
         value = self._left.pop(name)
         try:
@@ -189,6 +195,12 @@ def _check_format(values: _Fields) -> None:
             f"{values.source} is of version {shown(version)}, this hzo reads version {VERSION}; use the hzo that "
             "wrote it, or make the plan again"
         )
+
+
+def _calls(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(call, str) for call in value):
+        raise PlanError(f"expected a list of calls in words, got {shown(value)}")
+    return tuple(value)
 
 
 def _whole(low: int) -> Callable[[Any], int]:

@@ -406,10 +406,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         copies = self._copies
         if copies:
             self._copies = []
+        if kwargs and (generator := kwargs.get("generator")) is not None:
+            self.undo.remember_generator(generator)
         if about.writes:
-            generator = kwargs.get("generator")
-            if generator is not None:
-                self.undo.remember_generator(generator)
             if differentiable and about.on_lists:
                 for single in singles(func, args, kwargs):
                     self._write(single[0], _about(single[0]), single[1], single[2], True, copies)

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 RandomState = dict[str, Tensor]
+
+_PLAIN = frozenset({bool, int, float, str, type(None), Tensor, nn.Parameter})  # which hold no generator
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_MOST_HELD = 64  # items of a container that are looked through: those of a data set held by a module are not
 
 
 def random_state(devices: Iterable[torch.device]) -> RandomState:
@@ -28,6 +36,46 @@ def set_random_state(state: RandomState) -> None:
             torch.set_rng_state(saved)
         else:
             torch.cuda.set_rng_state(saved, device)
+
+
+def back_to_now(source: Any) -> Callable[[], object] | None:
+    """What puts a source of random numbers back to its present state; None for anything else.
+
+    Sources are generators of PyTorch, Python (``random.Random``, and the module ``random`` itself) and NumPy.
+    """
+    if isinstance(source, torch.Generator):
+        return partial(source.set_state, source.get_state())
+    if isinstance(source, random.Random) or source is random:
+        return partial(source.setstate, source.getstate())
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        return None
+    if isinstance(source, numpy.random.Generator):
+        bits = source.bit_generator
+        return partial(setattr, bits, "state", bits.state)
+    if isinstance(source, numpy.random.RandomState) or source is numpy.random:
+        return partial(source.set_state, source.get_state())
+    return None
+
+
+def generators_back_to_now(modules: Iterable[nn.Module]) -> list[Callable[[], object]]:
+    """What puts back the generators that code outside of PyTorch's kernels may draw from: Python's and NumPy's global
+    ones, and those that modules keep as attributes, by themselves or in lists, tuples and dicts."""
+    sources: dict[int, Any] = {
+        id(source): source for source in (random, getattr(sys.modules.get("numpy"), "random", None))
+    }
+    for module in modules:
+        for name, value in vars(module).items():
+            kind = type(value)
+            if kind in _PLAIN or name in _OF_EVERY_MODULE:
+                continue
+            if kind in (list, tuple) and len(value) <= _MOST_HELD:
+                sources.update((id(inner), inner) for inner in value if type(inner) not in _PLAIN)
+            elif kind is dict and len(value) <= _MOST_HELD:
+                sources.update((id(inner), inner) for inner in value.values() if type(inner) not in _PLAIN)
+            else:
+                sources[id(value)] = value
+    return [back for source in sources.values() if (back := back_to_now(source)) is not None]
 
 
 @dataclass(frozen=True)

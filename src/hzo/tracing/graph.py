@@ -395,6 +395,24 @@ class Graph:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @cached_property
+    def calls(self) -> tuple[str, ...]:
+        """Every call in words: what it makes of which values, for one sample, and the parameters that it reads."""
+        return tuple(self._call(op) for op in self.operations)
+
+    def _call(self, op: GraphOperation) -> str:
+        made = ", ".join(self._value(v) for v in op.writes)
+        read = ", ".join(f"%{v}" for v in op.reads if self.values[v].batched)
+        names = ", ".join(use.name for use in op.parameters if use.name)
+        return (
+            f"{op.target} of {read or 'no sample'}{' and ' + names if names else ''}, which makes {made or 'nothing'}"
+        )
+
+    def _value(self, value: int) -> str:
+        about = self.values[value]
+        shape = "×".join(map(str, about.sample_shape)) or "a number"
+        return f"%{value} ({shape}, {str(about.dtype).removeprefix('torch.')})"
+
+    @cached_property
     def handed_on(self) -> tuple[bool, ...]:
         """For every value whether it outlives the stage that makes it: what that stage's process noise is added to."""
         return tuple(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +29,7 @@ class Run:
         output: what the model returned, as tensors; references: the same with values in place of tensors.
         end, values: the numbers of operations and values of the model; what follows is the loss.
         opaque: stages that had to be run out of the recorder's sight.
+        written: inputs that the model wrote to in place, each as handed over and as the model left its copy.
     """
 
     recorder: Recorder
@@ -40,6 +41,7 @@ class Run:
     end: int = 0
     values: int = 0
     opaque: frozenset[int] = frozenset()
+    written: tuple[tuple[Tensor, Tensor], ...] = ()
 
     @property
     def tape(self) -> Tape:
@@ -79,6 +81,7 @@ def recorded(
         recorder.after_calls = after_calls(recorder)
     given = tuple(tensors_in((args, kwargs)))
     copies = [_unattached(t) for t in given]
+    versions = [copy._version for copy in copies]
     fresh = iter(copies)
     args, kwargs = pytree.tree_map_only(Tensor, lambda _: next(fresh), (args, kwargs))
     run = Run(recorder, given=given, opaque=opaque)
@@ -89,9 +92,35 @@ def recorded(
             run.inputs = tuple(_input(recorder, t, copy) for t, copy in zip(given, copies, strict=True))
             _run_stages(module, run, args, kwargs)
             yield run
+            run.written = _written(given, copies, versions)
     except BaseException:
         recorder.undo.restore()
         raise
+
+
+def _written(
+    given: Sequence[Tensor], copies: Sequence[Tensor], versions: Sequence[int]
+) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Which inputs were written to in place.
+
+    Raises:
+        TraceError: one of them shares its memory with another input, which the model saw as two.
+    """
+    found = [k for k, (copy, version) in enumerate(zip(copies, versions, strict=True)) if copy._version != version]
+    for k in found:
+        if sum(t.untyped_storage().data_ptr() == given[k].untyped_storage().data_ptr() for t in given) > 1:
+            raise TraceError(
+                f"the model writes in place to input {k} (counted from 0), whose memory another input shares; hand "
+                "over copies (x.clone()), or leave out plan and options"
+            )
+    return tuple((given[k], copies[k].detach()) for k in found)
+
+
+def write_back(run: Run) -> None:
+    """Give inputs that the model wrote to in place what it wrote there, as an ordinary call of the model does."""
+    for given, copy in run.written:
+        with torch.no_grad(), torch.inference_mode(given.is_inference()):
+            given.copy_(copy)
 
 
 def _unattached(tensor: Tensor) -> Tensor:
