@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hzo.tape.state import RandomState, generators_back_to_now, random_state, set_random_state
+from hzo.tape.state import RandomState, everybodys_back_to_now, own_back_to_now, random_state, set_random_state
 
 
 def devices_of(tensors: Iterable[object]) -> tuple[torch.device, ...]:
@@ -53,7 +53,7 @@ def take_snapshot(modules: Iterable[nn.Module]) -> Snapshot:
     parameters = (parameter for module in unique for parameter in module.parameters(recurse=False))
     devices = devices_of([*parameters, *(buffer for _, _, buffer, _ in buffers)])
     training = tuple((module, module.training) for module in unique)
-    generators = tuple(generators_back_to_now(unique))
+    generators = (*everybodys_back_to_now(), *own_back_to_now(unique))
     return Snapshot(random_state(devices), buffers, attributes, training, generators)
 
 

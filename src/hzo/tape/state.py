@@ -58,12 +58,15 @@ def back_to_now(source: Any) -> Callable[[], object] | None:
     return None
 
 
-def generators_back_to_now(modules: Iterable[nn.Module]) -> list[Callable[[], object]]:
-    """What puts back the generators that code outside of PyTorch's kernels may draw from: Python's and NumPy's global
-    ones, and those that modules keep as attributes, by themselves or in lists, tuples and dicts."""
-    sources: dict[int, Any] = {
-        id(source): source for source in (random, getattr(sys.modules.get("numpy"), "random", None))
-    }
+def everybodys_back_to_now() -> list[Callable[[], object]]:
+    """What puts back the generators of Python and NumPy that all code shares."""
+    shared = (random, getattr(sys.modules.get("numpy"), "random", None))
+    return [back for source in shared if (back := back_to_now(source)) is not None]
+
+
+def own_back_to_now(modules: Iterable[nn.Module]) -> list[Callable[[], object]]:
+    """What puts back the generators that modules keep as attributes, by themselves or in lists, tuples and dicts."""
+    sources: dict[int, Any] = {}
     for module in modules:
         for name, value in vars(module).items():
             kind = type(value)

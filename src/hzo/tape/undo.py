@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hzo.tape.state import generators_back_to_now
+from hzo.tape.state import everybodys_back_to_now, own_back_to_now
 
 _NUMBERS = (bool, int, float, str, type(None))
 
@@ -29,7 +29,7 @@ class Undo:
         self._torch = torch.get_rng_state()
         used = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         self._cuda = torch.cuda.get_rng_state_all() if used else []
-        self._sources = generators_back_to_now(())
+        self._sources = everybodys_back_to_now()
         self._contents: list[tuple[nn.Parameter, Tensor]] = []
 
     def remember(self, tensor: Tensor) -> None:
@@ -49,7 +49,7 @@ class Undo:
         self._modules += [(m, m.training, dict(m._parameters), dict(m._buffers)) for m in own]
         self._counters += [(m, {k: v for k, v in vars(m).items() if type(v) in _NUMBERS}) for m in own]
         self._contents += [(p, p.data) for m in own for p in m._parameters.values() if type(p) is nn.Parameter]
-        self._sources += generators_back_to_now(own)
+        self._sources += own_back_to_now(own)
 
     @torch.no_grad()
     def restore(self) -> None:
