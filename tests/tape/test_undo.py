@@ -102,3 +102,25 @@ def test_two_point_estimates_draw_the_same_numbers() -> None:
     assert len(seen) >= 2
     for other in seen[1:]:
         torch.testing.assert_close(other, seen[0], rtol=0, atol=1e-4)  # drawn anew they differ by 0.1 and more
+
+
+@pytest.mark.parametrize("options", PLANS)
+def test_a_generator_that_no_module_holds(options: dict[str, Any]) -> None:
+    generator = torch.Generator().manual_seed(3)
+
+    class Outside(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + torch.randn(x.shape, generator=generator)
+
+    model, x = Outside(4, 4), torch.randn(6, 4)
+    before = generator.get_state()
+    with pytest.raises(NonFiniteError):
+        hzo.backward(model, _failing, x, **options)
+    assert torch.equal(generator.get_state(), before)
+    hzo.trace(model, x)
+    assert torch.equal(generator.get_state(), before)
+    hzo.backward(model, lambda out: out.square().mean(), x, **options)
+    after = generator.get_state()
+    generator.set_state(before)
+    model(x)
+    assert torch.equal(generator.get_state(), after)
