@@ -61,7 +61,7 @@ _UNINITIALIZED = frozenset(
     f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 )
 
-_CANDIDATES = 16  # as many new results are looked at together
+_CANDIDATES = 8  # as many new results are looked at together: few, since what is not needed is held as long
 
 
 _DRAWS_NOISE = (aten.rrelu_with_noise.default, aten.rrelu_with_noise_.default)
