@@ -34,7 +34,7 @@ def whole(what: str, value: object, otherwise: str = "") -> int:
     return value
 
 
-def factor(scale: object) -> float:
+def scale_factor(scale: object) -> float:
     """The factor on gradients that a caller gave, as a number.
 
     Raises:

@@ -103,7 +103,7 @@ def _slopes_together(p: ev.Problem, seeds: list[int], loss: Tensor, run: ev.Orde
         return None
 
     def slope(direction: dict[str, Tensor]) -> Any:
-        return jvp(together.loss_of(p), (parameters,), (direction,))
+        return jvp(together.functional_loss(p), (parameters,), (direction,))
 
     slopes: list[float] = []
     for at in range(0, len(seeds), step):

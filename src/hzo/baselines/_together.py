@@ -39,14 +39,14 @@ def losses_at(p: ev.Problem, moved: dict[str, Tensor], loss: Tensor) -> Tensor |
     Raises:
         NonFiniteError: as the loss would one by one.
     """
-    found: Tensor | None = attempted(lambda: vmap(loss_of(p), randomness="same")(moved))
+    found: Tensor | None = attempted(lambda: vmap(functional_loss(p), randomness="same")(moved))
     if found is None or not same(found[0], loss):
         return None
     check_finite(found, "at the parameters or within a step of them")
     return found
 
 
-def loss_of(p: ev.Problem) -> Callable[[dict[str, Tensor]], Tensor]:
+def functional_loss(p: ev.Problem) -> Callable[[dict[str, Tensor]], Tensor]:
     """The loss as a function of the parameters, unchecked: what ``vmap`` and ``jvp`` are applied to."""
 
     def loss_at(parameters: dict[str, Tensor]) -> Tensor:

@@ -9,7 +9,7 @@ stationary      a convolution                                                 (C
 ==============  ============================================================  ===============================
 """
 
-from hzo.declared.common import Adjoint, DeclaredCall, Shape, call_of, impulse_size, is_first_operand
+from hzo.declared.common import Adjoint, DeclaredCall, Shape, call_of, impulse_size, is_only_input
 from hzo.declared.rules import find_adjoint
 
-__all__ = ["Adjoint", "DeclaredCall", "Shape", "call_of", "find_adjoint", "impulse_size", "is_first_operand"]
+__all__ = ["Adjoint", "DeclaredCall", "Shape", "call_of", "find_adjoint", "impulse_size", "is_only_input"]

@@ -84,7 +84,7 @@ def call_of(
     return DeclaredCall(graph, op, activations.tensor(value), cotangent, measure, run)
 
 
-def is_first_operand(op: GraphOperation, value: int) -> bool:
+def is_only_input(op: GraphOperation, value: int) -> bool:
     """Whether the value is the module's only input."""
     return op.module is not None and len(op.args[1]) == 1 and op.args[1][0].value == value
 

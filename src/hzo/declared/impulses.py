@@ -157,7 +157,7 @@ def pads_by_hand(shape: Geometry) -> bool:
     return shape.mode != "zeros" or any(before != behind for before, behind in shape.padding)
 
 
-def carry_back(call: DeclaredCall, shape: Geometry) -> Tensor:
+def convolution_vjp(call: DeclaredCall, shape: Geometry) -> Tensor:
     """The cotangent of what went into a convolution of this geometry."""
     found = _backward(call, shape)
     return _fold_padding(found, call.operand.shape, shape) if pads_by_hand(shape) else found

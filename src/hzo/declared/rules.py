@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hzo.declared import impulses
-from hzo.declared.common import Adjoint, DeclaredCall, Shape, impulse_size, is_first_operand
+from hzo.declared.common import Adjoint, DeclaredCall, Shape, impulse_size, is_only_input
 from hzo.declared.impulses import Geometry
 from hzo.tracing import Graph, GraphOperation, Local, Promise, declared, local_along
 
@@ -44,7 +44,7 @@ def find_adjoint(graph: Graph, op: GraphOperation, value: int) -> Adjoint | None
 
 def _one_to_one(graph: Graph, op: GraphOperation, value: int) -> bool:
     """One tensor to one tensor, the batch first in both, and its samples kept apart."""
-    alone = is_first_operand(op, value) and len(op.writes) == 1
+    alone = is_only_input(op, value) and len(op.writes) == 1
     return alone and not op.coupled and graph.values[value].batch_dim == 0 == graph.values[op.writes[0]].batch_dim
 
 
@@ -201,7 +201,7 @@ def _stationary_probes(graph: Graph, op: GraphOperation, value: int) -> list[Sha
 def _stationary(call: DeclaredCall, value: int) -> Tensor:
     geometry = declared_geometry(call.graph, call.op, value)
     assert geometry is not None
-    return impulses.carry_back(call, geometry)
+    return impulses.convolution_vjp(call, geometry)
 
 
 _AFFINE = Adjoint("affine", _affine, _affine_accepts, _affine_probes)

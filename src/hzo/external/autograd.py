@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from hzo.errors import DerivativeError
 from hzo.external.call import BoxCall
-from hzo.external.products import jvp, vjp
+from hzo.external.products import box_vjp, jvp
 
 
 def through(call: BoxCall, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -137,7 +137,7 @@ class _Vjp(torch.autograd.Function):
             for v in range(count):
                 many[v][o] = g if spec.many is None else g[v]
         wanted = [k in spec.wanted for k in range(spec.leaves)]
-        found = vjp(call, leaves, many, wanted)
+        found = box_vjp(call, leaves, many, wanted)
         results = []
         for k in spec.wanted:
             of_each = [torch.zeros_like(leaves[k]) if f[k] is None else f[k] for f in found]

@@ -25,7 +25,7 @@ from hzo.external.call import BoxCall, OnFailure, Settings
 from hzo.external.cost import BoxPlan, ChainPlan, plan_of_call
 from hzo.external.guard import Guarded, expect
 from hzo.external.planned import PlannedCall, forget, in_dtype_of, planned, seconds_of_plan
-from hzo.external.signature import flatten, names_of
+from hzo.external.signature import argument_names, flatten
 from hzo.external.state import floating
 from hzo.external.state_history import StateHistory
 from hzo.external.steps import MEASURED, Bounds, Steps
@@ -373,7 +373,7 @@ class BlackBox(nn.Module):
             raise _without_tensor(leaves)
         guard, settings = self._guard, self.settings
         assert settings is not None
-        names = names_of(guard.callable, args, kwargs)
+        names = argument_names(guard.callable, args, kwargs)
         parameters = {
             name: p for name, p in self.stages.named_parameters() if p.requires_grad or not torch.is_grad_enabled()
         }

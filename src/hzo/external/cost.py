@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hzo.execution import counting
 from hzo.external.call import BoxCall, divided
-from hzo.external.sites import Method, Site, method_of, site_of
+from hzo.external.sites import Site, SiteMethod, method_of, site_of
 from hzo.plans import Plan
 
 
@@ -134,7 +134,7 @@ def plan_of_call(call: BoxCall, leaves: Sequence[Tensor], wanted: Sequence[bool]
     return BoxPlan(guard.name, call.layout.batch, tuple(sites), calls, per_sample * samples)
 
 
-def _words(method: Method) -> str:
+def _words(method: SiteMethod) -> str:
     words = {
         "coordinate": "element by element",
         "colored": f"by colors ({method.coloring})",
@@ -144,7 +144,7 @@ def _words(method: Method) -> str:
     return f"{how}, affine: one sample for all" if method.alike else how
 
 
-def _calls(call: BoxCall, site: Site, method: Method) -> int:
+def _calls(call: BoxCall, site: Site, method: SiteMethod) -> int:
     fixed = call.guard.batched
     if type(fixed) is int:
         folded = site.apart and call.folds

@@ -223,7 +223,7 @@ class Guarded(nn.Module):
 
     def _one(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], watched: bool) -> Any:
         if self.timeout is not None:
-            return within(self.timeout, self.callable, args, kwargs, watched)
+            return call_within(self.timeout, self.callable, args, kwargs, watched)
         with torch.enable_grad() if watched else torch.no_grad():
             return self.callable(*args, **kwargs)
 
@@ -426,7 +426,7 @@ def rows_of(tensor: Tensor, start: int, size: int) -> Tensor:
     return rows if not missing else torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])])
 
 
-def within(
+def call_within(
     seconds: float,
     f: Callable[..., Any],
     arguments: Sequence[Any],

@@ -19,7 +19,7 @@ from hzo.execution import Activations, contained, counting, run_again, undone_on
 from hzo.external.guard import Guarded, expect
 from hzo.external.state import Saved
 from hzo.finite_differences import accumulation_dtype, scale_of
-from hzo.gradients import Sweep, at_the_end, base_pass, plan_of, sweep, traced_for
+from hzo.gradients import Sweep, at_the_end, base_pass, plan_of, sweep_plan, traced_for
 from hzo.measurement import calibrate
 from hzo.planner import plan as make_plan
 from hzo.plans import Plan, schedule
@@ -147,7 +147,9 @@ def _backward(this: PlannedCall, cotangents: Sequence[Tensor | None]) -> list[Te
             elif this.options.get("step") is None and this.chain not in _tried:
                 _check_straight(this, plan)
                 _tried.add(this.chain)
-            return sweep(graph, plan, schedule(graph, plan), activations, at_end, memory=this.memory, seed=this.seed)
+            return sweep_plan(
+                graph, plan, schedule(graph, plan), activations, at_end, memory=this.memory, seed=this.seed
+            )
 
     device, dtype = this.autocast  # autograd runs a backward pass outside the user's autocast
     with torch.autocast(device, dtype=dtype, enabled=dtype is not None):

@@ -23,7 +23,7 @@ from hzo.external.call import BoxCall, named_samples
 from hzo.external.granularity import measured_step
 from hzo.external.promises import check_copies, check_promise
 from hzo.external.queries import BoxSweep
-from hzo.external.sites import Method, Site, method_of, site_of
+from hzo.external.sites import Site, SiteMethod, method_of, site_of
 from hzo.external.steps import MEASURED
 from hzo.finite_differences import (
     Probe,
@@ -40,7 +40,7 @@ from hzo.finite_differences import (
 SUSPECT = 0.1  # error estimate above which a gradient is said to be inaccurate
 
 
-def vjp(
+def box_vjp(
     call: BoxCall, leaves: Sequence[Tensor], many: Sequence[Sequence[Tensor | None]], wanted: Sequence[bool]
 ) -> list[list[Tensor | None]]:
     """For several lists of cotangents (one for each output, None for zero) the cotangents of the leaves that are
@@ -202,7 +202,7 @@ def _along(
 def _vjp_at(
     sweep: BoxSweep,
     site: Site,
-    method: Method,
+    method: SiteMethod,
     rows: Tensor,
     cotangents: Sequence[Sequence[Tensor]],
     step: Any,
@@ -248,7 +248,7 @@ def _ranges(chosen: Tensor) -> list[tuple[int, int]]:
 def _weighted(
     sweep: BoxSweep,
     site: Site,
-    method: Method,
+    method: SiteMethod,
     rows: Tensor,
     cotangents: Sequence[Sequence[Tensor]],
     places: Stencil,
@@ -285,7 +285,7 @@ def _weighted(
 
 def _note_moved(
     site: Site,
-    method: Method,
+    method: SiteMethod,
     start: int,
     stop: int,
     differences: Sequence[Tensor],
@@ -306,7 +306,7 @@ def _note_moved(
 
 def _decode(
     site: Site,
-    method: Method,
+    method: SiteMethod,
     start: int,
     stop: int,
     differences: Sequence[Tensor],
@@ -547,7 +547,7 @@ def _columns(sweep: BoxSweep, site: Site, rows: Tensor, v: Tensor, step: Any, bo
     call, settings = sweep.call, sweep.call.settings
     method = method_of(call, site, sweep.outputs, call.sample_shapes(sweep.outputs, site.apart))
     if method.how != "elementwise" or method.alike:
-        method = Method("coordinate", site.elements, evaluations(settings.scheme), call.layout.batch)
+        method = SiteMethod("coordinate", site.elements, evaluations(settings.scheme), call.layout.batch)
     draws = settings.draws if settings.mu is not None else 1
     generator = torch.Generator("cpu").manual_seed(call.seed + site.index)
     total: list[Tensor] | None = None

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from hzo._options import positive, whole
 from hzo.errors import InputError, QueryError, QueryTimeoutError
-from hzo.external.guard import within
+from hzo.external.guard import call_within
 
 _RETRIES = 3
 _LAST_WORDS = 800  # bytes of what a process that ended had written to its standard error
@@ -100,7 +100,7 @@ class Simulator:
     def _ask(self, arrays: Sequence[Any], tries: int = 0) -> Any:
         process = self._running()
         try:
-            results = within(self.timeout, lambda: self._exchange(process, arrays), ())
+            results = call_within(self.timeout, lambda: self._exchange(process, arrays), ())
         except QueryTimeoutError:
             self._end()
             raise QueryTimeoutError(

@@ -10,7 +10,7 @@ from torch import Tensor
 from hzo.errors import HzoError, StructureError
 from hzo.execution import counting
 from hzo.external.queries import BoxSweep
-from hzo.external.sites import Method, Site
+from hzo.external.sites import Site, SiteMethod
 from hzo.finite_differences import Pattern, of_one_sign
 from hzo.tracing import declared
 from hzo.verification import properties
@@ -20,7 +20,7 @@ _ALIKE = 1e-4  # relative: an affine part may compute its sums in another order
 
 
 def check_promise(
-    sweep: BoxSweep, site: Site, method: Method, rows: Tensor, step: Any, bounds: tuple[Any, Any]
+    sweep: BoxSweep, site: Site, method: SiteMethod, rows: Tensor, step: Any, bounds: tuple[Any, Any]
 ) -> None:
     """Try what a method takes for granted, at the first use of it in a box.
 
@@ -116,7 +116,7 @@ def _reached(pattern: Pattern, element: int) -> Tensor:
 
 def _must_stay(sweep: BoxSweep, site: Site, promise: str, base: Tensor, found: Tensor, stays: Tensor) -> None:
     worked = (found.isfinite() & base.isfinite()).all(1, keepdim=True)  # of a sample that failed nothing is said
-    change = properties.gap(base, found) * (stays & worked)
+    change = properties.difference(base, found) * (stays & worked)
     if change.numel() and float(change.max()) > _slack(sweep, base, site):
         sample, element = divmod(int(change.argmax()), change.shape[1])
         raise _broken(
@@ -152,7 +152,7 @@ def _affine(sweep: BoxSweep, site: Site, rows: Tensor, bounds: tuple[Any, Any], 
     for b, t, m in zip(base, theirs, middle, strict=True):
         wide = torch.promote_types(m.dtype, torch.float32)
         expected, got = (b.to(wide) + t.to(wide)) / 2, m.to(wide)
-        gaps = properties.gap(expected, got)[expected.isfinite() & got.isfinite()]
+        gaps = properties.difference(expected, got)[expected.isfinite() & got.isfinite()]
         scale = float(torch.stack([b.to(wide).abs(), t.to(wide).abs()]).nan_to_num(0, 0, 0).max())
         if gaps.numel() and float(gaps.max()) > max(_ALIKE * scale, 4 * _unlike(sweep)):
             raise _broken(

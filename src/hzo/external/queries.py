@@ -14,7 +14,7 @@ from hzo.distributed import shares
 from hzo.errors import NonFiniteError
 from hzo.execution import counting
 from hzo.external.call import BoxCall, named_samples
-from hzo.external.sites import Method, Site, sample_shape
+from hzo.external.sites import Site, SiteMethod, sample_shape
 from hzo.finite_differences import (
     Probe,
     States,
@@ -221,7 +221,7 @@ class BoxSweep:
     def differences(
         self,
         site: Site,
-        method: Method,
+        method: SiteMethod,
         rows: Tensor,
         places: Stencil,
         moved_base: list[Tensor] | None,
@@ -347,7 +347,7 @@ class BoxSweep:
         return (self.second / self.first) ** 0.5 if self.first else inf
 
 
-def _states(site: Site, method: Method, rows: Tensor) -> Any:
+def _states(site: Site, method: SiteMethod, rows: Tensor) -> Any:
     """A function (start, stop, moved rows) -> (directions, rows, n)."""
     if method.how == "elementwise":
 

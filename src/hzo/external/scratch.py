@@ -11,12 +11,12 @@ from torch import Tensor
 from hzo.errors import HzoError
 from hzo.external.state import FoundState, Saved, Slot, StateKey, floating
 
-Run = Callable[[], Sequence[Tensor]]
+RunAgain = Callable[[], Sequence[Tensor]]
 _LATER = 10**6  # calls
 
 
 def scratch(
-    state: FoundState, keys: Sequence[StateKey], left: Saved, outputs: Sequence[Tensor], again: Run
+    state: FoundState, keys: Sequence[StateKey], left: Saved, outputs: Sequence[Tensor], again: RunAgain
 ) -> dict[StateKey, bool]:
     """For each place that a call changed whether nothing depends on what it held.
 
@@ -57,7 +57,12 @@ def scratch(
 
 
 def counters_matter(
-    state: FoundState, keys: Sequence[StateKey], start: Saved, left: Saved | None, outputs: Sequence[Tensor], again: Run
+    state: FoundState,
+    keys: Sequence[StateKey],
+    start: Saved,
+    left: Saved | None,
+    outputs: Sequence[Tensor],
+    again: RunAgain,
 ) -> bool:
     """Whether what comes out changes with whole numbers and truth values that a call changed: a clock, a flag.
 

@@ -74,7 +74,7 @@ def _fields(leaf: Any) -> tuple[str, ...] | None:
     return tuple(vars(leaf)) if type(leaf) is SimpleNamespace else None
 
 
-def names_of(f: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> list[str]:
+def argument_names(f: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> list[str]:
     """For every leaf of ``(args, kwargs)`` the name of the argument that holds it: ``f``'s own, or its number."""
     try:
         bound = list(inspect.signature(f.forward if isinstance(f, nn.Module) else f).parameters.values())

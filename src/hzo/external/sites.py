@@ -51,7 +51,7 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Method:
+class SiteMethod:
     """How a site's derivatives are asked for.
 
     Attributes:
@@ -82,7 +82,7 @@ def site_of(call: BoxCall, leaves: Sequence[Tensor], k: int, outputs: Sequence[i
     return Site(k, where, (*shape, 2) if pairs == 2 else shape, layout.batch if apart else 1, apart, pairs, dtype)
 
 
-def method_of(call: BoxCall, site: Site, outputs: Sequence[int], shapes: Sequence[tuple[int, ...]]) -> Method:
+def method_of(call: BoxCall, site: Site, outputs: Sequence[int], shapes: Sequence[tuple[int, ...]]) -> SiteMethod:
     """The cheapest way to the derivatives that the part's structure allows.
 
     Args:
@@ -90,7 +90,7 @@ def method_of(call: BoxCall, site: Site, outputs: Sequence[int], shapes: Sequenc
     """
     settings, layout = call.settings, call.layout
     evaluated, samples = evaluations(settings.scheme), layout.batch
-    plain = Method("coordinate", site.elements, evaluated, samples)
+    plain = SiteMethod("coordinate", site.elements, evaluated, samples)
     argument = site.index < call.count or (call.state_keys and site.index >= call.count + len(call.parameters))
     if not argument or (layout.batched and not site.apart):
         return plain
@@ -106,18 +106,18 @@ def method_of(call: BoxCall, site: Site, outputs: Sequence[int], shapes: Sequenc
             f"sample, got {other}; leave elementwise=True out, or see promises="
         )
     if settings.elementwise:
-        found.append(Method("elementwise", site.pairs, evaluated, samples))
+        found.append(SiteMethod("elementwise", site.pairs, evaluated, samples))
     if settings.symmetric and alone and fits and len(outputs) == 1 and stepping and site.pairs == 1:
-        found.append(Method("symmetric", 2, 2, samples))  # in two groups, where sizes of the cotangent differ much
+        found.append(SiteMethod("symmetric", 2, 2, samples))  # in two groups, where sizes of the cotangent differ much
     if site.pairs == 1 and alone and not settings.elementwise:
         patterns = [settings.pattern(site.shape, shape) for shape in shapes]
         if patterns and all(p is not None for p in patterns):
             coloring = color([p for p in patterns if p is not None])
-            found.append(Method("colored", coloring.directions, evaluated, samples, coloring=coloring))
+            found.append(SiteMethod("colored", coloring.directions, evaluated, samples, coloring=coloring))
     best = min(found, key=lambda m: m.queries)
     if settings.affine and alone and layout.batched and settings.mu is None and not call.draws:
         if settings.reindexing and site.pairs == 1 and len(outputs) == 1 and settings.bounds.given is None:
-            best = min((best, Method("reindexing", 1, 1, 1)), key=lambda m: m.queries)
+            best = min((best, SiteMethod("reindexing", 1, 1, 1)), key=lambda m: m.queries)
         alike = [replace(m, evaluations=1, samples=1, alike=True) for m in found if m.how != "symmetric"]
         best = min((best, *alike), key=lambda m: m.queries)
     return best

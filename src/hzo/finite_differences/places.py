@@ -183,7 +183,7 @@ def stencil(
 
 
 def _paired(rows: Tensor, at: Tensor, upper: Tensor, lower: Tensor, h: Tensor, where: str) -> Stencil:
-    """Two places and the distance that rounding left between them."""
+    """Two places and the gap that rounding left between them."""
     gap = upper.to(at.dtype) - lower.to(at.dtype)
     if not bool(gap.isfinite().all()):
         raise StepError(

@@ -106,12 +106,12 @@ def check_step(step: float | None) -> float | None:
 
 
 def stepped(tensor: Tensor, step: float | Tensor, scheme: Scheme, where: str) -> tuple[Tensor, Tensor, Tensor]:
-    """``tensor`` moved up and down by the step, and the distance that rounding really left between the two.
+    """``tensor`` moved up and down by the step, and the gap that rounding really left between the two.
 
-    Returns ``(upper, lower, distance)``; ``lower`` is the tensor itself for forward differences. The distance is in
+    Returns ``(upper, lower, gap)``; ``lower`` is the tensor itself for forward differences. The gap is in
     the accumulation dtype; dividing by it instead of by the nominal step removes the rounding of the perturbed state.
 
-    An infinite element does not move, and its distance is infinite: what is taken of it is zero, as is the slope of
+    An infinite element does not move, and its gap is infinite: what is taken of it is zero, as is the slope of
     whatever makes something finite of infinity.
 
     Raises:
@@ -121,20 +121,20 @@ def stepped(tensor: Tensor, step: float | Tensor, scheme: Scheme, where: str) ->
     by = step.to(tensor) if isinstance(step, Tensor) else step
     upper = tensor + by
     lower = tensor - by if scheme == "central" else tensor
-    distance = upper.to(wide) - lower.to(wide)
-    if bool(((distance > 0) & distance.isfinite()).all()):
-        return upper, lower, distance
+    gap = upper.to(wide) - lower.to(wide)
+    if bool(((gap > 0) & gap.isfinite()).all()):
+        return upper, lower, gap
     still = immovable(tensor)
-    if not bool((distance.isfinite() | still).all()):
+    if not bool((gap.isfinite() | still).all()):
         raise StepError(
             f"a step of {float(torch.as_tensor(step).max()):.3g} leaves the range of {tensor.dtype} in {where}; give a "
             "smaller step"
         )
-    if not bool(((distance > 0) | still).all()):
+    if not bool(((gap > 0) | still).all()):
         largest = float(tensor.masked_fill(still, 0).abs().max())
         smallest = float(torch.as_tensor(step).expand(tensor.shape)[~still].min())
         raise StepError(
             f"a step of {smallest:.3g} vanishes beside values of up to {largest:.3g} of {where} in {tensor.dtype}; "
             "give a larger step, or run this part in a wider dtype"
         )
-    return torch.where(still, tensor, upper), torch.where(still, tensor, lower), distance.masked_fill(still, torch.inf)
+    return torch.where(still, tensor, upper), torch.where(still, tensor, lower), gap.masked_fill(still, torch.inf)

@@ -35,7 +35,7 @@ from hzo.finite_differences.steps import (
 )
 from hzo.tracing import tensors_in
 
-Run = Callable[[Tensor, int], list[Tensor]]
+RunCopies = Callable[[Tensor, int], list[Tensor]]
 """Rows (copies × B, n) and the number of copies -> rows (copies × B, m) of every output."""
 
 # Smaller chunks wait for the interpreter, larger ones for memory (see benchmarks/gradient_time.py).
@@ -58,7 +58,7 @@ def default_memory(device: torch.device) -> int:
 def directions_per_chunk(bytes_per_direction: int, memory: int | None, device: torch.device) -> int:
     """How many directions fit into the budget; at least one.
 
-    Room for one more is left to what a node needs once: the moved rows, their distance, the result.
+    Room for one more is left to what a node needs once: the moved rows, their gap, the result.
     """
     if memory is not None and (isinstance(memory, bool) or not isinstance(memory, (int, float)) or memory <= 0):
         raise InputError(
@@ -68,7 +68,7 @@ def directions_per_chunk(bytes_per_direction: int, memory: int | None, device: t
 
 
 def vjp_rows(
-    run: Run,
+    run: RunCopies,
     rows: Tensor,
     cotangents: Sequence[Tensor],
     *,
@@ -93,7 +93,7 @@ def vjp_rows(
         noisy: what queries return differs by more than rounding, and whoever asks reckons with it.
 
     Returns (B, n) in the accumulation dtype. Cost: probe.directions × B queries, twice that for central differences.
-    Source: paper, the estimate of a node; the true distance between the rounded states as divisor: ours.
+    Source: paper, the estimate of a node; the true gap between the rounded states as divisor: ours.
 
     Raises:
         NonFiniteError: the state, or what a query returned, is NaN or infinite.
@@ -110,7 +110,7 @@ def vjp_rows(
         step = scaled_step(rows, relative_step(scheme, precision or rows.dtype), where, precision)
     elif step is None:
         step = default_step(rows, scheme, where, precision)
-    upper, lower, distance = stepped(rows, step, scheme, where)
+    upper, lower, gap = stepped(rows, step, scheme, where)
     result = torch.zeros(rows.shape, dtype=wide, device=rows.device)
     states = [States(probe, rows) for _ in range(evaluations(scheme))]  # what is above may be a view of its states
     # Processes that share the queries of a node each sum up some of its directions, or none where there are few.
@@ -144,7 +144,7 @@ def vjp_rows(
         start = stop
     if among is not None:
         among.sum_(result, where)
-    result /= distance
+    result /= gap
     if not bool(result.isfinite().all()):
         raise NonFiniteError(
             f"a query that perturbed {where} returned NaN or infinity; check the model at this input, or give a "
@@ -248,7 +248,7 @@ def estimate_vjp(
             random numbers draws the same for every query, those that it would draw next.
         a: the input, or a tuple of inputs (``f(*a)``).
         cotangent: g, shaped like the output (a tuple where f returns one).
-        step: distance h of the perturbation; None takes one from dtype and scale of each input.
+        step: length h of the perturbation; None takes one from dtype and scale of each input.
         elementwise: promise that an output element depends on the input element of the same place alone.
         batched: False where ``f`` cannot take more samples than ``a`` has; directions then run one by one.
         memory: bytes that the perturbed copies of one call may take; None takes a share of what is free.
@@ -259,7 +259,7 @@ def estimate_vjp(
 
     Cost: for n floating elements a sample (1 if elementwise) 2 n B queries (central) or n B and one base evaluation
     (forward). Peak memory: the budget plus what ``f`` itself allocates.
-    Source: paper, the estimate of a node; chunks and the measured distance: ours.
+    Source: paper, the estimate of a node; chunks and the measured gap: ours.
 
     Raises:
         InputError: shapes that do not fit, an integer input alone, a changed output shape.

@@ -21,11 +21,19 @@ from hzo.finite_differences import (
     scaled_step,
     vjp_rows,
 )
-from hzo.gradients.parameters import Gradients, LocalStep, add_gradients, add_to, by_rule, finish, last_contributions
+from hzo.gradients.parameters import (
+    LocalStep,
+    ParameterGradients,
+    add_gradients,
+    add_to,
+    by_rule,
+    finish,
+    last_contributions,
+)
 from hzo.plans import Node, Plan, Schedule, bytes_per_direction
 from hzo.tracing import Graph, GraphOperation, ParameterUse
 
-Cotangents = dict[int, dict[int, Tensor]]
+BoundaryCotangents = dict[int, dict[int, Tensor]]
 """By position and value; tensors in the accumulation dtype."""
 
 
@@ -44,14 +52,14 @@ class Sweep:
     plan: Plan
     activations: Activations
     memory: int | None
-    cotangents: Cotangents
+    cotangents: BoundaryCotangents
     local: LocalStep
     seed: int = 0
-    gradients: Gradients = field(default_factory=dict)
+    gradients: ParameterGradients = field(default_factory=dict)
     derived: dict[int, Tensor] = field(default_factory=dict)
 
 
-def sweep(
+def sweep_plan(
     graph: Graph,
     plan: Plan,
     steps: Schedule,

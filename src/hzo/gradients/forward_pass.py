@@ -19,7 +19,7 @@ from hzo.reverse import RecordedStep, as_data, check_input, sweep_end
 from hzo.tape import Recorder, Tape
 from hzo.tape.operations import Ref
 from hzo.tracing import Chain, Graph, batch_size, call_arguments
-from hzo.tracing.recorder import OutOfSight, Run, recorded, rerun
+from hzo.tracing.recorder import OutOfSight, RecordedRun, recorded, rerun
 
 
 class OtherGraphError(PlanError):
@@ -89,7 +89,7 @@ class _Release:
 @contextmanager
 def _running(
     module: nn.Module, x: Any, graph: Graph | None, steps: Sequence[Iterable[int]] = (), **how: Any
-) -> Iterator[tuple[Run, _Release | None]]:
+) -> Iterator[tuple[RecordedRun, _Release | None]]:
     args, kwargs = call_arguments(x)
     batch = batch_size(args, kwargs)
     check_input(x)
@@ -143,7 +143,7 @@ def base_pass(chain: Chain, x: Any, steps: Sequence[Iterable[int]] = ()) -> tupl
     return _activations(graph, run, batch), output
 
 
-def _activations(graph: Graph, run: Run, batch: int) -> Activations:
+def _activations(graph: Graph, run: RecordedRun, batch: int) -> Activations:
     tape = run.tape
     run.recorder.release()
     kept = len(graph.values)  # what follows is the loss's
@@ -163,7 +163,7 @@ class RecordedLoss:
     """
 
     module: nn.Module
-    run: Run
+    run: RecordedRun
     batch: int
     loss: Tensor
     difference: OtherGraphError | None
@@ -253,7 +253,7 @@ def carried_to_outputs(chain: Chain, x: Any, recording: RecordedLoss) -> BasePas
     return BasePass(_activations(graph, run, batch), run.output, loss, at_end, direct, beside, given)
 
 
-def _refuse_hooks(graph: Graph, run: Run) -> None:
+def _refuse_hooks(graph: Graph, run: RecordedRun) -> None:
     """Hooks on tensors inside the model would change a gradient that no query sees; ``retain_grad`` asks for one."""
     for tensor in run.recorder.seen():
         value = run.tape._index.get(id(tensor))

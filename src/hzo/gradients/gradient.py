@@ -16,16 +16,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hzo._options import factor as factor_of
-from hzo._options import function
+from hzo._options import function, scale_factor
 from hzo.distributed import averaged, kind_of_wrapper, refuse_wrappers, shared, unwrapped
 from hzo.errors import InputError
 from hzo.execution import contained
-from hzo.gradients.backward_sweep import Cotangents, sweep
-from hzo.gradients.parameters import Gradients
+from hzo.gradients.backward_sweep import BoundaryCotangents, sweep_plan
+from hzo.gradients.parameters import ParameterGradients
 from hzo.gradients.planned_pass import planned_pass
 from hzo.plans import Plan
-from hzo.reverse import accumulate, gradients_of, hooked, named, one_by_one
+from hzo.reverse import accumulate, drained, gradients_by_name, gradients_of, hooked
 from hzo.tape import Ref
 from hzo.tape.marks import marks_of
 from hzo.tracing import Chain, Graph, module_of, output_leaves
@@ -88,9 +87,9 @@ def backward(
         DistributedError: on all processes, where one fails, is lost, or is about to compute something else.
         See ``hzo.trace`` and ``hzo.plan`` for what they raise.
     """
-    factor = factor_of(scale)
+    factor = scale_factor(scale)
     found_leaves, loss, _ = _leaves(_Task(model, loss_fn, x, y, plan, memory, options), mesh, timeout, keep)
-    accumulate(one_by_one(found_leaves) if factor == 1 else [(leaf, g * factor) for leaf, g in found_leaves])
+    accumulate(drained(found_leaves) if factor == 1 else [(leaf, g * factor) for leaf, g in found_leaves])
     return loss
 
 
@@ -113,7 +112,7 @@ def grad_and_value(
     """
     leaves, loss, names = _leaves(_Task(model, loss_fn, x, y, plan, memory, options), mesh, timeout)
     if names is None or kind_of_wrapper(model):  # type: ignore[arg-type]
-        return named(leaves, model, loss_fn), loss  # type: ignore[arg-type]
+        return gradients_by_name(leaves, model, loss_fn), loss  # type: ignore[arg-type]
     found = {id(leaf): gradient for leaf, gradient in leaves}
     # Each in memory of its own: a gradient that is clipped must move no other.
     made = {n: torch.empty_like(p, requires_grad=False).copy_(found[id(p)]) for n, p in names.items() if id(p) in found}
@@ -156,7 +155,7 @@ def cotangents(
 def estimated_cotangents(
     model: Chain | nn.Module, loss_fn: Callable[..., Any], x: Any, y: Any = None, *, plan: Plan | None = None,
     memory: int | None = None, **options: Any,
-) -> tuple[Graph, Cotangents] | None:  # fmt: skip
+) -> tuple[Graph, BoundaryCotangents] | None:  # fmt: skip
     """All cotangents that a plan estimates, by position and value, and the graph; None where ``backward`` uses none."""
     task = _Task(model, loss_fn, x, y, plan, memory, options)
     if _on_tape(task):
@@ -190,11 +189,11 @@ class _Estimate:
         loss: the mean. graph: of the model. cotangents: by position and value.
     """
 
-    gradients: Gradients
+    gradients: ParameterGradients
     others: Leaves
     loss: Tensor
     graph: Graph
-    cotangents: Cotangents
+    cotangents: BoundaryCotangents
 
 
 def _leaves(
@@ -274,7 +273,7 @@ def _estimate(
         # Drawn where it moves the random state on, so that the next gradient has other signs.
         seed = int(torch.randint(2**62, ())) if found.random else 0
         with contained(graph.opaque_modules):
-            swept = sweep(
+            swept = sweep_plan(
                 graph, found, steps, base.activations, base.at_end, memory=task.memory, seed=seed, keep=keep,
                 direct=base.direct, widely=keep or widely,
             )  # fmt: skip
@@ -298,7 +297,7 @@ def _after_hooks(leaf: Tensor, gradient: Tensor) -> Tensor:
     return hooked(leaf, gradient.to(leaf.dtype)) if leaf._backward_hooks else gradient
 
 
-def _elsewhere(module: nn.Module, found: Gradients, by_id: dict[int, Tensor]) -> Gradients:
+def _elsewhere(module: nn.Module, found: ParameterGradients, by_id: dict[int, Tensor]) -> ParameterGradients:
     """Parameters that have a gradient from other processes alone."""
     known = {id(p) for p, _ in found.values()}
     return {n: (p, by_id[id(p)]) for n, p in module.named_parameters() if id(p) in by_id and id(p) not in known}

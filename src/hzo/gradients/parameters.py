@@ -22,7 +22,7 @@ from hzo.reverse import again, carry_back
 from hzo.rules.base import Call, Engine
 from hzo.tracing import Graph, GraphOperation, ParameterUse
 
-Gradients = dict[str, tuple[Tensor, Tensor]]
+ParameterGradients = dict[str, tuple[Tensor, Tensor]]
 """Parameter and gradient by the parameter's name."""
 
 
@@ -74,7 +74,7 @@ def by_rule(
     return found
 
 
-def parameter_gradients(local: LocalStep, cotangents: Mapping[int, Tensor]) -> Gradients:
+def parameter_gradients(local: LocalStep, cotangents: Mapping[int, Tensor]) -> ParameterGradients:
     """The gradient of every trainable parameter that the loss depends on.
 
     Args:
@@ -82,7 +82,7 @@ def parameter_gradients(local: LocalStep, cotangents: Mapping[int, Tensor]) -> G
 
     Cost: a ``parameter_rule`` for each rule that is applied; 2 n B queries of one operation for n perturbed elements.
     """
-    gradients: Gradients = {}
+    gradients: ParameterGradients = {}
     derived: dict[int, Tensor] = {}
     for op in reversed(local.graph.operations):
         add_gradients(local, op, cotangents, derived, gradients)
@@ -94,7 +94,7 @@ def add_gradients(
     op: GraphOperation,
     cotangents: Mapping[int, Tensor],
     derived: dict[int, Tensor],
-    gradients: Gradients,
+    gradients: ParameterGradients,
 ) -> None:
     """Add the gradients of one operation's parameters to ``gradients``, of values derived from such to ``derived``.
 
@@ -126,7 +126,7 @@ def last_contributions(graph: Graph) -> dict[int, list[str]]:
     return found
 
 
-def finish(name: str, gradients: Gradients) -> None:
+def finish(name: str, gradients: ParameterGradients) -> None:
     """A gradient that is complete takes the dtype of ``.grad``, so that only one of them is held in a wider one."""
     if name in gradients:
         leaf, gradient = gradients[name]
@@ -134,7 +134,7 @@ def finish(name: str, gradients: Gradients) -> None:
 
 
 def add_to(
-    local: LocalStep, use: ParameterUse, gradient: Tensor, derived: dict[int, Tensor], gradients: Gradients
+    local: LocalStep, use: ParameterUse, gradient: Tensor, derived: dict[int, Tensor], gradients: ParameterGradients
 ) -> None:
     """Add a contribution to the gradient of a parameter, or to the cotangent of a derived value."""
     if not use.name:
@@ -167,7 +167,7 @@ def _by_perturbation(local: LocalStep, op: GraphOperation, use: ParameterUse, gi
     where = use.name or f"an operand of {op.name}"
     precision = narrowest([parameter.dtype, *(local.graph.values[v].dtype for v in given)])
     step = local.step or default_step(parameter.reshape(1, -1), scheme, where, precision).view_as(parameter)
-    upper, lower, distance = stepped(parameter, step, scheme, where)
+    upper, lower, gap = stepped(parameter, step, scheme, where)
     result = torch.zeros(parameter.numel(), dtype=wide, device=parameter.device)
 
     def product(k: int, moved: Tensor) -> Tensor:
@@ -184,7 +184,7 @@ def _by_perturbation(local: LocalStep, op: GraphOperation, use: ParameterUse, gi
         result[k] = above - product(k, lower) if scheme == "central" else above
     if among is not None:
         among.sum_(result, where)
-    gradient = result.reshape(parameter.shape) / distance
+    gradient = result.reshape(parameter.shape) / gap
     if not bool(gradient.isfinite().all()):
         raise NonFiniteError(f"a query that perturbed {where} returned NaN or infinity")
     return gradient

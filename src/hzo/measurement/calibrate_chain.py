@@ -82,7 +82,7 @@ def calibrate(
         edges = EdgeMeasurements(graph, activations, at_end, allowed, reference, total, repeats, seconds)
         for target, source in edges_of(graph, wanted_by(graph, "all"), allowed):
             edges.measure(target, source)
-        noise = None if total is None else scatter.split(graph, activations, total, edges.cotangents)
+        noise = None if total is None else scatter.split_noise(graph, activations, total, edges.cotangents)
         return Calibration(
             fingerprint=graph.fingerprint,
             norms=edges.norms,

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from hzo.execution import Activations
 from hzo.finite_differences import evaluations, scale_of, scaled_step
-from hzo.gradients import Cotangents, Gradients, LocalStep, Sweep, add_gradients, estimate_node, with_carried
+from hzo.gradients import (
+    BoundaryCotangents,
+    LocalStep,
+    ParameterGradients,
+    Sweep,
+    add_gradients,
+    estimate_node,
+    with_carried,
+)
 from hzo.measurement.timing import operation_seconds, timed
 from hzo.planner import Bend, Seconds, share
 from hzo.plans import Allowed, Node, Plan, check_queries, has_rule, make_node
@@ -24,7 +32,7 @@ _RESOLVED = 3.0  # times what rounding explains, from which on a difference is t
 _UNSURE = 0.1  # of what noise explains: a difference below is not told from none
 
 
-Difference = tuple[float, float, float, float | None]
+MeasuredDifference = tuple[float, float, float, float | None]
 """A step, its ratio to the next smaller one, the squared difference of the estimates at the two, and that of the next
 pair of steps; None for the last where it does not show."""
 
@@ -84,7 +92,7 @@ class EdgeMeasurements:
         return Sweep(self.graph, self.reference, self.activations, None, {end: at_the_end}, local)
 
     @property
-    def cotangents(self) -> Cotangents:
+    def cotangents(self) -> BoundaryCotangents:
         """The best there are: of the one sweep, or of the first of two."""
         return self.sweeps[0].cotangents
 
@@ -165,12 +173,12 @@ class EdgeMeasurements:
         step, ratio, above, below = found
         highest = 4.0 if self.allowed.scheme == "central" else 2.0
         power = highest if below is None else min(highest, max(1.0, log(above / below, ratio)))
-        distance = step * scale_of(self._rows(node))
-        return Bend(above / _apart(power, ratio) / distance**power, power, node.source)
+        h = step * scale_of(self._rows(node))
+        return Bend(above / _apart(power, ratio) / h**power, power, node.source)
 
     def _through_noise(
         self, sweep: Sweep, node: Node, at_source: dict[int, Tensor], reference: Tensor
-    ) -> Difference | None:
+    ) -> MeasuredDifference | None:
         """What the noise of the estimates does not explain of their differences."""
         expected = {step: self._explained(node, step, at_source) / node.repeats for step in (SMALL, NOISY, LARGEST)}
         above, below = (
@@ -183,7 +191,7 @@ class EdgeMeasurements:
 
     def _beside_rounding(
         self, sweep: Sweep, node: Node, at_source: dict[int, Tensor], reference: Tensor
-    ) -> Difference | None:
+    ) -> MeasuredDifference | None:
         """What rounding does not explain; how much it is is kept for the stage."""
         rows = self._rows(node)
         # Rounding lowers with the square of the step: what shows at one, the others have more or less of.
@@ -253,7 +261,7 @@ class EdgeMeasurements:
             return
 
         def gradients(cotangents: dict[int, Tensor]) -> dict[int, Tensor]:
-            named: Gradients = {}
+            named: ParameterGradients = {}
             found: dict[int, Tensor] = {}  # of what is derived from parameters
             add_gradients(LocalStep(self.graph, self.activations, ()), op, cotangents, found, named)
             return found | {use.value: named[use.name][1] for use in op.parameters if use.name}

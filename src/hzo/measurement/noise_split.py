@@ -30,7 +30,7 @@ def of_stages(graph: Graph, activations: Activations) -> tuple[float, ...] | Non
     return tuple(found) if any(found) else None
 
 
-def split(
+def split_noise(
     graph: Graph, activations: Activations, total: tuple[float, ...], cotangents: Mapping[int, Mapping[int, Tensor]]
 ) -> Noise:
     """Which part of the noise each stage adds (process), and which comes with reading a result (readout).

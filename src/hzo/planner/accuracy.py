@@ -195,7 +195,7 @@ def spreads(graph: Graph, node: Node) -> tuple[float, float]:
 
 
 def node_error(model: ErrorModel, graph: Graph, node: Node, step: float | None) -> float:
-    """η of a node. ``step``: the distance h of all nodes, for those that have none of their own."""
+    """η of a node. ``step``: the length h of the differences of all nodes, for those that have none of their own."""
     spread, measured = (torch.tensor(s, dtype=torch.float64) for s in spreads(graph, node))
     target, source = model.targets(graph, [(node.target, (node.value,))]), torch.tensor([node.source])
     if not spread:

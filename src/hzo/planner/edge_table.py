@@ -40,7 +40,7 @@ class EdgeTable:
         return [point for point in range(self.n) if self.wanted[point]]
 
 
-def along(values: Tensor, edges: Sequence[Edge]) -> list[float]:
+def edge_values(values: Tensor, edges: Sequence[Edge]) -> list[float]:
     """The entry of every edge."""
     if not edges:
         return []
@@ -52,7 +52,7 @@ def along(values: Tensor, edges: Sequence[Edge]) -> list[float]:
 def prices(table: EdgeTable, edges: Sequence[Edge]) -> list[float]:
     """One repeat of every edge: ``relay`` where the target is a source too, else ``cost``."""
     sources = {source for _, source in edges}
-    pairs = zip(edges, along(table.cost, edges), along(table.relay, edges), strict=True)
+    pairs = zip(edges, edge_values(table.cost, edges), edge_values(table.relay, edges), strict=True)
     return [relay if target in sources else cost for (target, _), cost, relay in pairs]
 
 
@@ -63,7 +63,7 @@ def price_of(table: EdgeTable, edges: Sequence[Edge], repeats: Sequence[float]) 
 
 def errors_of(table: EdgeTable, edges: Sequence[Edge], repeats: Sequence[float]) -> dict[int, float]:
     """Squared relative error of every estimated point: fixed + noise/repeats, summed over its path."""
-    own = zip(along(table.fixed, edges), along(table.noise, edges), repeats, strict=True)
+    own = zip(edge_values(table.fixed, edges), edge_values(table.noise, edges), repeats, strict=True)
     step = {edge: fixed + noise / r for edge, (fixed, noise, r) in zip(edges, own, strict=True)}
     errors = {table.n: 0.0}
     for target, source in sorted(edges, reverse=True):

@@ -80,10 +80,10 @@ def balance(
     smallest = eps ** (1 / 3) / 8
     relative = [MAX_STEP * 2**-k for k in range(ceil(log2(MAX_STEP / smallest)) + 1)]
     steps: tuple[float | None, ...] = tuple(relative) if step is None else (None,)
-    distances = [targets.scale * t for t in relative] if step is None else [torch.full_like(targets.scale, step)]
+    lengths = [targets.scale * t for t in relative] if step is None else [torch.full_like(targets.scale, step)]
     noise, lasting = [], []
     adjoint = model.by_measured_adjoint(column, source, found.measured)
-    for h in distances:
+    for h in lengths:
         bent = model.bends(targets, h)[:, points] * (found.spread > 0)
         noise.append(model.by_noise(column, source, found.spread, h[:, None]) + adjoint)
         lasting.append(model.lasting(column, source, found.spread, h[:, None]) + bent)

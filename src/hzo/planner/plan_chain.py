@@ -72,7 +72,7 @@ def plan(
             share a query (coloring; all of them where a segment is elementwise). ``"structure"``: single operations by
             their adjoints as well.
         scheme: ``"central"`` or ``"forward"`` differences.
-        step: distance h for all nodes; None derives it from dtype and scale of each tensor, or where a noise,
+        step: length h of all differences; None derives it from dtype and scale of each tensor, or where a noise,
             calibration, target or budget is given, from what the error model says of each node.
         mu: standard deviation of Gaussian smoothing: every difference is taken at ``draws`` random points a + mu·u, u
             from N(0, 1) for every element of the perturbed tensor, and their mean is the estimate. It is unbiased for

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hzo.planner.edge_table import EXACT, EdgeTable, along, errors_of, keeps, prices
+from hzo.planner.edge_table import EXACT, EdgeTable, edge_values, errors_of, keeps, prices
 from hzo.plans import Edge
 
 MOST = 10**9  # more repeats than this are rounding's, not a budget's
@@ -37,7 +37,7 @@ def repeats_uniform(table: EdgeTable, edges: Sequence[Edge], error: float) -> li
     r = max((fewest(noise[point], slightly_more - fixed[point]) for point in table.points), default=1)
     if not math.isfinite(r):
         return None
-    found = [int(r) if own > 0 else 1 for own in along(table.noise, edges)]
+    found = [int(r) if own > 0 else 1 for own in edge_values(table.noise, edges)]
     return found if keeps(table, edges, found, error) else None
 
 
@@ -62,7 +62,7 @@ class _Branch:
 
 def _branches(table: EdgeTable, edges: Sequence[Edge]) -> dict[int, _Branch]:
     """Bottom-up: S = Σ over children c of (√(price·noise of c) + √S of c)², and what else a split needs."""
-    terms = zip(prices(table, edges), along(table.noise, edges), along(table.fixed, edges), strict=True)
+    terms = zip(prices(table, edges), edge_values(table.noise, edges), edge_values(table.fixed, edges), strict=True)
     branches = {target: _Branch(*term, children=[]) for (target, _), term in zip(edges, terms, strict=True)}
     branches[table.n] = _Branch(0.0, 0.0, 0.0, [])
     for target, source in edges:

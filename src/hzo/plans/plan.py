@@ -373,7 +373,7 @@ def measuring(plan: Plan, rows: int = 3) -> list[str]:
 def _row(plan: Plan, node: Node, probe: Probe, rest: str, width: int) -> str:
     """A node's line; where it would be too long, first without its coloring, then with labels cut."""
     target, source = plan.labels[node.target], plan.labels[node.source]
-    text = f"{probe.kind} probe, {directions(probe)}{rest}"
+    text = f"{probe.kind} probe, {directions_in_words(probe)}{rest}"
     if len(f"  {target} from {source}: {text}") > width and plan.expected is not None:
         text = f"{probe.kind} probe, {probe.directions} directions{rest}"
     room = width - len(f"   from : {text}")
@@ -391,7 +391,7 @@ def costly_nodes(plan: Plan) -> list[tuple[Node, Probe]]:
     return [(node, node.probe) for node in plan.nodes if node.probe is not None]
 
 
-def directions(probe: Probe) -> str:
+def directions_in_words(probe: Probe) -> str:
     """How many directions a probe perturbs, and from what coloring, in words."""
     if probe.coloring is None:
         return f"{probe.directions} directions"

@@ -25,7 +25,7 @@ def recorded_loss(
     Raises:
         InputError: the loss is no tensor of floating-point numbers. NonFiniteError: NaN or infinity in the input.
     """
-    check_step(model, loss_fn, x)
+    check_model_and_input(model, loss_fn, x)
     x, y = pytree.tree_map_only(Tensor, as_data, (x, y))
     refuse_wrappers(model)
     model = unwrapped(model)
@@ -51,7 +51,7 @@ def loss_of(loss_fn: Callable[..., Any], output: Any, y: Any) -> Tensor:
     return loss
 
 
-def check_step(model: Any, loss_fn: Any, x: Any) -> None:
+def check_model_and_input(model: Any, loss_fn: Any, x: Any) -> None:
     """What would fail somewhere inside, and can be said before.
 
     Raises:
@@ -147,7 +147,7 @@ def gradients_of(
         raise
 
 
-def named(gradients: LeafGradients, model: nn.Module, loss_fn: Any) -> dict[str, Tensor]:
+def gradients_by_name(gradients: LeafGradients, model: nn.Module, loss_fn: Any) -> dict[str, Tensor]:
     """Gradients by the names of parameters: of the model, and of the loss where that is a module (``loss_fn.…``)."""
     found = {id(leaf): g for leaf, g in gradients}
     names = [*model.named_parameters()]

@@ -10,7 +10,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from hzo._options import factor as factor_of
+from hzo._options import scale_factor
 from hzo.errors import DistributedError, InputError, NonFiniteError, TapeError
 from hzo.reverse.walk import sweep
 from hzo.rules.measured import keep_measured
@@ -77,9 +77,9 @@ class RecordedStep:
             InputError: the loss is no such tensor. NonFiniteError: it is NaN or infinite; says where that began.
             TapeError: the gradient leads through something that was not recorded.
         """
-        factor = factor_of(scale)
+        factor = scale_factor(scale)
         gradients = self.gradients(loss, retain_graph=retain_graph, keep=keep)
-        accumulate(one_by_one(gradients) if factor == 1 else [(leaf, g * factor) for leaf, g in gradients])
+        accumulate(drained(gradients) if factor == 1 else [(leaf, g * factor) for leaf, g in gradients])
 
     def gradients(self, loss: Tensor, *, retain_graph: bool = False, keep: bool | None = False) -> LeafGradients:
         """The gradient of the loss for every leaf that requires one; ``.grad`` is left alone. Errors: ``backward``."""
@@ -228,7 +228,7 @@ def accumulate(gradients: Iterable[tuple[Tensor, Tensor]]) -> None:
 _REFERENCES = 2  # to a gradient that no one else holds: a variable, and the count itself
 
 
-def one_by_one(gradients: LeafGradients) -> Iterator[tuple[Tensor, Tensor]]:
+def drained(gradients: LeafGradients) -> Iterator[tuple[Tensor, Tensor]]:
     """The pairs of a list, which forgets them: whoever takes them owns them."""
     gradients.reverse()
     while gradients:

@@ -54,7 +54,7 @@ def _given(call: Call, key: Key) -> Any:
     return call.kwargs[key] if isinstance(key, str) else call.args[key]
 
 
-def shown(
+def weight_responses(
     call: Call, of: Key, weight: Key, constants: tuple[float, ...], fixed: Mapping[Key, float] | None = None
 ) -> list[Tensor]:
     """What the operator returns of a weight for each constant in the place of operand ``of``.
@@ -91,7 +91,7 @@ def factor(call: Call, of: Key, by: Key, fixed: Mapping[Key, float] | None = Non
     """
     if not hidden(call, of, by):
         return _given(call, by)
-    above, below = shown(call, of, by, (0.5, -0.5), fixed)
+    above, below = weight_responses(call, of, by, (0.5, -0.5), fixed)
     return above - below
 
 
@@ -191,7 +191,7 @@ def _remainder(call: Call, rounding: str) -> Cotangents:
         found[0] = unbroadcast(call.grad, a)
     if call.needs(1):
         if hidden(call, 1, 0):  # the remainder by infinity is the dividend, or infinity where that has the other sign
-            above, below = shown(call, 1, 0, (math.inf, -math.inf))
+            above, below = weight_responses(call, 1, 0, (math.inf, -math.inf))
             a = torch.where(above.isinf(), below, above)
         found[1] = unbroadcast(-call.grad * torch.div(a, b, rounding_mode=rounding), b)
     return found
@@ -261,9 +261,9 @@ def lerp(call: Call) -> Cotangents:
 def _difference(call: Call, end: Tensor, start: Tensor) -> Tensor:
     """``end - start`` of a lerp; where one of them is a weight, it is what comes out for ``w`` of one, or of zero."""
     if hidden(call, 2, 1):
-        (end,) = shown(call, 2, 1, (1.0,), {0: 0})
+        (end,) = weight_responses(call, 2, 1, (1.0,), {0: 0})
     if hidden(call, 2, 0):
-        (start,) = shown(call, 2, 0, (0.0,), {1: 0})
+        (start,) = weight_responses(call, 2, 0, (0.0,), {1: 0})
     return end - start
 
 
@@ -288,14 +288,14 @@ def pow_tensor(call: Call) -> Cotangents:
     found: dict[Key, Tensor] = {}
     if call.needs(0):
         if hidden(call, 0, 1):
-            two, one = shown(call, 0, 1, (2.0, 1.0))
+            two, one = weight_responses(call, 0, 1, (2.0, 1.0))
             p = (two / one).log2()
         slope = (p * x.pow(p - 1)).masked_fill(p == 0, 0)
         found[0] = unbroadcast(call.grad * conj(slope), x)
     if call.needs(1):
         exponent = call.args[1]
         if hidden(call, 1, 0):
-            (x,) = shown(call, 1, 0, (1.0,))
+            (x,) = weight_responses(call, 1, 0, (1.0,))
         found[1] = unbroadcast(call.grad * conj(_exponent_slope(x, exponent, call.result)), exponent)
     return found
 
@@ -391,7 +391,7 @@ def _product_with_logarithm(call: Call, function: Any, offset: int, unit: float)
             found[0] = unbroadcast(function(call.grad, b).masked_fill(outside, 0), a)
     if call.needs(1):
         if hidden(call, 1, 0):
-            at_unit, at_one = shown(call, 1, 0, (unit, 1.0 - offset))
+            at_unit, at_one = weight_responses(call, 1, 0, (unit, 1.0 - offset))
             a = at_unit - at_one
         found[1] = unbroadcast(call.grad * a / (b + offset if offset else b), b)
     return found
@@ -419,10 +419,10 @@ def atan2(call: Call) -> Cotangents:
     a, b = call.args
     found: dict[Key, Tensor] = {}
     if call.needs(0):
-        x = shown(call, 0, 1, (1.0,))[0].tan().reciprocal() if hidden(call, 0, 1) else b
+        x = weight_responses(call, 0, 1, (1.0,))[0].tan().reciprocal() if hidden(call, 0, 1) else b
         found[0] = unbroadcast(call.grad * x * (a * a + x * x).reciprocal(), a)
     if call.needs(1):
-        y = shown(call, 1, 0, (1.0,))[0].tan() if hidden(call, 1, 0) else a
+        y = weight_responses(call, 1, 0, (1.0,))[0].tan() if hidden(call, 1, 0) else a
         found[1] = unbroadcast(-call.grad * y * (y * y + b * b).reciprocal(), b)
     return found
 
@@ -474,7 +474,7 @@ def zeta(call: Call) -> Cotangents:
 
 def _bound(call: Call, of: Key, by: Key, silent: float, fixed: Mapping[Key, float] | None = None) -> Any:
     """The operand to compare with; a weight is what comes out where the activation is at ``silent``."""
-    return shown(call, of, by, (silent,), fixed)[0] if hidden(call, of, by) else _given(call, by)
+    return weight_responses(call, of, by, (silent,), fixed)[0] if hidden(call, of, by) else _given(call, by)
 
 
 def _extreme(call: Call, silent: float, loses: Any) -> Cotangents:
@@ -543,7 +543,7 @@ def clamp_tensor(call: Call) -> Cotangents:
             return _given(call, places[name])
         apart = {"x": math.inf if name == "max" else -math.inf, "min": -math.inf, "max": math.inf}
         others = {key: apart[other] for other, key in places.items() if other not in (of, name)}
-        return shown(call, places[of], places[name], (apart[of],), others)[0]
+        return weight_responses(call, places[of], places[name], (apart[of],), others)[0]
 
     found: dict[Key, Tensor] = {}
     for of, key in places.items():
@@ -609,7 +609,7 @@ def prelu(call: Call) -> Cotangents:
     """Slope one, and below zero that of a weight, which is measured by what comes out for minus one."""
     x, slope = call.args
     if call.needs(0) and hidden(call, 0, 1):
-        at_zero, below = shown(call, 0, 1, (0.0, -1.0))
+        at_zero, below = weight_responses(call, 0, 1, (0.0, -1.0))
         slope = at_zero - below
     of_operand, of_slope = aten._prelu_kernel_backward(call.grad, x, slope)
     found: dict[Key, Tensor] = {}

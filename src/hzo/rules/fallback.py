@@ -30,7 +30,7 @@ def fallback(target: Any) -> tuple[Rule, str]:
     return Rule(_by_queries, measures=True), "queries"
 
 
-def element_steps(x: Tensor, power: float = 1 / 3) -> Tensor:
+def fallback_steps(x: Tensor, power: float = 1 / 3) -> Tensor:
     """A finite-difference step for each element: in proportion to its size, or where small to its surroundings.
 
     The surroundings are the median size of the elements that are not zero, which outliers and masks do not move.
@@ -79,7 +79,7 @@ def _by_slope(call: Call) -> Cotangents:
     found: dict[Key, Any] = {}
     for key, k, x in _operands(call):
         wide = x.expand(call.result.shape) if x.shape != call.result.shape else x
-        steps = element_steps(wide)
+        steps = fallback_steps(wide)
         above, below = wide + steps, wide - steps
         upper = call.measure(_with(call, key, k, above), above)
         lower = call.measure(_with(call, key, k, below), below)
@@ -134,7 +134,7 @@ def _by_queries(call: Call) -> Cotangents:
 
 def _differences(call: Call, key: Key, k: int | None, x: Tensor, parts: Tensor) -> Tensor:
     """The derivative along every element of ``parts``: the operand, or its real and imaginary parts."""
-    steps = element_steps(parts).flatten()
+    steps = fallback_steps(parts).flatten()
     base = parts.flatten()
     result = torch.zeros_like(base)
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hzo.rules.arithmetic import scaled
 from hzo.rules.base import Call, Cotangents, Key, vjp
 from hzo.rules.divided import in_shares
 from hzo.rules.measured import ROWS, Trial, measured_once
@@ -33,11 +34,6 @@ def adjoint(x: Tensor) -> Tensor:
     if x.layout == torch.strided:
         return x.mH
     return x.transpose(-1, -2).conj() if x.is_complex() else x.transpose(-1, -2)
-
-
-def scaled(x: Tensor, factor: Any) -> Tensor:
-    """A tensor times the conjugate of a number; itself where that is one."""
-    return x if factor == 1 else x * factor.conjugate()
 
 
 def _identity(call: Call, key: int, size: int) -> Tensor:

@@ -17,7 +17,7 @@ from hzo.rules.base import Call, Cotangents, Key, vjp
 aten = torch.ops.aten
 
 
-def dims_of(dim: Any, rank: int) -> tuple[int, ...]:
+def reduced_dims(dim: Any, rank: int) -> tuple[int, ...]:
     """The dimensions that are reduced, not negative; all of them for None and for an empty list."""
     if dim is None or (isinstance(dim, (list, tuple)) and not dim):
         return tuple(range(rank))
@@ -43,7 +43,7 @@ def _count(shape: torch.Size, dims: tuple[int, ...]) -> int:
 def _options(call: Call) -> tuple[Tensor, tuple[int, ...], bool]:
     """Operand, dimensions and ``keepdim``, for signatures in this order."""
     x: Tensor = call.args[0]
-    return x, dims_of(call.arg(1, "dim"), x.dim()), bool(call.arg(2, "keepdim", False))
+    return x, reduced_dims(call.arg(1, "dim"), x.dim()), bool(call.arg(2, "keepdim", False))
 
 
 @vjp(aten.sum.default, lean=True)
@@ -86,7 +86,7 @@ def nansum(call: Call) -> Cotangents:
 def _var_backward(call: Call, g: Tensor) -> Tensor:
     """``2 (x - mean) / (n - correction)`` for each element; ``n`` is how many are reduced."""
     x = call.args[0]
-    dims = dims_of(call.arg(1, "dim"), x.dim())
+    dims = reduced_dims(call.arg(1, "dim"), x.dim())
     correction = call.kwargs.get("correction")
     degrees = _count(x.shape, dims) - (1 if correction is None else correction)
     scale = 2 / degrees if degrees else math.inf
@@ -106,7 +106,7 @@ def _with_mean(call: Call, spread: Any) -> Cotangents:
     found = None if g_spread is None else spread(call, g_spread)
     if g_mean is not None:
         x = call.args[0]
-        dims = dims_of(call.arg(1, "dim"), x.dim())
+        dims = reduced_dims(call.arg(1, "dim"), x.dim())
         part = restored(g_mean, dims, call.kwargs.get("keepdim", False)) / _count(x.shape, dims)
         found = part.expand(x.shape) if found is None else found + part
     return {0: found}
@@ -157,7 +157,7 @@ def extreme(call: Call) -> Cotangents:
 def aminmax(call: Call) -> Cotangents:
     """The smallest and the largest element; equal ones share."""
     x = call.args[0]
-    dims = dims_of(call.kwargs.get("dim"), x.dim())
+    dims = reduced_dims(call.kwargs.get("dim"), x.dim())
     keepdim = call.kwargs.get("keepdim", False)
     total: Tensor | None = None
     for result, g in zip(call.out, call.grads, strict=True):
@@ -277,7 +277,7 @@ def norm_backward(g: Tensor, x: Tensor, p: float, norm: Tensor, dims: tuple[int,
 
 def _norm(call: Call, p: Any, dim: Any, keepdim: bool) -> Cotangents:
     x = call.args[0].to(call.grad.dtype) if not call.args[0].is_complex() else call.args[0]
-    dims = dims_of(dim, x.dim())
+    dims = reduced_dims(dim, x.dim())
     g, norm = restored(call.grad, dims, keepdim), restored(call.result, dims, keepdim)
     return {0: norm_backward(g, x, 2.0 if p is None else float(p), norm, dims)}
 

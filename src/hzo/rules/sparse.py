@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hzo.rules.arithmetic import scaled
 from hzo.rules.base import Call, Cotangents, vjp
-from hzo.rules.products import addend, adjoint, may_read, right_factor, scaled
+from hzo.rules.products import addend, adjoint, may_read, right_factor
 
 aten = torch.ops.aten
 

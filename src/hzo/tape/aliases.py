@@ -40,7 +40,7 @@ def extent(geometry: Window) -> int:
     return offset + 1 + sum(step * (length - 1) for length, step in zip(size, stride, strict=True))
 
 
-def apart(a: Window, b: Window) -> bool:
+def disjoint(a: Window, b: Window) -> bool:
     """Whether two windows of a storage share no element; says no for some that share none either.
 
     Windows with the same strides (rows, columns or blocks of one tensor) share an element where the distance of their

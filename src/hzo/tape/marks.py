@@ -18,7 +18,7 @@ class Marks:
     Attributes:
         promises: what ``hzo.declare`` was told of its Jacobian, all that may be assumed of it; None where nothing was
             declared, so that its type speaks for it.
-        step: the distance h of differences of what goes into it, where one was declared.
+        step: the length h of differences of what goes into it, where one was declared.
         box: the name of a black box, in messages and in counts; None for any other module.
         ignores_parameters: trainable tensors that it uses get no gradient, as its user asked.
     """

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hzo.errors import TapeError
-from hzo.tape.aliases import apart, geometry_of, overlaps_itself, pass_through, read_window, write_window
+from hzo.tape.aliases import disjoint, geometry_of, overlaps_itself, pass_through, read_window, write_window
 from hzo.tape.history import requires_grad
 from hzo.tape.operations import Operation, Value, ref
 from hzo.tape.tape import Tape
@@ -171,7 +171,7 @@ class Memory:
             held = self.tape.tensors[value]
             if held is None or storage_of(held) != storage:
                 continue
-            if held is not tensor and held.dtype == tensor.dtype and apart(window, geometry_of(held)):
+            if held is not tensor and held.dtype == tensor.dtype and disjoint(window, geometry_of(held)):
                 self._held.setdefault(storage, []).append(value)
             else:
                 self.tape.tensors[value] = held.clone() if keeps_all or value in saved else None
@@ -214,7 +214,7 @@ class Memory:
             if self.root_of(other) is root:
                 if key in self.tape._index:
                     self.stale.add(key)
-            elif other.dtype != tensor.dtype or not apart(window, geometry_of(other)):
+            elif other.dtype != tensor.dtype or not disjoint(window, geometry_of(other)):
                 self.content_changed(key, other)
         self.stale.discard(id(tensor))
         self.passed.discard(id(tensor))
@@ -226,7 +226,7 @@ class Memory:
         """After a write that autograd does not see: constants are read anew, what carries a gradient keeps its path."""
         window = geometry_of(tensor)
         for key, other in self.sharing(tensor):
-            if other is tensor or other.dtype != tensor.dtype or not apart(window, geometry_of(other)):
+            if other is tensor or other.dtype != tensor.dtype or not disjoint(window, geometry_of(other)):
                 self.content_changed(key, other)
         self._refresh(tensor, None)
 

@@ -2,7 +2,7 @@
 
 from hzo.tracing.arguments import leaves, map_arguments, map_output, output_leaves, tensors_in
 from hzo.tracing.chain import Chain, Stages, module_of, noisy
-from hzo.tracing.graph import Graph, GraphOperation, GraphValue, Measured, ParameterUse, Stage, apart
+from hzo.tracing.graph import Graph, GraphOperation, GraphValue, Measured, ParameterUse, Stage, split_samples
 from hzo.tracing.inputs import batch_size, call_arguments, check_dense, requires_gradient, signature
 from hzo.tracing.kept_traces import keep, kept
 from hzo.tracing.promises import (
@@ -29,7 +29,6 @@ __all__ = [
     "Promise",
     "Stage",
     "Stages",
-    "apart",
     "batch_size",
     "call_arguments",
     "check_dense",
@@ -48,6 +47,7 @@ __all__ = [
     "output_leaves",
     "requires_gradient",
     "signature",
+    "split_samples",
     "tensors_in",
     "untouched",
 ]

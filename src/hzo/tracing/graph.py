@@ -87,7 +87,7 @@ class GraphValue:
             raise AssertionError("a value in which samples are mixed has no rows")
         d = self.batch_dim + 1
         if self.outer > 1:
-            tensor = apart(tensor, d, self.outer, batch).movedim(d + 1, 1)
+            tensor = split_samples(tensor, d, self.outer, batch).movedim(d + 1, 1)
             tensor = tensor.movedim((d + 1, d + 2), (2, 3))
             return tensor.reshape(len(tensor) * batch, tensor[0].numel() // batch)
         moved = tensor.movedim(d, 1) if self.batch_dim else tensor
@@ -107,7 +107,7 @@ class GraphValue:
     def sample(self, tensor: Tensor, number: int, batch: int) -> Tensor:
         """One sample, of ``sample_shape``."""
         d = self.batch_dim or 0
-        return apart(tensor, d, self.outer, batch).select(d + 1, number).flatten(d, d + 1)
+        return split_samples(tensor, d, self.outer, batch).select(d + 1, number).flatten(d, d + 1)
 
     def joined(self, samples: Tensor) -> Tensor:
         """The value that holds these samples, (batch, *sample_shape)."""
@@ -117,7 +117,7 @@ class GraphValue:
         return split.movedim(0, d + 1).flatten(d, d + 2)
 
 
-def apart(tensor: Tensor, dim: int, outer: int, batch: int) -> Tensor:
+def split_samples(tensor: Tensor, dim: int, outer: int, batch: int) -> Tensor:
     """A dimension as three: how often it runs through the samples, the samples, and what belongs to each."""
     shape = tensor.shape
     return tensor.reshape(*shape[:dim], outer, batch, shape[dim] // (outer * batch), *shape[dim + 1 :])

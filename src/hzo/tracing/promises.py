@@ -80,7 +80,7 @@ def declare(module: Module, *promises: Promise, step: float | None = None) -> Mo
             it) is declared; declaring again replaces what was declared before.
         promises: words out of ``hzo.tracing.PROMISES``, and ``hzo.Local`` for locality along an axis. None make the
             module a black box, perturbed element by element.
-        step: distance h of all differences of what goes into this module, whatever step a plan takes elsewhere: half
+        step: length h of all differences of what goes into this module, whatever step a plan takes elsewhere: half
             the quantum of a quantizer, whose difference over a whole quantum is then its mean slope.
 
     ``hzo.check_structure`` tests what is declared, ``hzo.infer_structure`` proposes it. Cost: none. Source: ours.

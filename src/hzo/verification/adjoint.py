@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hzo.finite_differences import accumulation_dtype
-from hzo.verification.properties import Evaluate, Finding, deviation_of, place, resolution
+from hzo.verification.properties import Evaluate, PropertyResult, deviation_of, place, resolution
 
 Carry = Callable[[list[Tensor]], Tensor]
 """Cotangents (B, m) of every result, in the accumulation dtype -> that of the operand (B, n)."""
@@ -44,7 +44,7 @@ def dot_product_test(
     *,
     apart: bool = True,
     coordinates: int = 16,
-) -> Finding:
+) -> PropertyResult:
     """Whether ``carry`` is the adjoint of the derivative of ``run`` at ``rows``.
 
     Args:
@@ -61,7 +61,7 @@ def dot_product_test(
     if step > deviation_of(
         rows
     ):  # rounding has left nothing of how the operand varies, and differences see nothing of it
-        return Finding(0.0, 0.0, 0, "values too coarse for differences: not tested")
+        return PropertyResult(0.0, 0.0, 0, "values too coarse for differences: not tested")
     directions = _directions(rows, coordinates, generator)
     smooth = [torch.ones_like(t, dtype=torch.bool) for t in base]
     for e in directions:
@@ -77,19 +77,19 @@ def dot_product_test(
 
     def side(e: Tensor, h: float) -> _Side:
         above, below = rows + h * e, rows - h * e
-        distance = (above.to(wide) - below.to(wide)) / (2 * h)
+        direction = (above.to(wide) - below.to(wide)) / (2 * h)
         slopes = [(u.to(wide) - d.to(wide)) / (2 * h) for u, d in zip(run(above), run(below), strict=True)]
         # Where a result is infinite, or no number, on either side there is no derivative.
         terms = torch.cat([(c * s).nan_to_num(0.0, 0.0, 0.0) for c, s in zip(g, slopes, strict=True)], 1)
         errors = torch.cat([(c * t).nan_to_num(0.0, 0.0, 0.0) for c, t in zip(g, noise, strict=True)], 1)
-        products = carried * distance
+        products = carried * direction
         size = terms.norm(dim=1) + products.norm(dim=1)
         found = _Side(products.sum(1), terms.sum(1), errors.norm(dim=1) / h, size)
         if apart:
             return found
         return _Side(*(t.sum(0, keepdim=True) for t in (found.adjoint, found.forward, found.rounding, found.size)))
 
-    worst = Finding(0.0, 0.0, 0)
+    worst = PropertyResult(0.0, 0.0, 0)
     for kind in (directions[:2], directions[2:]):
         pairs = [(e, side(e, step), side(e, 2 * step)) for e in kind]
         if not pairs:
@@ -108,10 +108,10 @@ def dot_product_test(
                 row = e[b] if apart else e.abs().sum(0)
                 element = _heaviest(row, e, lambda part, b=b: float(_residual(side(part, step)).abs()[b]))  # type: ignore[misc]
                 where = f"the derivative by element {place(element, shape)}" + (f" of sample {b}" if apart else "")
-            worst = Finding(
+            worst = PropertyResult(
                 float(residuals[k, b]), float(tolerances[k, b]), 0, where, float(one.forward[b]), float(one.adjoint[b])
             )
-    return Finding(worst.error, worst.tolerance, len(directions), worst.where, worst.expected, worst.got)
+    return PropertyResult(worst.error, worst.tolerance, len(directions), worst.where, worst.expected, worst.got)
 
 
 def _noise(run: Evaluate, rows: Tensor, base: list[Tensor], unit: float, generator: torch.Generator) -> list[Tensor]:

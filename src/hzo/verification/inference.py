@@ -17,7 +17,7 @@ from hzo.execution import contained, counting, devices_of, random_state, set_ran
 from hzo.tape.surroundings import refuse_transforms
 from hzo.tracing import Local, Promise, declare
 from hzo.verification import properties
-from hzo.verification.properties import Finding
+from hzo.verification.properties import PropertyResult
 from hzo.verification.structure import check_structure
 
 _SAMPLES = 4
@@ -35,7 +35,7 @@ class InferredStructure:
     """
 
     promises: tuple[Promise, ...]
-    tested: tuple[tuple[str, Finding], ...]
+    tested: tuple[tuple[str, PropertyResult], ...]
 
     def __iter__(self) -> Iterator[Promise]:
         return iter(self.promises)
@@ -108,7 +108,7 @@ def _infer(module: nn.Module, x: Tensor, generator: torch.Generator) -> Inferred
     if shape == output:
         tested["elementwise"] = _tried(lambda: properties.elementwise(run, rows, shape, generator))
     else:
-        tested["elementwise"] = Finding(float("inf"), 0.0, 0, f"{shape[1:]} goes in and {output[1:]} comes out")
+        tested["elementwise"] = PropertyResult(float("inf"), 0.0, 0, f"{shape[1:]} goes in and {output[1:]} comes out")
     tested["affine"] = _tried(lambda: properties.affine(run, rows, generator))
     tested["positively homogeneous"] = _tried(lambda: _homogeneous(run, rows))
     promises: list[Promise] = [name for name in ("elementwise", "affine") if tested[name].holds]
@@ -143,12 +143,12 @@ def _output(module: nn.Module, x: Tensor) -> Tensor:
     return y
 
 
-def _tried(test: Callable[[], Finding]) -> Finding:
+def _tried(test: Callable[[], PropertyResult]) -> PropertyResult:
     """A test at points that the module refuses does not hold."""
     try:
         return test()
     except Exception as error:
-        return Finding(float("inf"), 0.0, 0, f"{type(error).__name__}: {error}")
+        return PropertyResult(float("inf"), 0.0, 0, f"{type(error).__name__}: {error}")
 
 
 class _Wrapped(nn.Module):
@@ -163,22 +163,22 @@ class _Wrapped(nn.Module):
         return result
 
 
-def _checked(module: nn.Module, x: Tensor, *promises: Promise) -> Finding:
+def _checked(module: nn.Module, x: Tensor, *promises: Promise) -> PropertyResult:
     """Whether the rule that the last of the promises leads to is the adjoint."""
     wrapped = declare(_Wrapped(module), *promises)
     try:
         report = check_structure(wrapped, x)
     except HzoError as error:
-        return Finding(float("inf"), 0.0, 0, str(error).splitlines()[min(1, str(error).count("\n"))].strip())
+        return PropertyResult(float("inf"), 0.0, 0, str(error).splitlines()[min(1, str(error).count("\n"))].strip())
     by_rule = [check.finding for check in report.checks if check.promise == f"adjoint rule ({promises[-1]})"]
-    return by_rule[0] if by_rule else Finding(float("inf"), 0.0, 0, "no rule makes use of it")
+    return by_rule[0] if by_rule else PropertyResult(float("inf"), 0.0, 0, "no rule makes use of it")
 
 
-def _homogeneous(run: properties.Evaluate, rows: Tensor) -> Finding:
+def _homogeneous(run: properties.Evaluate, rows: Tensor) -> PropertyResult:
     base = run(rows)[0]
-    found = [properties.gap(run(rows * c)[0] / c, base) for c in (0.5, 2.0, 8.0)]
+    found = [properties.difference(run(rows * c)[0] / c, base) for c in (0.5, 2.0, 8.0)]
     error = max(float(f.max()) for f in found)
-    return Finding(error, properties.slack([base], rows), 3, "f(c·x) is not c·f(x)", 0.0, error)
+    return PropertyResult(error, properties.slack([base], rows), 3, "f(c·x) is not c·f(x)", 0.0, error)
 
 
 def _along(
@@ -202,7 +202,7 @@ def _along(
             mask = torch.zeros(shape, dtype=torch.bool)
             mask.select(axis, i).fill_(True)
             moved = torch.where(mask.flatten().to(rows.device), other, rows)
-            change = properties.gap(base, run(moved)[0]).amax(0).view(output) > tolerance
+            change = properties.difference(base, run(moved)[0]).amax(0).view(output) > tolerance
             places = change.movedim(axis, 0).reshape(outputs, -1).any(1).nonzero().flatten()
             seen.update((int(o), i) for o in places)
     fitting = [fit for stride in _STRIDES if (fit := _interval(axis, seen, stride))]

@@ -28,7 +28,7 @@ from hzo.verification.slopes import Slope, measured_slope
 
 _RANDOM = 2  # directions at each place beside that of the cotangents
 
-Cotangents = Callable[[int], Mapping[int, Tensor]]
+CotangentsAt = Callable[[int], Mapping[int, Tensor]]
 """From the index of an operation to the cotangents, by value, of what is there before it runs."""
 
 
@@ -111,7 +111,7 @@ def _reader(graph: Graph, wrong: Sequence[Slope], scopes: _Scopes) -> WrongOpera
     return None
 
 
-def _swept(tape: Tape, seeds: dict[int, Tensor], hooks: dict[int, Callable[[Tensor], Tensor]]) -> Cotangents:
+def _swept(tape: Tape, seeds: dict[int, Tensor], hooks: dict[int, Callable[[Tensor], Tensor]]) -> CotangentsAt:
     def at(place: int) -> Mapping[int, Tensor]:
         with torch.no_grad():
             return sweep_end(tape, place, dict(seeds), hooks)
@@ -120,7 +120,7 @@ def _swept(tape: Tape, seeds: dict[int, Tensor], hooks: dict[int, Callable[[Tens
 
 
 def _bisect(
-    tape: Tape, seeds: dict[int, Tensor], places: Sequence[int], at: Cotangents, scopes: _Scopes, seed: int
+    tape: Tape, seeds: dict[int, Tensor], places: Sequence[int], at: CotangentsAt, scopes: _Scopes, seed: int
 ) -> WrongOperation | None:
     wrong, right = 0, len(places) - 1
     slope = _disagreement(tape, places[0], at(places[0]), seeds, seed)

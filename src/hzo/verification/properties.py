@@ -21,7 +21,7 @@ _PLACES = 64  # places along one axis that are moved one by one
 
 
 @dataclass(frozen=True)
-class Finding:
+class PropertyResult:
     """The worst of a test.
 
     Attributes:
@@ -74,11 +74,11 @@ def separating(count: int) -> Iterator[Tensor]:
         yield ~mask
 
 
-def gap(a: Tensor, b: Tensor) -> Tensor:
+def difference(a: Tensor, b: Tensor) -> Tensor:
     """|a − b|, zero where both are the same infinity or NaN."""
     wide = accumulation_dtype(a.dtype) if a.is_floating_point() else torch.float64
-    difference = (a.to(wide) - b.to(wide)).abs()
-    return torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, difference).nan_to_num(nan=float("inf"))
+    size = (a.to(wide) - b.to(wide)).abs()
+    return torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, size).nan_to_num(nan=float("inf"))
 
 
 def slack(base: Sequence[Tensor], rows: Tensor) -> float:
@@ -94,50 +94,52 @@ def place(index: int, shape: Sequence[int]) -> str:
     return f"({', '.join(map(str, found))})"
 
 
-def deterministic(run: Evaluate, rows: Tensor) -> Finding:
+def deterministic(run: Evaluate, rows: Tensor) -> PropertyResult:
     """The same input gives the same result."""
     base = run(rows)
-    worst = max((float(gap(a, b).max()) for a, b in zip(base, run(rows), strict=True) if a.numel()), default=0.0)
-    return Finding(worst, slack(base, rows), 1, "the same input, twice", 0.0, worst)
+    worst = max((float(difference(a, b).max()) for a, b in zip(base, run(rows), strict=True) if a.numel()), default=0.0)
+    return PropertyResult(worst, slack(base, rows), 1, "the same input, twice", 0.0, worst)
 
 
-def samples_apart(run: Evaluate, rows: Tensor, generator: torch.Generator) -> Finding:
+def samples_apart(run: Evaluate, rows: Tensor, generator: torch.Generator) -> PropertyResult:
     """A sample's result does not change when others are moved."""
     if len(rows) == 1:
-        return Finding(0.0, 0.0, 0, "one sample alone")
+        return PropertyResult(0.0, 0.0, 0, "one sample alone")
     base, other = run(rows), moved(rows, generator)
-    tolerance, worst, tests = slack(base, rows), Finding(0.0, 0.0, 0), 0
+    tolerance, worst, tests = slack(base, rows), PropertyResult(0.0, 0.0, 0), 0
     for mask in separating(rows.shape[0]):
         here = mask.to(rows.device)
         results = run(torch.where(here[:, None], other, rows))
         tests += 1
         for a, b in zip(base, results, strict=True):
-            change = gap(a, b)[~here].amax(1) if a.shape[1] else torch.zeros(1)
+            change = difference(a, b)[~here].amax(1) if a.shape[1] else torch.zeros(1)
             if float(change.max()) > worst.error:
                 sample = int((~here).nonzero()[int(change.argmax())])
                 where = f"moving samples {here.nonzero().flatten().tolist()[:8]} changes sample {sample}"
-                worst = Finding(float(change.max()), 0.0, 0, where, 0.0, float(change.max()))
-    return Finding(worst.error, tolerance, tests, worst.where, 0.0, worst.got)
+                worst = PropertyResult(float(change.max()), 0.0, 0, where, 0.0, float(change.max()))
+    return PropertyResult(worst.error, tolerance, tests, worst.where, 0.0, worst.got)
 
 
-def elementwise(run: Evaluate, rows: Tensor, shape: Sequence[int], generator: torch.Generator) -> Finding:
+def elementwise(run: Evaluate, rows: Tensor, shape: Sequence[int], generator: torch.Generator) -> PropertyResult:
     """Elements that are not moved keep their results. About 2·log₂(n) runs separate all pairs of places."""
     (base,), other = run(rows), moved(rows, generator)
     tolerance, tests = slack([base], rows), 0
     if base.shape != rows.shape:
-        return Finding(float("inf"), tolerance, 0, f"{rows.shape[1]} elements go in and {base.shape[1]} come out")
+        return PropertyResult(
+            float("inf"), tolerance, 0, f"{rows.shape[1]} elements go in and {base.shape[1]} come out"
+        )
     worst = 0.0
     for mask in separating(rows.shape[1]):
         here = mask.to(rows.device)
-        change = gap(base, run(torch.where(here, other, rows))[0]) * ~here
+        change = difference(base, run(torch.where(here, other, rows))[0]) * ~here
         tests += 1
         worst = max(worst, float(change.max()))
         if worst > tolerance:
             sample, element = divmod(int(change.argmax()), rows.shape[1])
-            cause = _culprit(run, rows, other, here, lambda t, s=sample, e=element: gap(base, t)[s, e])  # type: ignore[misc]
+            cause = _culprit(run, rows, other, here, lambda t, s=sample, e=element: difference(base, t)[s, e])  # type: ignore[misc]
             where = f"moving element {place(cause, shape)} of sample {sample} changes {place(element, shape)}"
-            return Finding(worst, tolerance, tests, where, 0.0, worst)
-    return Finding(worst, tolerance, tests, "" if tests else "one element alone")
+            return PropertyResult(worst, tolerance, tests, where, 0.0, worst)
+    return PropertyResult(worst, tolerance, tests, "" if tests else "one element alone")
 
 
 def _culprit(run: Evaluate, rows: Tensor, other: Tensor, here: Tensor, change: Callable[[Tensor], Tensor]) -> int:
@@ -152,11 +154,11 @@ def _culprit(run: Evaluate, rows: Tensor, other: Tensor, here: Tensor, change: C
     return int(candidates[0])
 
 
-def within(run: Evaluate, rows: Tensor, pattern: Pattern, output: int, generator: torch.Generator) -> Finding:
+def local(run: Evaluate, rows: Tensor, pattern: Pattern, output: int, generator: torch.Generator) -> PropertyResult:
     """What a dependence pattern excludes does not change: the places along every axis moved one after the other."""
     base, other = run(rows), moved(rows, generator)
     target = base[output]
-    worst, tests = Finding(0.0, 0.0, 0), 0
+    worst, tests = PropertyResult(0.0, 0.0, 0), 0
     for axis, link in enumerate(pattern.links):
         size = pattern.value[axis]
         if not link:
@@ -165,14 +167,14 @@ def within(run: Evaluate, rows: Tensor, pattern: Pattern, output: int, generator
         for i in chosen:
             here = _slab(pattern.value, axis, i).to(rows.device)
             stays = ~reached(pattern, axis, i).to(rows.device)
-            change = gap(target, run(torch.where(here, other, rows))[output]) * stays
+            change = difference(target, run(torch.where(here, other, rows))[output]) * stays
             tests += 1
             if change.numel() and float(change.max()) > worst.error:
                 sample, element = divmod(int(change.argmax()), target.shape[1])
                 along = f"all that has index {i} along axis {_named(axis, pattern.value)}"
                 where = f"moving {along} of sample {sample} changes output {place(element, pattern.output)}"
-                worst = Finding(float(change.max()), 0.0, 0, where, 0.0, float(change.max()))
-    return Finding(worst.error, slack([target], rows), tests, worst.where, 0.0, worst.got)
+                worst = PropertyResult(float(change.max()), 0.0, 0, where, 0.0, float(change.max()))
+    return PropertyResult(worst.error, slack([target], rows), tests, worst.where, 0.0, worst.got)
 
 
 def _named(axis: int, shape: Sequence[int]) -> int:
@@ -196,7 +198,7 @@ def reached(pattern: Pattern, axis: int, index: int) -> Tensor:
     return mask.flatten()
 
 
-def affine(run: Evaluate, rows: Tensor, generator: torch.Generator) -> Finding:
+def affine(run: Evaluate, rows: Tensor, generator: torch.Generator) -> PropertyResult:
     """f(p + q) − f(p) − f(q) + f(0) = 0, and every row is treated alike."""
     error, tolerance, tests, where = 0.0, 0.0, 0, ""
     zero = run(torch.zeros_like(rows))
@@ -206,8 +208,8 @@ def affine(run: Evaluate, rows: Tensor, generator: torch.Generator) -> Finding:
         tests += 4
         for together, first, second, offset, same in zip(*parts, strict=True):
             wide = accumulation_dtype(first.dtype)
-            defect = gap(together.to(wide) + offset.to(wide), first.to(wide) + second.to(wide))
-            alike = gap(same, first[:1].expand_as(first))
+            defect = difference(together.to(wide) + offset.to(wide), first.to(wide) + second.to(wide))
+            alike = difference(same, first[:1].expand_as(first))
             tolerance = max(tolerance, slack([together, first, second, offset], rows))
             for found, words in (
                 (defect, "f(p + q) − f(p) − f(q) + f(0)"),
@@ -217,10 +219,10 @@ def affine(run: Evaluate, rows: Tensor, generator: torch.Generator) -> Finding:
                     error = float(found.max())
                     sample, element = divmod(int(found.argmax()), found.shape[1])
                     where = f"{words} at element {element} of the output of sample {sample}"
-    return Finding(error, tolerance, tests, where, 0.0, error)
+    return PropertyResult(error, tolerance, tests, where, 0.0, error)
 
 
-def symmetric(run: Evaluate, rows: Tensor, generator: torch.Generator, pairs: int = 4) -> Finding:
+def symmetric(run: Evaluate, rows: Tensor, generator: torch.Generator, pairs: int = 4) -> PropertyResult:
     """⟨u, J v⟩ = ⟨v, J u⟩ for random u and v, relative to their lengths; for as many results as there are inputs."""
     wide, unit = accumulation_dtype(rows.dtype), resolution(rows)
     h = deviation_of(rows) * unit ** (1 / 3)
@@ -241,10 +243,10 @@ def symmetric(run: Evaluate, rows: Tensor, generator: torch.Generator, pairs: in
         defect = defect.clamp(min=0) / size
         if float(defect.max()) > error:
             error, where = float(defect.max()), f"⟨u, J v⟩ is not ⟨v, J u⟩ for sample {int(defect.argmax())}"
-    return Finding(error, 100 * unit ** (2 / 3), 4 * pairs + 1, where, 0.0, error)
+    return PropertyResult(error, 100 * unit ** (2 / 3), 4 * pairs + 1, where, 0.0, error)
 
 
-def alike(run: Evaluate, rows: Tensor, vectors: int, generator: torch.Generator) -> Finding:
+def alike(run: Evaluate, rows: Tensor, vectors: int, generator: torch.Generator) -> PropertyResult:
     """The last dimension's vectors, ``vectors`` in a sample, change places: so do their results, and nothing else."""
     (base,) = run(rows)
     ring = torch.randperm(vectors, generator=generator)
@@ -252,8 +254,10 @@ def alike(run: Evaluate, rows: Tensor, vectors: int, generator: torch.Generator)
     order[ring] = ring.roll(1)  # none stays where it is: a change of places that moves nothing would show nothing
     order = order.to(rows.device)
     shuffled = rows.view(len(rows), vectors, -1)[:, order].reshape(rows.shape)
-    change = gap(base.reshape(len(base), vectors, -1)[:, order], run(shuffled)[0].reshape(len(base), vectors, -1))
+    change = difference(
+        base.reshape(len(base), vectors, -1)[:, order], run(shuffled)[0].reshape(len(base), vectors, -1)
+    )
     error = float(change.max()) if change.numel() else 0.0
     sample, vector = divmod(int(change.amax(2).argmax()), vectors) if change.numel() else (0, 0)
     where = f"vector {int(order[vector])} of sample {sample} gives another result at place {vector}"
-    return Finding(error, slack([base], rows), 1, where, 0.0, error)
+    return PropertyResult(error, slack([base], rows), 1, where, 0.0, error)

@@ -19,7 +19,7 @@ from hzo.structure import is_elementwise
 from hzo.tracing import Chain, Graph, GraphOperation, ParameterUse, declared
 from hzo.verification import properties
 from hzo.verification.adjoint import dot_product_test
-from hzo.verification.properties import Finding
+from hzo.verification.properties import PropertyResult
 
 _NAMED = 8  # violations that an error spells out
 
@@ -32,7 +32,7 @@ class Check:
     operation: str
     promise: str
     operand: str
-    finding: Finding
+    finding: PropertyResult
 
     def __str__(self) -> str:
         f = self.finding
@@ -136,7 +136,7 @@ def _message(broken: list[Check]) -> str:
     return "\n".join(lines)
 
 
-Found = Iterator[tuple[str, str, Finding]]
+Found = Iterator[tuple[str, str, PropertyResult]]
 """Promise, operand in words, finding."""
 
 
@@ -175,7 +175,7 @@ def _operand_checks(task: _StructureTest, op: GraphOperation) -> Found:
                 patterns = slice_locality(graph, value, [op.index], outputs).patterns
                 for k, pattern in enumerate(patterns):
                     if any(pattern.links):
-                        yield "local", operand, properties.within(run, rows, pattern, k, generator)
+                        yield "local", operand, properties.local(run, rows, pattern, k, generator)
         if promise is not None:
             yield f"adjoint rule ({promise})", operand, _adjoint_check(task, op, value, run, rows)
 
@@ -195,27 +195,27 @@ def _row_shape(graph: Graph, value: int) -> tuple[int, ...]:
 
 def _declared_checks(
     task: _StructureTest, op: GraphOperation, run: properties.Evaluate, rows: Tensor, shape: tuple[int, ...]
-) -> Iterator[tuple[str, Finding]]:
+) -> Iterator[tuple[str, PropertyResult]]:
     """Promises that no rule of the library spells out for this call, and which must hold all the same."""
     promises = declared(op.module) or ()
     value = task.graph.values[op.writes[0]]
     came = f"{shape[1:]} goes in and {value.sample_shape[1:]} comes out"
     if "elementwise" in promises and shape != value.sample_shape:
-        yield "elementwise", Finding(float("inf"), 0.0, 0, came)
+        yield "elementwise", PropertyResult(float("inf"), 0.0, 0, came)
     if "affine" in promises:
         yield "affine", properties.affine(run, rows, task.generator)
     if "symmetric" in promises:
         yield "symmetric", properties.symmetric(run, rows, task.generator)
     if "tokens" in promises:
         if task.graph.values[op.reads[0]].shape[:-1] != value.shape[:-1]:
-            yield "tokens", Finding(float("inf"), 0.0, 0, came)
+            yield "tokens", PropertyResult(float("inf"), 0.0, 0, came)
         else:
             yield "tokens", properties.alike(run, rows, rows.shape[1] // shape[-1], task.generator)
 
 
 def _adjoint_check(
     task: _StructureTest, op: GraphOperation, value: int, run: properties.Evaluate, rows: Tensor
-) -> Finding:
+) -> PropertyResult:
     graph, activations = task.graph, task.activations
     outputs = _handed_on(graph, op)
 
@@ -229,7 +229,7 @@ def _adjoint_check(
         return dot_product_test(run, carry, rows, shape, task.generator, apart=apart, coordinates=task.coordinates)
     except Exception as error:  # a rule for another operation than this one may fail in any way
         words = f"the rule fails: {type(error).__name__}: {error}"
-        return Finding(float("inf"), 0.0, 0, words)
+        return PropertyResult(float("inf"), 0.0, 0, words)
 
 
 def _carried(task: _StructureTest, op: GraphOperation, value: int, cotangents: dict[int, Tensor]) -> Tensor:
@@ -259,7 +259,7 @@ def _derived(graph: Graph, use: ParameterUse) -> str:
     return f"what is derived of {', '.join(dict.fromkeys(names))}" if names else "a derived operand"
 
 
-def _parameter_check(task: _StructureTest, op: GraphOperation, use: ParameterUse) -> Finding:
+def _parameter_check(task: _StructureTest, op: GraphOperation, use: ParameterUse) -> PropertyResult:
     """The rule assumes that an operator computes what its name says."""
     graph, activations = task.graph, task.activations
     outputs = _handed_on(graph, op)

@@ -15,7 +15,7 @@ import hzo
 from hzo.errors import HzoError, InputError
 from hzo_lab.cli.options import (
     Activation,
-    Assume,
+    AssumeName,
     Augment,
     BatchSize,
     Budget,
@@ -31,15 +31,15 @@ from hzo_lab.cli.options import (
     Epochs,
     ImageSize,
     Log,
-    Method,
-    Model,
+    MethodName,
+    ModelName,
     Optimizer,
     Rate,
-    Schedule,
-    Scheme,
+    ScheduleName,
+    SchemeName,
     Seed,
     Threads,
-    Tree,
+    TreeName,
     Width,
     given_options,
     listed,
@@ -47,7 +47,7 @@ from hzo_lab.cli.options import (
     whole_numbers,
 )
 from hzo_lab.cli.plan_command import plan_command
-from hzo_lab.cli.terminal import DISAGREES, announce, conclude, console, errors, train_shown, verdict
+from hzo_lab.cli.terminal import DISAGREES, announce, conclude, console, errors, print_check, train_shown
 from hzo_lab.errors import CheckpointError
 from hzo_lab.records import CONFIG
 from hzo_lab.reports import compare as comparing
@@ -108,14 +108,14 @@ def train_command(
     data_dir: DataDir = None,
     image_size: ImageSize = None,
     augment: Augment = None,
-    model: Model = None,
+    model: ModelName = None,
     depth: Depth = None,
     width: Width = None,
     activation: Activation = None,
-    method: Method = None,
-    tree: Tree = None,
-    assume: Assume = None,
-    scheme: Scheme = None,
+    method: MethodName = None,
+    tree: TreeName = None,
+    assume: AssumeName = None,
+    scheme: SchemeName = None,
     directions: Directions = None,
     epochs: Epochs = None,
     budget: Budget = None,
@@ -123,7 +123,7 @@ def train_command(
     lr: Rate = None,
     optimizer: Optimizer = None,
     weight_decay: Decay = None,
-    schedule: Schedule = None,
+    schedule: ScheduleName = None,
     seed: Seed = None,
     device: Device = None,
     dtype: DType = None,
@@ -159,7 +159,7 @@ def train_command(
     if check:
         with on_threads(running.config.threads):
             found = running.check() if running.ranks.first else None
-        if not running.ranks.on_first(lambda: found is None or verdict(found)):
+        if not running.ranks.on_first(lambda: found is None or print_check(found)):
             raise typer.Exit(DISAGREES)
     go_on = " ".join([f"hzo train --resume {running.out}", *(f"--log {name}" for name in logs)])
     result = train_shown(running, max_steps, go_on, logs)
@@ -200,13 +200,13 @@ def compare_command(
     data_dir: DataDir = None,
     image_size: ImageSize = None,
     augment: Augment = None,
-    model: Model = None,
+    model: ModelName = None,
     depth: Depth = None,
     width: Width = None,
     activation: Activation = None,
-    tree: Tree = None,
-    assume: Assume = None,
-    scheme: Scheme = None,
+    tree: TreeName = None,
+    assume: AssumeName = None,
+    scheme: SchemeName = None,
     directions: Directions = None,
     epochs: Epochs = None,
     budget: Budget = None,
@@ -217,7 +217,7 @@ def compare_command(
     ] = None,
     optimizer: Optimizer = None,
     weight_decay: Decay = None,
-    schedule: Schedule = None,
+    schedule: ScheduleName = None,
     device: Device = None,
     dtype: DType = None,
     threads: Threads = None,

@@ -12,7 +12,7 @@ from hzo.errors import InputError
 from hzo.planner import as_mesh, with_mesh, words_of_parameters
 from hzo_lab.cli.options import (
     Activation,
-    Assume,
+    AssumeName,
     BatchSize,
     DataDir,
     DataName,
@@ -20,19 +20,19 @@ from hzo_lab.cli.options import (
     Device,
     DType,
     ImageSize,
-    Model,
-    Scheme,
+    ModelName,
+    SchemeName,
     Seed,
     Threads,
-    Tree,
+    TreeName,
     Width,
     given_options,
     numbers,
 )
-from hzo_lab.cli.terminal import DISAGREES, console, verdict
+from hzo_lab.cli.terminal import DISAGREES, console, print_check
 from hzo_lab.reports import (
-    Outcome,
-    Problem,
+    PlannedNetwork,
+    PlannedTree,
     all_trees,
     check_picture,
     comparison_table,
@@ -42,7 +42,7 @@ from hzo_lab.reports import (
     forward_seconds,
     measured,
     node_table,
-    problem,
+    planned_network,
     totals,
 )
 from hzo_lab.training import loss_fn, on_threads, recipe
@@ -54,7 +54,7 @@ def plan_command(
     data: DataName = None,
     data_dir: DataDir = None,
     image_size: ImageSize = None,
-    model: Model = None,
+    model: ModelName = None,
     depth: Depth = None,
     width: Width = None,
     activation: Activation = None,
@@ -63,9 +63,9 @@ def plan_command(
     dtype: DType = None,
     device: Device = None,
     threads: Threads = None,
-    tree: Tree = None,
-    assume: Assume = None,
-    scheme: Scheme = None,
+    tree: TreeName = None,
+    assume: AssumeName = None,
+    scheme: SchemeName = None,
     step: Annotated[float | None, typer.Option(help="Distance of all differences. Default: chosen per node.")] = None,
     readout: Annotated[float | None, typer.Option(help="Noise of every element that a query returns.")] = None,
     process: Annotated[float | None, typer.Option(help="Noise that every stage adds to what it hands on.")] = None,
@@ -126,18 +126,18 @@ def plan_command(
         raise InputError(f"expected --save to name a file in a directory that exists, got {save}: make it first.")
     options |= {"tree": config.tree, "assume": config.assume, "scheme": config.scheme}
     with on_threads(config.threads), console.status("tracing"):
-        given = problem(config)
+        given = planned_network(config)
         _announce(given)
         if calibrate:
             kinds = {"assume": options["assume"], "scheme": options["scheme"]}
             options["calibration"] = hzo.calibrate(given.chain, given.x, loss_fn, given.y, **kinds)
     with on_threads(config.threads):
         shown = load is not None or save is not None or picture is not None or not compare
-        outcomes: list[Outcome] = []
+        outcomes: list[PlannedTree] = []
         if shown:
             with console.status("planning"):
                 plan = hzo.plan(given.chain, **options) if load is None else _loaded(given, load, options)
-            outcomes.append(Outcome("loaded" if load else str(plan.tree), repeats or "-", plan))
+            outcomes.append(PlannedTree("loaded" if load else str(plan.tree), repeats or "-", plan))
             _show(given, plan, rows, save, picture)
         if compare:
             with console.status("planning all trees"):
@@ -153,7 +153,7 @@ def plan_command(
             raise typer.Exit(DISAGREES)
 
 
-def _loaded(given: Problem, load: Path, options: dict[str, Any]) -> hzo.Plan:
+def _loaded(given: PlannedNetwork, load: Path, options: dict[str, Any]) -> hzo.Plan:
     """A plan from a file, with what it costs on the mesh that was given."""
     plan = hzo.load_plan(given.chain, load)
     graph = given.chain.traced
@@ -169,14 +169,14 @@ def _beside_load(options: dict[str, Any], calibrate: bool, *chosen: str | None) 
     return found + [name for name, value in zip(names, chosen, strict=True) if value is not None]
 
 
-def _announce(given: Problem) -> None:
+def _announce(given: PlannedNetwork) -> None:
     config, weights = given.config, sum(parameter.numel() for parameter in given.model.parameters())
     examples = f"{config.data}" if given.real else f"random numbers in the shape of {config.data}"
     text = f"{config.model} ({weights:,} weights, {len(given.chain)} stages), {len(given.x)} examples: {examples}"
     console.print(text, highlight=False, soft_wrap=True)
 
 
-def _show(given: Problem, plan: hzo.Plan, rows: int, save: Path | None, picture: Path | None) -> None:
+def _show(given: PlannedNetwork, plan: hzo.Plan, rows: int, save: Path | None, picture: Path | None) -> None:
     console.print(node_table(plan, rows, console.width))
     for line in totals(plan):
         console.print(line, highlight=False, soft_wrap=True)
@@ -188,29 +188,31 @@ def _show(given: Problem, plan: hzo.Plan, rows: int, save: Path | None, picture:
         console.print(f"  picture  {picture}", highlight=False, soft_wrap=True)
 
 
-def _checked(given: Problem, plan: hzo.Plan) -> bool:
+def _checked(given: PlannedNetwork, plan: hzo.Plan) -> bool:
     """The verdict on one gradient by this plan: of the loss, and of backprop."""
     with console.status("checking the gradient"):
         found = hzo.check_gradient(given.chain, loss_fn, given.x, given.y, plan=plan)
         compared = hzo.compare_gradients(given.chain, loss_fn, given.x, given.y, plan=plan)
-    holds = verdict(found)
+    holds = print_check(found)
     worst = min(compared.cosines, key=compared.cosines.__getitem__)
     text = f"beside backprop: 1 − cosine {1 - compared.overall:.1e}, at worst {1 - compared.cosine:.1e} ({worst})"
     console.print(text, highlight=False, soft_wrap=True)
     return holds
 
 
-def _measure(given: Problem, outcomes: list[Outcome], noise: hzo.Noise | None, longest: float) -> list[Outcome]:
+def _measure(
+    given: PlannedNetwork, outcomes: list[PlannedTree], noise: hzo.Noise | None, longest: float
+) -> list[PlannedTree]:
     with console.status("measuring") as status:
         exact, one = exact_cotangents(given), forward_seconds(given)
-        done: list[Outcome] = []
+        done: list[PlannedTree] = []
         for outcome in outcomes:
             status.update(f"measuring {outcome.tree}, {len(done) + 1} of {len(outcomes)}")
             done.append(measured(given, outcome, exact, noise, pass_seconds=one, longest=longest))
     return done
 
 
-def _print_outcomes(outcomes: list[Outcome], assume: str, scheme: str) -> None:
+def _print_outcomes(outcomes: list[PlannedTree], assume: str, scheme: str) -> None:
     console.print(comparison_table(outcomes, f"assume {assume}, {scheme} differences"))
     for line in explanations(outcomes):
         console.print(line, highlight=False, soft_wrap=True, style="dim")

@@ -80,7 +80,7 @@ def reproduce_command(
         train_run=train_to_the_end if size == "smoke" else lambda run: train_shown(run, None, "the same command"),
         tell=lambda line: console.print(f"  {line}", style="dim", highlight=False),
     )
-    check(setting)
+    check_setting(setting)
     registry.check_data(experiments, setting)
     record.prepare_directory(setting.out)
     commit()  # of the code as it is now
@@ -102,7 +102,7 @@ def scale_called(name: str) -> Scale:
     raise InputError(f"expected --scale to be one of {', '.join(SCALES)}, got {name!r}.")
 
 
-def check(setting: Setting) -> None:
+def check_setting(setting: Setting) -> None:
     if setting.chosen == ():
         raise InputError("expected at least one seed: --seeds 0,1,2.")
     for folder in setting.runs:

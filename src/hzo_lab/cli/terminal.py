@@ -40,7 +40,7 @@ def announce(running: Run, *, resumed: bool) -> None:
     )
 
 
-def verdict(found: GradientCheck) -> bool:
+def print_check(found: GradientCheck) -> bool:
     """Say whether the loss agrees with a gradient, and where it does not; returns it."""
     console.print(str(found), highlight=False, soft_wrap=True, markup=False, style="" if found.holds else "red")
     return found.holds

@@ -84,9 +84,9 @@ def _reader(paths: list[Path], size: int) -> Callable[[Tensor], Tensor]:
     def fetch(indices: Tensor) -> Tensor:
         wanted = indices.numpy()
         if not keep:
-            return torch.from_numpy(np.stack(list(workers.map(lambda i: decode(paths[i], size), wanted))))
+            return torch.from_numpy(np.stack(list(workers.map(lambda i: decode_image(paths[i], size), wanted))))
         missing = wanted[~known[wanted]]
-        for index, image in zip(missing, workers.map(lambda i: decode(paths[i], size), missing), strict=True):
+        for index, image in zip(missing, workers.map(lambda i: decode_image(paths[i], size), missing), strict=True):
             cache[index] = image
             known[index] = True
         return torch.from_numpy(cache[wanted])
@@ -94,7 +94,7 @@ def _reader(paths: list[Path], size: int) -> Callable[[Tensor], Tensor]:
     return fetch
 
 
-def decode(path: Path, size: int) -> np.ndarray[Any, Any]:
+def decode_image(path: Path, size: int) -> np.ndarray[Any, Any]:
     """One image file as (3, size, size) uint8."""
     try:
         with Image.open(path) as image:

@@ -50,7 +50,7 @@ def digits(shape: tuple[int, ...] = (64,)) -> Dataset:
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """A data set by name.
 
     Attributes:
@@ -72,11 +72,11 @@ class Source:
 
 IMAGES = {"model": "cnn", "epochs": 20, "log_every": 20, "cosine_every": 200, "probe_size": 8}
 
-DATA_SETS: dict[str, Source] = {
-    "digits": Source(lambda *_: digits(), (64,), bundled=True),
-    "cifar10": Source(lambda folder, _: load_cifar10(folder), (3, 32, 32), recipe={**IMAGES, "batch_size": 128}),
-    "imagefolder": Source(load_imagefolder, None, recipe={**IMAGES, "batch_size": 64}),
-    "digit-images": Source(lambda *_: digits((1, 8, 8)), (1, 8, 8), bundled=True, recipe={"model": "cnn"}),
+DATA_SETS: dict[str, DataSource] = {
+    "digits": DataSource(lambda *_: digits(), (64,), bundled=True),
+    "cifar10": DataSource(lambda folder, _: load_cifar10(folder), (3, 32, 32), recipe={**IMAGES, "batch_size": 128}),
+    "imagefolder": DataSource(load_imagefolder, None, recipe={**IMAGES, "batch_size": 64}),
+    "digit-images": DataSource(lambda *_: digits((1, 8, 8)), (1, 8, 8), bundled=True, recipe={"model": "cnn"}),
 }
 """All that takes, lists or completes names of data sets reads this table."""
 

@@ -19,7 +19,7 @@ INEXACT = {"train": "inexact_train_indices.npy", "test": "inexact_test_indices.n
 
 
 @dataclass(frozen=True)
-class Source:
+class ImageSet:
     """A data set, and what a record must say of it."""
 
     dataset: Dataset
@@ -31,18 +31,18 @@ class Source:
         return self.dataset.shape
 
 
-def images(setting: Setting, *, flat: bool = False) -> Source:
+def images(setting: Setting, *, flat: bool = False) -> ImageSet:
     """CIFAR-10 where ``setting.data_dir`` is given, else 8 × 8 digits; ``flat`` asks for the digits as vectors."""
     if setting.data_dir is not None and not flat:
-        return Source(registry.load("cifar10", setting.data_dir), "cifar10", notes_on_cifar(setting.data_dir))
+        return ImageSet(registry.load("cifar10", setting.data_dir), "cifar10", notes_on_cifar(setting.data_dir))
     if flat:
-        return Source(registry.load("digits"), "digits")
+        return ImageSet(registry.load("digits"), "digits")
     note = "On scikit-learn's digits (8 × 8), not on CIFAR-10, for which no --data-dir was given."
-    return Source(registry.load("digit-images"), "digit-images", (note,))
+    return ImageSet(registry.load("digit-images"), "digit-images", (note,))
 
 
 def first_batch(
-    source: Source, size: int, seed: int, device: torch.device, dtype: torch.dtype
+    source: ImageSet, size: int, seed: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """The first examples of the training order of a seed."""
     split = source.dataset.train

@@ -14,7 +14,7 @@ import hzo
 from hzo import baselines
 from hzo_lab.training import without_trace
 
-Gradients = dict[str, Tensor]
+GradientsByName = dict[str, Tensor]
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
@@ -41,7 +41,7 @@ def squared_gain(calibration: hzo.Calibration, chain: hzo.Chain) -> float:
     return float(max(first, 1e-300) ** (1 / len(graph.stages)))
 
 
-def by_method(model: nn.Module, gradient: Callable[[], object]) -> Gradients:
+def by_method(model: nn.Module, gradient: Callable[[], object]) -> GradientsByName:
     """What ``gradient()`` adds to ``.grad``, by parameter; the model is left as it was."""
     with without_trace(model, seed=0):
         gradient()
@@ -52,11 +52,11 @@ def by_method(model: nn.Module, gradient: Callable[[], object]) -> Gradients:
         }
 
 
-def by_backprop(model: nn.Module, loss_fn: Callable[..., Tensor], x: Tensor, y: Any) -> Gradients:
+def by_backprop(model: nn.Module, loss_fn: Callable[..., Tensor], x: Tensor, y: Any) -> GradientsByName:
     return by_method(model, lambda: baselines.backprop(model, loss_fn, x, y))
 
 
-def flat(gradients: Gradients) -> Tensor:
+def flattened(gradients: GradientsByName) -> Tensor:
     """One vector, in the order of the names: whoever made the gradients may have had another."""
     return torch.cat([gradients[name].double().flatten() for name in sorted(gradients)])
 

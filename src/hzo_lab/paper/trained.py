@@ -56,7 +56,7 @@ class Trained:
         return {**about, "threads": self.config.threads, "seconds": self.summary["seconds"]}
 
 
-def identity(config: TrainConfig) -> dict[str, Any]:
+def run_key(config: TrainConfig) -> dict[str, Any]:
     """What the numbers of a run depend on: defaults written out, options that its method or data do not look at left
     out."""
     values = dataclasses.asdict(config)
@@ -73,7 +73,7 @@ def identity(config: TrainConfig) -> dict[str, Any]:
 
 def directory_name(config: TrainConfig) -> str:
     """A name that tells runs apart for readers, and a digest that does for programs."""
-    text = json.dumps(identity(config), sort_keys=True)
+    text = json.dumps(run_key(config), sort_keys=True)
     digest = hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
     return f"{config.data}-{config.model}-{config.method}-{config.seed}-{digest}"
 
@@ -87,7 +87,7 @@ def trained(config: TrainConfig, setting: Setting, datasets: dict[str, Dataset])
     """
     for folder in setting.runs:
         for path in (folder, *sorted(folder.iterdir())):
-            if (path / CONFIG).is_file() and identity(read_config(path / CONFIG)) == identity(config):
+            if (path / CONFIG).is_file() and run_key(read_config(path / CONFIG)) == run_key(config):
                 if (found := finished(path)) is not None:
                     return found
                 setting.tell(f"{path.name} has the right configuration and is not finished: left aside")

@@ -2,20 +2,20 @@
 
 from hzo_lab.reports.plan_drawing import check_picture, draw
 from hzo_lab.reports.plan_report import (
-    Outcome,
-    Problem,
+    PlannedNetwork,
+    PlannedTree,
     all_trees,
     exact_cotangents,
     forward_seconds,
     measured,
-    problem,
+    planned_network,
 )
 from hzo_lab.reports.plan_tables import comparison_table, explanations, node_table, totals
 from hzo_lab.reports.progress_display import clock, display, large, percent
 
 __all__ = [
-    "Outcome",
-    "Problem",
+    "PlannedNetwork",
+    "PlannedTree",
     "all_trees",
     "check_picture",
     "clock",
@@ -29,6 +29,6 @@ __all__ = [
     "measured",
     "node_table",
     "percent",
-    "problem",
+    "planned_network",
     "totals",
 ]

@@ -40,7 +40,7 @@ PLOT = "comparison.png"
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ComparedRun:
     """One finished run and what it came to."""
 
     config: TrainConfig
@@ -83,7 +83,7 @@ def read(out: Path) -> list[TrainConfig]:
         raise CheckpointError(f"{path} cannot be read: {error}. Restore it, or start a new comparison.") from error
 
 
-def compare(configs: Sequence[TrainConfig], out: Path, train_run: Callable[[Run], Result]) -> list[Outcome]:
+def compare(configs: Sequence[TrainConfig], out: Path, train_run: Callable[[Run], Result]) -> list[ComparedRun]:
     """Train all that is not finished yet, then write results and plot. The data are read once and shared."""
     dataset = load_data(configs[0])
     outcomes = []
@@ -93,13 +93,13 @@ def compare(configs: Sequence[TrainConfig], out: Path, train_run: Callable[[Run]
             raise CheckpointError(f"{where} holds a run with another configuration: start a new comparison.")
         running = resume(config, where, dataset) if begun else start(config, where, dataset)
         result = train_run(running)
-        outcomes.append(Outcome(config, result, read_metrics(where / METRICS)))
+        outcomes.append(ComparedRun(config, result, read_metrics(where / METRICS)))
         _write(outcomes, out)
     return outcomes
 
 
-def by_method(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
-    groups: dict[str, list[Outcome]] = {}
+def grouped_by_method(outcomes: Sequence[ComparedRun]) -> dict[str, list[ComparedRun]]:
+    groups: dict[str, list[ComparedRun]] = {}
     for outcome in outcomes:
         groups.setdefault(outcome.config.method, []).append(outcome)
     return groups
@@ -115,7 +115,7 @@ def _percent(values: Sequence[float]) -> str:
     return f"{mean:.2f}" if deviation is None else f"{mean:.2f} ± {deviation:.2f}"
 
 
-def table(outcomes: Sequence[Outcome]) -> Table:
+def table(outcomes: Sequence[ComparedRun]) -> Table:
     """One row a method, means over its seeds."""
     first = outcomes[0].config
     seeds = sorted({outcome.config.seed for outcome in outcomes})
@@ -129,7 +129,7 @@ def table(outcomes: Sequence[Outcome]) -> Table:
     shown.add_column("method", no_wrap=True)
     for name in ("accuracy, %", "loss", "cosine", "passes", "queries", "time"):
         shown.add_column(name, justify="right", no_wrap=True)
-    for method, group in by_method(outcomes).items():
+    for method, group in grouped_by_method(outcomes).items():
         cosines = [o.cosine for o in group if o.cosine is not None]
         shown.add_row(
             method,
@@ -143,7 +143,7 @@ def table(outcomes: Sequence[Outcome]) -> Table:
     return shown
 
 
-def _row(outcome: Outcome) -> dict[str, Any]:
+def _row(outcome: ComparedRun) -> dict[str, Any]:
     result = outcome.result
     return {
         "method": outcome.config.method,
@@ -161,9 +161,9 @@ def _row(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _write(outcomes: Sequence[Outcome], out: Path) -> None:
+def _write(outcomes: Sequence[ComparedRun], out: Path) -> None:
     rows = [_row(outcome) for outcome in outcomes]
-    groups = by_method(outcomes)
+    groups = grouped_by_method(outcomes)
     summary = {}
     for method, group in groups.items():
         mean, deviation = _spread([outcome.result.test_accuracy for outcome in group])

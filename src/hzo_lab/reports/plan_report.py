@@ -24,11 +24,11 @@ SHORT = 1.0  # seconds; what takes less is run twice, for the time of the second
 TREES: tuple[str | int, ...] = (*FIXED, 4, "planned")
 CLASSES = 10  # of the random labels that stand in for data of which only the shape is known
 
-Cotangents = Sequence[Tensor | tuple[Tensor | None, ...] | None]
+StageCotangents = Sequence[Tensor | tuple[Tensor | None, ...] | None]
 
 
 @dataclass(frozen=True, eq=False)
-class Problem:
+class PlannedNetwork:
     """A network with a batch of what it will be trained on; ``real`` where that is data, not random numbers."""
 
     config: TrainConfig
@@ -40,7 +40,7 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredGradient:
     """One gradient, run and counted. ``cosine``: the lowest at a stage boundary; ``expected``: what was predicted of it
     there, None where nothing was."""
 
@@ -51,17 +51,17 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class PlannedTree:
     """What came of one tree: a plan, what was measured of it, or the reason why there is none."""
 
     tree: str
     repeats: str
     plan: hzo.Plan | None = None
-    measured: Measured | None = None
+    measured: MeasuredGradient | None = None
     reason: str = ""
 
 
-def problem(config: TrainConfig) -> Problem:
+def planned_network(config: TrainConfig) -> PlannedNetwork:
     """The network and its first batch: real where the data are at hand, else random numbers of their shape."""
     device, dtype = device_of(config), getattr(torch, config.dtype)
     real = DATA_SETS[config.data].bundled or config.data_dir is not None
@@ -84,10 +84,10 @@ def problem(config: TrainConfig) -> Problem:
         activation=config.activation,
         seed=config.seed,
     ).to(device, dtype)
-    return Problem(config, model, hzo.trace(model, x), x, y, real)
+    return PlannedNetwork(config, model, hzo.trace(model, x), x, y, real)
 
 
-def all_trees(given: Problem, options: Mapping[str, Any]) -> Iterator[Outcome]:
+def all_trees(given: PlannedNetwork, options: Mapping[str, Any]) -> Iterator[PlannedTree]:
     """The plans of all trees; where something is aimed at, with repeats of two kinds. Errors become reasons."""
     aimed = any(options.get(name) is not None for name in ("target_cosine", "budget", "seconds"))
     for tree in TREES:
@@ -95,9 +95,9 @@ def all_trees(given: Problem, options: Mapping[str, Any]) -> Iterator[Outcome]:
             name = f"{tree}-ary" if isinstance(tree, int) else tree
             asked = {**options, "tree": tree, **({"repeats": repeats} if aimed else {})}
             try:
-                yield Outcome(name, repeats, hzo.plan(given.chain, **asked))
+                yield PlannedTree(name, repeats, hzo.plan(given.chain, **asked))
             except HzoError as error:
-                yield Outcome(name, repeats, reason=brief(str(error)))
+                yield PlannedTree(name, repeats, reason=brief(str(error)))
 
 
 def brief(message: str, longest: int = 90) -> str:
@@ -110,13 +110,13 @@ def brief(message: str, longest: int = 90) -> str:
     return message if len(message) <= longest else message[: longest - 1] + "…"
 
 
-def exact_cotangents(given: Problem) -> Cotangents:
+def exact_cotangents(given: PlannedNetwork) -> StageCotangents:
     """Without noise, in float64, every boundary by the adjoints of single operations: the yardstick."""
     model, x = copy.deepcopy(given.model).double(), given.x.double()
     return hzo.cotangents(hzo.trace(model, x), loss_fn, x, given.y)
 
 
-def forward_seconds(given: Problem) -> float:
+def forward_seconds(given: PlannedNetwork) -> float:
     """The fastest of a few forward passes."""
     times, model = [], copy.deepcopy(given.model)  # whose buffers may move
     with torch.no_grad():
@@ -128,8 +128,14 @@ def forward_seconds(given: Problem) -> float:
 
 
 def measured(
-    given: Problem, outcome: Outcome, exact: Cotangents, noise: hzo.Noise | None, *, pass_seconds: float, longest: float
-) -> Outcome:
+    given: PlannedNetwork,
+    outcome: PlannedTree,
+    exact: StageCotangents,
+    noise: hzo.Noise | None,
+    *,
+    pass_seconds: float,
+    longest: float,
+) -> PlannedTree:
     """The outcome with what one gradient by its plan really costs and gives, under this noise, or else the plan's.
 
     A plan that would run longer than ``longest`` seconds, at the price of forward passes, is left out with that reason.
@@ -155,7 +161,7 @@ def measured(
         if seconds > SHORT:
             break
     cosines = [c for ours, true in zip(found[:-1], exact[:-1], strict=True) for c in _cosines(ours, true)]
-    result = Measured(
+    result = MeasuredGradient(
         count.forward_equivalents, min(cosines, default=None), expected_at_boundaries(given.chain, plan), seconds
     )
     return replace(outcome, measured=result)

@@ -11,7 +11,7 @@ from rich.table import Table
 import hzo
 from hzo.finite_differences import evaluations
 from hzo.plans import Cost, Node, expectation
-from hzo_lab.reports.plan_report import Outcome
+from hzo_lab.reports.plan_report import PlannedTree
 from hzo_lab.reports.progress_display import large
 
 
@@ -89,7 +89,7 @@ def totals(plan: hzo.Plan) -> list[str]:
     return lines
 
 
-def comparison_table(outcomes: Sequence[Outcome], title: str) -> Table:
+def comparison_table(outcomes: Sequence[PlannedTree], title: str) -> Table:
     """One row a tree; the cheapest in bold. Columns that would be empty are left out."""
     plans = [outcome.plan for outcome in outcomes if outcome.plan is not None]
     adjoints = any(plan.adjoints for plan in plans)
@@ -124,7 +124,7 @@ def comparison_table(outcomes: Sequence[Outcome], title: str) -> Table:
     return shown
 
 
-def explanations(outcomes: Sequence[Outcome]) -> list[str]:
+def explanations(outcomes: Sequence[PlannedTree]) -> list[str]:
     """What the columns of a comparison mean, as far as it has them."""
     plans = [outcome.plan for outcome in outcomes if outcome.plan is not None]
     if not plans:

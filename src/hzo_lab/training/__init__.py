@@ -15,7 +15,7 @@ from hzo_lab.training.plots import (
     running,
     save,
     series,
-    spread,
+    spread_band,
 )
 from hzo_lab.training.probe import without_trace
 from hzo_lab.training.ranks import ranks as ranks_of
@@ -57,7 +57,7 @@ __all__ = [
     "running",
     "save",
     "series",
-    "spread",
+    "spread_band",
     "start",
     "train",
     "without_trace",

@@ -61,7 +61,9 @@ def refuse_untestable(method: str) -> None:
         )
 
 
-def prepare(config: TrainConfig, model: nn.Module, loss_fn: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Method:
+def bind_method(
+    config: TrainConfig, model: nn.Module, loss_fn: Callable[[Tensor, Tensor], Tensor], x: Tensor
+) -> Method:
     """Bind ``config.method`` to a model; ``x`` is a batch of the size that it will be trained with."""
     if config.method == "hzo":
         chain = hzo.trace(model, x)

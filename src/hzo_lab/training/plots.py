@@ -55,7 +55,7 @@ def series(records: Sequence[Record], name: str, against: str = "step") -> Serie
     return np.asarray(x, dtype=float), np.asarray(y, dtype=float)
 
 
-def smoothed(values: np.ndarray[Any, Any], window: int) -> np.ndarray[Any, Any]:
+def moving_average(values: np.ndarray[Any, Any], window: int) -> np.ndarray[Any, Any]:
     """Running mean over ``window`` neighbours; narrower towards the ends, where there are fewer."""
     total = np.cumsum(np.concatenate([[0.0], values]))
     at = np.arange(len(values))
@@ -102,9 +102,9 @@ def comparison(runs: Mapping[str, Sequence[Sequence[Record]]], path: Path, *, ti
         figure.suptitle(title, x=0.01, ha="left", fontsize=12)
         for method, seeds in runs.items():
             color = COLORS.get(method, "#777777")
-            spread(by_step, [series(r, "test_accuracy") for r in seeds], color, method)
-            spread(by_cost, [series(r, "test_accuracy", "cost") for r in seeds], color, method)
-            spread(loss, [running(series(r, "loss")) for r in seeds], color, method)
+            spread_band(by_step, [series(r, "test_accuracy") for r in seeds], color, method)
+            spread_band(by_cost, [series(r, "test_accuracy", "cost") for r in seeds], color, method)
+            spread_band(loss, [running(series(r, "loss")) for r in seeds], color, method)
         by_step.set(title="test accuracy", xlabel="step")
         by_cost.set(title="test accuracy by cost", xlabel="cost, in forward passes", xscale="log")
         accuracy_axis(by_step)
@@ -126,10 +126,10 @@ def _noisy(axes: Axes, values: Series, color: str, label: str) -> None:
 
 def running(values: Series) -> Series:
     x, y = values
-    return x, smoothed(y, max(3, len(y) // 30))
+    return x, moving_average(y, max(3, len(y) // 30))
 
 
-def spread(axes: Axes, lines: Sequence[Series], color: str, label: str) -> None:
+def spread_band(axes: Axes, lines: Sequence[Series], color: str, label: str) -> None:
     length = min(len(x) for x, _ in lines)
     if length == 0:
         return

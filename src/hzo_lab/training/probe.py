@@ -37,7 +37,9 @@ def cosine_to_backprop(method: Method, model: nn.Module, loss_fn: LossFn, x: Ten
         return hzo.compare_gradients(model, loss_fn, x, y, gradient=ours).overall
 
 
-def check(method: Method, model: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor, *, seed: int) -> GradientCheck:
+def check_method(
+    method: Method, model: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor, *, seed: int
+) -> GradientCheck:
     """Whether the loss agrees with the method's gradient, by forward passes.
 
     Raises:

@@ -31,8 +31,8 @@ from hzo_lab.training import checkpoint, models
 from hzo_lab.training.checkpoint import Counters
 from hzo_lab.training.config import TrainConfig, to_json
 from hzo_lab.training.learning_rate import make_optimizer
-from hzo_lab.training.methods import Method, prepare
-from hzo_lab.training.probe import check, cosine_to_backprop
+from hzo_lab.training.methods import Method, bind_method
+from hzo_lab.training.probe import check_method, cosine_to_backprop
 from hzo_lab.training.ranks import ranks
 
 EVALUATION_BATCH = 500
@@ -69,7 +69,7 @@ class Run:
         probe = epoch_order(len(dataset.train), config.seed, -1)[: config.probe_size]
         self.probe = self.batch(dataset.train, probe)
         first = self.ranks.share(epoch_order(len(dataset.train), config.seed, 0)[: self.batch_size])
-        self.method: Method = prepare(config, self.model, loss_fn, self.batch(dataset.train, first)[0])
+        self.method: Method = bind_method(config, self.model, loss_fn, self.batch(dataset.train, first)[0])
 
     def batch(self, split: Split, indices: Tensor, augment: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         return make_batch(self.data, split, indices, device=self.device, dtype=self.dtype, augment=augment)
@@ -146,7 +146,7 @@ class Run:
     def check(self) -> GradientCheck:
         """Whether the loss agrees with the gradient on the probe, by forward passes."""
         seed = derive(self.config.seed, "check", self.counters.step)
-        return check(self.method, self.model, loss_fn, *self.probe, seed=seed)
+        return check_method(self.method, self.model, loss_fn, *self.probe, seed=seed)
 
     def save(self, log: MetricsLog | None) -> Path:
         """Write a checkpoint, with the random states of all processes; None for the log of those that do not write."""

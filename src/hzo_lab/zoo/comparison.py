@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Gradients = Mapping[str, Tensor | None]
+GradientsOrNone = Mapping[str, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Difference:
     problem: str = ""  # what no tolerance excuses
 
 
-def compare(found: Gradients, expected: Gradients, floor: float) -> Difference:
+def largest_difference(found: GradientsOrNone, expected: GradientsOrNone, floor: float) -> Difference:
     """‖found − expected‖ / max(‖expected‖, floor · largest ‖expected‖), the worst of all parameters.
 
     A gradient that is missing counts as zero, and so does one that autograd leaves out: a missing gradient that

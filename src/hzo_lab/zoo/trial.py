@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hzo.errors import HzoError
 from hzo_lab.zoo import engine
 from hzo_lab.zoo.case import Case, NotBuiltError
-from hzo_lab.zoo.comparison import Tolerance, compare, tolerance
+from hzo_lab.zoo.comparison import Tolerance, largest_difference, tolerance
 from hzo_lab.zoo.operations import forward_equivalents
 from hzo_lab.zoo.registry import Family, build
 
@@ -86,7 +86,7 @@ def try_family(family: Family, dtype: torch.dtype, report: Callable[[Record], No
         except Exception as error:
             report({**record, "verdict": RAW, "reason": f"{type(error).__name__}: {_line(error)}"})
             return
-        difference = compare(_gradients(case), expected, allowed.floor)
+        difference = largest_difference(_gradients(case), expected, allowed.floor)
         record[f"{turn}_seconds"] = round(step.seconds, 5)
         if turn == "first" or difference.worst > record["error"]:
             record |= {"error": float(f"{difference.worst:.3g}"), "worst_parameter": difference.parameter}
@@ -222,7 +222,7 @@ def _reference(
     if not bool(loss.isfinite()) or not all(bool(g.to_dense().isfinite().all()) for g in known):
         raise NotBuiltError("the loss, or its gradient by backpropagation, is NaN or infinite")
     allowed = tolerance(dtype, mode.coarsest)
-    if compare(runs[0], runs[1], allowed.floor).worst > allowed.error:
+    if largest_difference(runs[0], runs[1], allowed.floor).worst > allowed.error:
         raise NotBuiltError("backpropagation gives another gradient the second time")
     facts: Record = {
         "parameters": sum(p.numel() for p in case.model.parameters() if p.requires_grad),

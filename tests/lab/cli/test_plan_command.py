@@ -42,7 +42,7 @@ def test_the_plan_of_the_main_job_is_shown_without_options(command):
     code, out, err = command()
     assert (code, err) == (0, "")
     assert "tree bisect, assume locality, central differences" in out
-    plan = hzo.plan(plan_report.problem(recipe()).chain, **hzo.presets.paper)
+    plan = hzo.plan(plan_report.planned_network(recipe()).chain, **hzo.presets.paper)
     assert f"{plan.queries:,} queries" in out
     assert f"{plan.forward_equivalents:,.2f} forward equivalents" in out
     assert re.search(r"… \d+ more …", out)
@@ -111,7 +111,7 @@ def test_a_calibrated_plan_tells_the_time(command):
 
 
 def test_the_exact_cotangents_are_those_of_autograd():
-    given = plan_report.problem(recipe(depth=2, width=5, batch_size=4))
+    given = plan_report.planned_network(recipe(depth=2, width=5, batch_size=4))
     exact = plan_report.exact_cotangents(given)
     model, x = given.model.double(), given.x.double().requires_grad_()
     torch.nn.functional.cross_entropy(model(x), given.y).backward()

@@ -12,7 +12,7 @@ from hzo.errors import InputError
 from hzo_lab.data import registry
 from hzo_lab.data.cifar10 import TEST_FILE, TRAIN_FILES, load_cifar10
 from hzo_lab.data.dataset import batch_indices, batches_per_epoch, crop_and_flip, epoch_order, make_batch
-from hzo_lab.data.imagefolder import decode, load_imagefolder
+from hzo_lab.data.imagefolder import decode_image, load_imagefolder
 from hzo_lab.errors import DataError
 
 CPU = torch.device("cpu")
@@ -171,7 +171,7 @@ def test_imagefolder_reads_classes_in_order_and_caches(tmp_path):
     assert loaded.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
     once = loaded.train.fetch(torch.tensor([4, 0]))
     assert once.shape == (2, 3, 8, 8)
-    assert torch.equal(once[1], torch.from_numpy(decode(tmp_path / "train/cat/0.png", 8)))
+    assert torch.equal(once[1], torch.from_numpy(decode_image(tmp_path / "train/cat/0.png", 8)))
     (tmp_path / "train/cat/0.png").unlink()
     assert torch.equal(loaded.train.fetch(torch.tensor([4, 0])), once)
 
@@ -188,7 +188,7 @@ def test_imagefolder_without_a_cache_gives_the_same(tmp_path, monkeypatch):
 def test_images_of_every_mode_and_size_become_squares(tmp_path, mode, size):
     suffix = "jpg" if mode == "CMYK" else "png"
     Image.new(mode, size, 1 if mode in "LP" else None).save(tmp_path / f"x.{suffix}")
-    assert decode(tmp_path / f"x.{suffix}", 16).shape == (3, 16, 16)
+    assert decode_image(tmp_path / f"x.{suffix}", 16).shape == (3, 16, 16)
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"not an image", lambda b: b""])

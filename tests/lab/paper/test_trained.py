@@ -6,7 +6,7 @@ import pytest
 
 from hzo_lab.errors import CheckpointError
 from hzo_lab.paper.finding import Setting
-from hzo_lab.paper.trained import directory_name, identity, trained
+from hzo_lab.paper.trained import directory_name, run_key, trained
 from hzo_lab.training.config import TrainConfig, replace
 from hzo_lab.training.loop import train
 from hzo_lab.training.run import start
@@ -61,18 +61,18 @@ def test_an_interrupted_run_is_gone_on_with(tmp_path):
     "changes", [{"data_dir": "elsewhere"}, {"threads": 2}, {"tree": "flat"}, {"log_every": 1}, {"directions": 3}]
 )
 def test_what_numbers_do_not_depend_on_does_not_tell_runs_apart(changes):
-    assert identity(replace(SMALL, **changes)) == identity(SMALL)
+    assert run_key(replace(SMALL, **changes)) == run_key(SMALL)
 
 
 @pytest.mark.parametrize("changes", [{"seed": 7}, {"width": 9}, {"epochs": 2}, {"method": "hzo"}, {"dtype": "float64"}])
 def test_what_numbers_depend_on_does(changes):
-    assert identity(replace(SMALL, **changes)) != identity(SMALL)
+    assert run_key(replace(SMALL, **changes)) != run_key(SMALL)
 
 
 def test_defaults_of_a_network_may_be_written_out():
-    assert identity(replace(SMALL, depth=None)) == identity(replace(SMALL, depth=16))
+    assert run_key(replace(SMALL, depth=None)) == run_key(replace(SMALL, depth=16))
     hzo = replace(SMALL, method="hzo")
-    assert identity(replace(hzo, tree="flat")) != identity(hzo)
+    assert run_key(replace(hzo, tree="flat")) != run_key(hzo)
 
 
 def test_a_damaged_summary_is_said(tmp_path, runs):

@@ -13,7 +13,7 @@ from hzo_lab.errors import CheckpointError
 from hzo_lab.reports import compare
 from hzo_lab.training.config import TrainConfig, replace
 from hzo_lab.training.loop import train
-from hzo_lab.training.plots import comparison, run_curves, smoothed
+from hzo_lab.training.plots import comparison, moving_average, run_curves
 
 SMALL = TrainConfig(depth=2, width=8, epochs=1, batch_size=64, log_every=4, cosine_every=9, probe_size=4)
 PNG = b"\x89PNG"
@@ -32,7 +32,7 @@ def compared(tmp_path_factory):
 
 def test_methods_see_the_same_examples_in_the_same_order(compared):
     _, outcomes = compared
-    groups = compare.by_method(outcomes)
+    groups = compare.grouped_by_method(outcomes)
     for ours, exact in zip(groups["hzo"], groups["backprop"], strict=True):
         ours_by_step = {r["step"]: r["loss"] for r in ours.records}
         exact_by_step = {r["step"]: r["loss"] for r in exact.records}
@@ -96,9 +96,9 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
 
 def test_smoothing_keeps_length_and_mean_level():
     values = np.arange(50.0)
-    assert np.allclose(smoothed(values, 7), values)
-    assert len(smoothed(np.ones(2), 9)) == 2
-    assert len(smoothed(np.ones(0), 9)) == 0
+    assert np.allclose(moving_average(values, 7), values)
+    assert len(moving_average(np.ones(2), 9)) == 2
+    assert len(moving_average(np.ones(0), 9)) == 0
 
 
 @pytest.mark.parametrize("cosine", [None, 0.999999, 0.95, 0.3, -0.2, float("nan")])

@@ -20,7 +20,7 @@ from hzo_lab.training import checkpoint
 from hzo_lab.training.config import TrainConfig, replace
 from hzo_lab.training.learning_rate import relative_rate
 from hzo_lab.training.loop import train
-from hzo_lab.training.methods import Method, prepare
+from hzo_lab.training.methods import Method, bind_method
 from hzo_lab.training.probe import cosine_to_backprop
 from hzo_lab.training.run import load_data, loss_fn, resume, start
 
@@ -220,7 +220,7 @@ def test_the_cosine_leaves_no_trace(tmp_path):
     copies = {name: grad.clone() for name, grad in gradients.items()}
     buffers = {name: b.clone() for name, b in model.named_buffers()}
     x, y = torch.randn(8, 6), torch.randint(0, 3, (8,))
-    method = prepare(TrainConfig(method="backprop"), model, loss_fn, x)
+    method = bind_method(TrainConfig(method="backprop"), model, loss_fn, x)
     state, python = torch.get_rng_state(), random.getstate()
     assert cosine_to_backprop(method, model, loss_fn, x, y, seed=3) == pytest.approx(1)
     assert torch.equal(state, torch.get_rng_state())

@@ -12,7 +12,7 @@ from hzo_lab.errors import CheckpointError
 from hzo_lab.zoo import command, engine, registry, trial
 from hzo_lab.zoo.case import Case, NotBuiltError, distance_to_waves
 from hzo_lab.zoo.command import main
-from hzo_lab.zoo.comparison import compare, tolerance
+from hzo_lab.zoo.comparison import largest_difference, tolerance
 from hzo_lab.zoo.registry import Family
 from hzo_lab.zoo.runner import Limits, read_results, run, tried
 from hzo_lab.zoo.shrinking import shrunk
@@ -159,7 +159,7 @@ def test_the_floor_hides_rounding_and_no_more():
     for size, expected in ((1e-5, 0.02), (1e-9, 0.02 * 1e-3)):
         small = torch.full((4,), size, dtype=torch.float64)
         found = {"large": large, "small": small * 1.02}
-        assert compare(found, {"large": large, "small": small}, 1e-6).worst == pytest.approx(expected)
+        assert largest_difference(found, {"large": large, "small": small}, 1e-6).worst == pytest.approx(expected)
 
 
 def test_a_float64_model_that_computes_in_float32_keeps_the_floor():

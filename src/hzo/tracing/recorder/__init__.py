@@ -1,17 +1,17 @@
 """How a model becomes a graph: record it, write down its operations, learn what each of them does."""
 
 from hzo.tracing.recorder.properties import rerun
-from hzo.tracing.recorder.run import OutOfSight, Run, check_tensors, recorded, write_back
+from hzo.tracing.recorder.run import OutOfSight, RecordedRun, check_tensors, recorded, write_back
 from hzo.tracing.recorder.sample_axes import close
-from hzo.tracing.recorder.tracer import chain_of, names_of, trace
+from hzo.tracing.recorder.tracer import chain_of, leaf_names, trace
 
 __all__ = [
     "OutOfSight",
-    "Run",
+    "RecordedRun",
     "chain_of",
     "check_tensors",
     "close",
-    "names_of",
+    "leaf_names",
     "recorded",
     "rerun",
     "trace",

@@ -21,7 +21,7 @@ from hzo.tracing import Stages, map_output, output_leaves, requires_gradient, te
 
 
 @dataclass
-class Run:
+class RecordedRun:
     """A model as it ran: the recorder, where stages end, and what came out.
 
     Attributes:
@@ -59,7 +59,7 @@ def recorded(
     opaque: frozenset[int] = frozenset(),
     altered: Callable[[Recorder, int, Tensor], Tensor] | None = None,
     after_calls: Callable[[Recorder], Callable[[], None]] | None = None,
-) -> Iterator[Run]:
+) -> Iterator[RecordedRun]:
     """Run a model under a recorder that stays active inside the ``with`` block, for a loss.
 
     All that depends on a floating-point input is recorded, whether or not anything trainable lies before it. Where the
@@ -84,7 +84,7 @@ def recorded(
     versions = [copy._version for copy in copies]
     fresh = iter(copies)
     args, kwargs = pytree.tree_map_only(Tensor, lambda _: next(fresh), (args, kwargs))
-    run = Run(recorder, given=given, opaque=opaque)
+    run = RecordedRun(recorder, given=given, opaque=opaque)
     try:
         with recording(recorder):
             if follow:
@@ -116,7 +116,7 @@ def _written(
     return tuple((given[k], copies[k].detach()) for k in found)
 
 
-def write_back(run: Run) -> None:
+def write_back(run: RecordedRun) -> None:
     """Give inputs that the model wrote to in place what it wrote there, as an ordinary call of the model does."""
     for given, copy in run.written:
         with torch.no_grad(), torch.inference_mode(given.is_inference()):
@@ -175,7 +175,7 @@ class OutOfSight(Exception):  # noqa: N818  # no error: the run begins anew
         self.stage = stage
 
 
-def _run_stages(module: nn.Module, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _run_stages(module: nn.Module, run: RecordedRun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     stages = stages_of(module)
     named = stages is not None
     result: Any = None
@@ -192,7 +192,7 @@ def _run_stages(module: nn.Module, run: Run, args: tuple[Any, ...], kwargs: dict
 
 
 def _run_stage(
-    run: Run, name: str, stage: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], named: bool
+    run: RecordedRun, name: str, stage: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], named: bool
 ) -> Any:
     try:
         if id(stage) in run.opaque and not isinstance(stage, nn.Module):

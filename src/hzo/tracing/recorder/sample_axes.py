@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hzo.tape import Operation, Tape
 from hzo.tape.operations import Ref, refs_in
-from hzo.tracing import apart
+from hzo.tracing import split_samples
 
 
 class Axis(NamedTuple):
@@ -156,7 +156,7 @@ def _equivariant(
     for d, size in enumerate(a.shape):
         if size and size % batch == 0:
             for outer in dict.fromkeys((1, size // batch)):
-                rolled = apart(a, d, outer, batch).roll(1, d + 1).flatten(d, d + 2)
+                rolled = split_samples(a, d, outer, batch).roll(1, d + 1).flatten(d, d + 2)
                 if close(rolled, b):
                     return Axis(d, outer)
     return None
@@ -169,7 +169,7 @@ def _axis(one: Tensor, others: Tensor, batch: int) -> Axis | None:
             continue
         share = size // batch
         for outer in dict.fromkeys((1, share, *(k for k in range(2, share) if share % k == 0))):
-            first, rest = (apart(t, d, outer, batch) for t in (one, others))
+            first, rest = (split_samples(t, d, outer, batch) for t in (one, others))
             if not bool(first.narrow(d + 1, 1, batch - 1).any()) and not bool(rest.select(d + 1, 0).any()):
                 return Axis(d, outer)
     return None
@@ -206,7 +206,7 @@ def _other(tensor: Tensor | None, axis: Axis | None, batch: int, samples: slice,
     assert axis is not None
     tensor = tensor.detach()
     back = torch.empty_like(tensor).copy_(tensor)
-    moved, target = (apart(t, axis.dim, axis.outer, batch).movedim(axis.dim + 1, 0) for t in (tensor, back))
+    moved, target = (split_samples(t, axis.dim, axis.outer, batch).movedim(axis.dim + 1, 0) for t in (tensor, back))
     if not tensor.is_floating_point() or tensor.numel() == 0:
         new = moved.roll(1, 0)
     elif kind == "shuffled":

@@ -39,7 +39,7 @@ from hzo.tracing import (
     signature,
 )
 from hzo.tracing.recorder.properties import finite_values, inspect
-from hzo.tracing.recorder.run import OutOfSight, Run, check_tensors, recorded, stages_of
+from hzo.tracing.recorder.run import OutOfSight, RecordedRun, check_tensors, recorded, stages_of
 from hzo.tracing.recorder.sample_axes import batched_values
 
 _ONE_AT_A_TIME = threading.RLock()
@@ -88,7 +88,7 @@ def trace(model: nn.Module | Chain | Callable[..., Any], x: Any, *, samples: int
     return chain
 
 
-def chain_of(module: nn.Module, run: Run, about: tuple[Any, ...]) -> Chain:
+def chain_of(module: nn.Module, run: RecordedRun, about: tuple[Any, ...]) -> Chain:
     """The chain of a model that was recorded for a step, with its loss or without: its user's code does not run again.
 
     Args:
@@ -159,7 +159,7 @@ def _first(tensor: Tensor, samples: int) -> Tensor:
     return found.requires_grad_() if requires_gradient(tensor) else found
 
 
-def names_of(module: nn.Module, tape: Tape, count: int) -> dict[int, str]:
+def leaf_names(module: nn.Module, tape: Tape, count: int) -> dict[int, str]:
     """The names of the trainable leaves among the first values: the model's, or one of our own for any other."""
     names = {id(p): name for name, p in module.named_parameters()}
     found: dict[int, str] = {}
@@ -174,14 +174,14 @@ def names_of(module: nn.Module, tape: Tape, count: int) -> dict[int, str]:
     return found
 
 
-def graph_of(module: nn.Module, run: Run, batch: int) -> Graph:
+def graph_of(module: nn.Module, run: RecordedRun, batch: int) -> Graph:
     """The graph of what was recorded."""
     tape, end, count = copy(run.tape), run.end, run.values
     tape.tensors = [None if t is None else t.detach() for t in tape.tensors[:count]]
     tape.values = tape.values[:count]
     tape.tainted = {v for v in tape.tainted if v < count}
     inputs = set(run.inputs)
-    names = {v: name for v, name in names_of(module, tape, count).items() if v not in inputs}
+    names = {v: name for v, name in leaf_names(module, tape, count).items() if v not in inputs}
     # A parameter that the model writes to without a gradient (max_norm of an embedding) stays a parameter.
     for op in tape.operations[:end]:
         foreign = next((f for v in op.reads() if (f := tape.values[v].foreign) is not None), None)
@@ -242,7 +242,7 @@ def _constants(tape: Tape, names: dict[int, str], inputs: set[int]) -> dict[int,
     }
 
 
-def _named_stages(run: Run) -> tuple[Stage, ...]:
+def _named_stages(run: RecordedRun) -> tuple[Stage, ...]:
     stops = [stop for _, stop in run.stages]
     return tuple(Stage(name, start, stop) for (name, stop), start in zip(run.stages, [0, *stops[:-1]], strict=True))
 

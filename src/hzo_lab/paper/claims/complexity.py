@@ -72,7 +72,7 @@ def count(tree: Tree, depth: int, width: int, device: torch.device) -> Row:
     }  # fmt: skip
 
 
-def counts(setting: Setting, name: str, points: Sequence[tuple[int, int]]) -> list[Row]:
+def count_trees(setting: Setting, name: str, points: Sequence[tuple[int, int]]) -> list[Row]:
     """Rows of all trees at these (L, M)."""
     rows = []
     for depth, width in points:
@@ -95,7 +95,7 @@ def complexity(setting: Setting) -> Finding:
     """Every depth, powers of two or not: the counts are the recurrences'."""
     torch.manual_seed(0)
     depths = (2, 3, 5, 8, 11, 16) if setting.smoke else tuple(range(2, 65))
-    rows = counts(setting, "complexity", [(depth, 4) for depth in depths])
+    rows = count_trees(setting, "complexity", [(depth, 4) for depth in depths])
     parts = equal(rows)
     last = {row["tree"]: row["counted"] for row in select(rows, L=max(depths))}
     found = (
@@ -134,7 +134,7 @@ def fig4(setting: Setting) -> Finding:
     depths, widths = ((16, 32, 64), (2, 4, 8)) if setting.smoke else ((16, 32, 64, 128, 256), (2, 4, 8, 16, 32, 64))
     fixed_width, fixed_depth = 4, 16
     points = dict.fromkeys([(depth, fixed_width) for depth in depths] + [(fixed_depth, width) for width in widths])
-    rows = counts(setting, "fig4", list(points))
+    rows = count_trees(setting, "fig4", list(points))
     fitted = exponents(rows, fixed_width, fixed_depth)
     parts = {**equal(rows), **judge(fitted)}
     found = (

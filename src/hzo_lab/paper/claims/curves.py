@@ -17,8 +17,8 @@ from hzo_lab.paper.finding import Finding, Row, Setting, in_words, mean_spread, 
 from hzo_lab.paper.images import notes_on_cifar
 from hzo_lab.paper.plotting import new_figure
 from hzo_lab.paper.recipes import ARMS, training
-from hzo_lab.paper.trained import Trained, identity, trained
-from hzo_lab.training import COLORS, accuracy_axis, cosine_panel, models, running, series, spread
+from hzo_lab.paper.trained import Trained, run_key, trained
+from hzo_lab.training import COLORS, accuracy_axis, cosine_panel, models, running, series, spread_band
 
 METHODS = ("hzo", "backprop")
 COSINE = 0.99
@@ -43,7 +43,7 @@ def fig3(setting: Setting) -> Finding:
 def curves(setting: Setting, data: str, claim: str, *, points: float, above: float | None) -> Finding:
     """Both arms, two seeds; ``points`` of accuracy that HZO may be behind, and what its full arm must exceed."""
     seeds = setting.seeds(2, smoke=1)
-    runs = runs_of(setting, data, seeds)
+    runs = trained_runs(setting, data, seeds)
     require_a_pair(runs)
     parts = judge(runs, len(seeds), points=points, above=None if setting.smoke else above)
     full_size = predicted_at_full_size()
@@ -55,7 +55,7 @@ def curves(setting: Setting, data: str, claim: str, *, points: float, above: flo
         plot=plot(runs),
         seeds=seeds,
         configuration={
-            arm: {m: identity(training(setting, data, arm, m, seeds[0])) for m in METHODS} for arm in ARMS
+            arm: {m: run_key(training(setting, data, arm, m, seeds[0])) for m in METHODS} for arm in ARMS
         },
         summary={"arms": summary(runs), "paper_arm_at_full_size": full_size},
         notes=(
@@ -96,7 +96,7 @@ def data_notes(setting: Setting, data: str) -> tuple[str, ...]:
     return notes_on_cifar(setting.data_dir) if data == "cifar10" and setting.data_dir is not None else ()
 
 
-def runs_of(setting: Setting, data: str, seeds: Sequence[int]) -> Runs:
+def trained_runs(setting: Setting, data: str, seeds: Sequence[int]) -> Runs:
     datasets: dict[str, Dataset] = {}
     found: Runs = {}
     for arm in ARMS:
@@ -201,9 +201,11 @@ def draw(panels: Any, arm: str, by_method: Mapping[str, Sequence[Trained]]) -> N
     for method, found in by_method.items():
         logs = [run.records for run in found]
         if logs:
-            spread(loss, [running(series(log, "loss")) for log in logs], COLORS[method], method)
-            spread(train_accuracy, [running(series(log, "train_accuracy")) for log in logs], COLORS[method], method)
-            spread(test_accuracy, [series(log, "test_accuracy") for log in logs], COLORS[method], method)
+            spread_band(loss, [running(series(log, "loss")) for log in logs], COLORS[method], method)
+            spread_band(
+                train_accuracy, [running(series(log, "train_accuracy")) for log in logs], COLORS[method], method
+            )
+            spread_band(test_accuracy, [series(log, "test_accuracy") for log in logs], COLORS[method], method)
     loss.set(title=f"{arm} arm: training loss", ylim=(0, None), xlabel="step")
     train_accuracy.set(title="training accuracy", xlabel="step")
     test_accuracy.set(title="validation accuracy", xlabel="step")

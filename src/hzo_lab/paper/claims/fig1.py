@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import hzo
 from hzo import baselines, presets
 from hzo_lab.paper.finding import Finding, Row, Setting, in_words, mean_spread, select, verdict
-from hzo_lab.paper.images import Source, first_batch, images
-from hzo_lab.paper.measure import Gradients, by_backprop, by_method, cosine, flat
+from hzo_lab.paper.images import ImageSet, first_batch, images
+from hzo_lab.paper.measure import GradientsByName, by_backprop, by_method, cosine, flattened
 from hzo_lab.paper.plotting import MARKERS, STANDARD_COLORS, TREE_COLORS, new_figure
 from hzo_lab.training import models
 
@@ -102,7 +102,7 @@ def fig1(setting: Setting) -> Finding:
     )  # fmt: skip
 
 
-def build(network: Network, source: Source, size: Size, depth: int, seed: int) -> nn.Module:
+def build(network: Network, source: ImageSet, size: Size, depth: int, seed: int) -> nn.Module:
     model = models.build(network.model, source.shape, 10, depth=depth, width=size.width, activation="relu", seed=seed)
     if network.initialisation == "He":
         torch.manual_seed(seed)
@@ -113,7 +113,9 @@ def build(network: Network, source: Source, size: Size, depth: int, seed: int) -
     return model
 
 
-def of_network(setting: Setting, source: Source, size: Size, network: Network, depth: int, seed: int) -> Iterator[Row]:
+def of_network(
+    setting: Setting, source: ImageSet, size: Size, network: Network, depth: int, seed: int
+) -> Iterator[Row]:
     """All estimates of one gradient of one network."""
     dtype = getattr(torch, network.dtype)
     x, y = first_batch(source, size.batch, seed, setting.device, dtype)
@@ -121,13 +123,13 @@ def of_network(setting: Setting, source: Source, size: Size, network: Network, d
     exact = by_backprop(copy.deepcopy(model).double(), F.cross_entropy, x.double(), y)
     chain = hzo.trace(model, x)
 
-    def row(method: str, cost: float, found: Gradients) -> Row:
+    def row(method: str, cost: float, found: GradientsByName) -> Row:
         # A layer behind units that are all dead has no gradient, and no direction to compare.
         weights = [name for name in found if name.endswith("weight") and bool(exact[name].any())]
         layers = [cosine(found[name], exact[name]) for name in weights]
         return {
             "seed": seed, "network": network.name, "L": depth, "method": method, "forward_equivalents": cost,
-            "cosine": cosine(flat(found), flat({name: exact[name] for name in found})),
+            "cosine": cosine(flattened(found), flattened({name: exact[name] for name in found})),
             "layer_mean": mean_spread(layers)[0], "layer_lowest": min(layers),
             "gradient_first_over_last": float(exact["0.weight"].norm() / list(exact.values())[-2].norm()),
         }  # fmt: skip
@@ -147,10 +149,10 @@ def of_network(setting: Setting, source: Source, size: Size, network: Network, d
 
 def standard(
     model: nn.Module, x: Tensor, y: Tensor, directions: int, seed: int
-) -> Iterator[tuple[str, float, Gradients]]:
+) -> Iterator[tuple[str, float, GradientsByName]]:
     """Standard zeroth-order estimates: name, forward equivalents, gradients."""
 
-    def by(estimate: Callable[..., Any], **options: Any) -> Gradients:
+    def by(estimate: Callable[..., Any], **options: Any) -> GradientsByName:
         return by_method(model, lambda: estimate(model, F.cross_entropy, x, y, **options))
 
     for method, estimate in (("spsa", baselines.spsa), ("node-perturbation", baselines.node_perturbation)):

@@ -17,8 +17,8 @@ from hzo import presets
 from hzo.errors import HzoError
 from hzo_lab.data import Dataset
 from hzo_lab.paper.finding import Finding, Row, Setting, in_words, mean_spread, select, verdict
-from hzo_lab.paper.images import Source, first_batch, images
-from hzo_lab.paper.measure import Gradients, by_backprop, cosine, flat
+from hzo_lab.paper.images import ImageSet, first_batch, images
+from hzo_lab.paper.measure import GradientsByName, by_backprop, cosine, flattened
 from hzo_lab.paper.plotting import new_figure
 from hzo_lab.paper.trained import trained
 from hzo_lab.training import models, recipe
@@ -65,13 +65,13 @@ def fig5(setting: Setting) -> Finding:
 
 
 def of_gradient(
-    setting: Setting, source: Source, activation: str, dtype: str, seed: int, *, depth: int, width: int
+    setting: Setting, source: ImageSet, activation: str, dtype: str, seed: int, *, depth: int, width: int
 ) -> Iterator[Row]:
     kind = getattr(torch, dtype)
     x, y = first_batch(source, 16, seed, setting.device, kind)
     model = models.build("mlp", source.shape, 10, depth=depth, width=width, activation=activation, seed=seed)
     model = model.to(setting.device, kind)
-    exact = flat(by_backprop(copy.deepcopy(model).double(), F.cross_entropy, x.double(), y))
+    exact = flattened(by_backprop(copy.deepcopy(model).double(), F.cross_entropy, x.double(), y))
     about = {"what": "cosine", "activation": activation, "dtype": dtype, "seed": seed}
     yield {**about, "method": "backprop", **compared(by_backprop(model, F.cross_entropy, x, y), exact)}
     chain = hzo.trace(model, x)
@@ -86,9 +86,9 @@ def of_gradient(
         yield {**about, "method": method, **compared(found, exact)}
 
 
-def compared(found: Gradients, exact: Tensor) -> Row:
+def compared(found: GradientsByName, exact: Tensor) -> Row:
     """Also what is missing to 1, which a file of eight digits would not tell."""
-    cos = cosine(flat(found), exact)
+    cos = cosine(flattened(found), exact)
     return {"cosine": cos, "one_minus_cosine": 1 - cos}
 
 

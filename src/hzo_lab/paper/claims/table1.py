@@ -18,8 +18,8 @@ from hzo_lab.paper.finding import Finding, Row, Setting, in_words, mean_spread, 
 from hzo_lab.paper.images import imagenet_folder
 from hzo_lab.paper.plotting import new_figure
 from hzo_lab.paper.recipes import training
-from hzo_lab.paper.trained import Trained, dataset_of, identity, trained
-from hzo_lab.reports import problem
+from hzo_lab.paper.trained import Trained, dataset_of, run_key, trained
+from hzo_lab.reports import planned_network
 from hzo_lab.training import COLORS, TrainConfig, make_plan, replace
 
 CLAIM = "Accuracy competitive with backprop (the paper's table)."
@@ -40,7 +40,7 @@ def table1(setting: Setting) -> Finding:
         if data == "imagenet" and not has_imagenet(setting):
             notes.append("Without ten ImageNet classes, which --data-dir does not hold.")
             continue
-        arms[data] = curves.runs_of(setting, data, seeds)
+        arms[data] = curves.trained_runs(setting, data, seeds)
         notes += curves.data_notes(setting, data)
     budget, spent = at_equal_budget(setting, seeds)
     parts = judge(arms, budget, len(seeds))
@@ -60,7 +60,7 @@ def table1(setting: Setting) -> Finding:
         seeds=seeds,
         configuration={
             "budget": {
-                method: identity(found[0].config) for method, found in budget.items() if found
+                method: run_key(found[0].config) for method, found in budget.items() if found
             },
             "rates_tried": list(RATES), "pilot_share": PILOT_SHARE, "pilot_seed": PILOT_SEED,
         },
@@ -138,7 +138,7 @@ def at_first_share(
 
 def problem_price(config: TrainConfig) -> float:
     """Forward equivalents of one gradient, by the plan."""
-    return make_plan(config, problem(config).chain).forward_equivalents
+    return make_plan(config, planned_network(config).chain).forward_equivalents
 
 
 def best_shares(

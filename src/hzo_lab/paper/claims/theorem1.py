@@ -74,12 +74,12 @@ def sweep(
         x, y = first_batch(source, batch, seed, setting.device, kind)
         model = models.build("mlp", source.shape, 10, depth=depth, width=width, activation="tanh", seed=seed)
         model = model.to(setting.device, kind)
-        exact = measure.flat(measure.by_backprop(model.double(), F.cross_entropy, x.double(), y))
+        exact = measure.flattened(measure.by_backprop(model.double(), F.cross_entropy, x.double(), y))
         chain = hzo.trace(model.to(kind), x)
         for scheme, tree in product(ORDERS, TREES):
             for step in (*steps, None) if dtype == "float64" else (None,):
                 plan = hzo.plan(chain, tree, assume="nothing", scheme=scheme, step=step)
-                found = measure.flat(hzo.grad_and_value(chain, F.cross_entropy, x, y, plan=plan)[0])
+                found = measure.flattened(hzo.grad_and_value(chain, F.cross_entropy, x, y, plan=plan)[0])
                 rows.append(
                     {
                         "seed": seed, "dtype": dtype, "scheme": scheme, "tree": tree_name(tree), "step": step,
