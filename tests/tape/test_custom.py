@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 import hzo
+from hzo.errors import TapeError
 from support.tape_oracle import check, leaves_of
 
 
@@ -212,3 +213,51 @@ def test_an_operator_without_a_formula_is_named():
     with pytest.raises(hzo.errors.TapeError, match=r"hzo_tests.rounded.*hzo.blackbox"):
         step.backward(loss)
     assert x.grad is None
+
+
+@pytest.mark.parametrize(
+    ("returned", "says"),
+    [
+        (lambda g: g, "1 gradients for 2 arguments"),
+        (lambda g: (g, g, g), "3 gradients for 2 arguments"),
+        (lambda g: (g, g[:1, :2]), r"shape \(1, 2\) for argument 1, which has shape \(2, 3\)"),
+        (lambda g: (1.0, g), "a float for argument 0"),
+    ],
+)
+def test_a_backward_that_returns_something_else_is_an_error(returned, says):
+    """As for autograd; a gradient that was left out must not be taken for zero."""
+
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, y):
+            return x * y
+
+        @staticmethod
+        def backward(ctx, g):
+            return returned(g)
+
+    x, y = torch.ones(2, 3, requires_grad=True), torch.ones(2, 3, requires_grad=True)
+    with hzo.record() as step:
+        loss = Product.apply(x, y).sum()
+    with pytest.raises(TapeError, match=says):
+        step.backward(loss)
+    assert x.grad is None
+    with pytest.raises(RuntimeError):
+        Product.apply(x, y).sum().backward()
+
+
+def test_gradients_beyond_the_arguments_may_be_none():
+    class Identity(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 1
+
+        @staticmethod
+        def backward(ctx, g):
+            return g.expand(4, 2, 3), None, None  # and one that is too wide is summed
+
+    x = torch.ones(2, 3, requires_grad=True)
+    with hzo.record() as step:
+        loss = Identity.apply(x).sum()
+    step.backward(loss)
+    assert x.grad.tolist() == [[4.0] * 3] * 2

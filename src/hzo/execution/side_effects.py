@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hzo.tape.attributes import Attributes
 from hzo.tape.state import RandomState, everybodys_back_to_now, own_back_to_now, random_state, set_random_state
 
 
@@ -97,9 +98,13 @@ def contained(modules: Iterable[nn.Module]) -> Iterator[None]:
 @contextmanager
 def undone_on_error(modules: Iterable[nn.Module]) -> Iterator[None]:
     """What runs inside takes effect, unless it raises: then everything is as before."""
-    snapshot = take_snapshot(modules)
+    modules = [*modules]
+    snapshot, attributes = take_snapshot(modules), Attributes()
+    for module in modules:
+        attributes.note(module.modules())
     try:
         yield
     except BaseException:
+        attributes.restore()
         restore_snapshot(snapshot)
         raise

@@ -207,6 +207,7 @@ def record_loss(
                         release.take_back()
                 if release is not None:
                     release.leaves.clear()
+                run.recorder.undo.remember_attributes([loss_fn])
                 loss = fitting_loss(loss_fn, run.output, y)
             return RecordedLoss(module, run, batch, loss, difference)
         except OutOfSight as found:  # a stage that looks at values: out of the recorder's sight from its beginning

@@ -32,6 +32,7 @@ def recorded_loss(
     args, kwargs = call_arguments(x)
     modules = [m for m in (model, loss_fn) if isinstance(m, nn.Module)]
     with record(*modules, keep=keep) as step:
+        step.remember(model, loss_fn)
         loss = loss_of(loss_fn, _output(model, x, args, kwargs), y)
     return step, loss
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,9 @@ class RecordedStep:
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
         self._swept = False
+        self._began = False  # to sweep
+        self._gave = False  # a gradient
+        self._failed = False
 
     def __repr__(self) -> str:
         state = "swept and released" if self._swept else "to be swept by .backward(loss)"
@@ -71,18 +74,40 @@ class RecordedStep:
                 weights stay as they are, frozen ones for instance; it takes as much memory as they do. None keeps
                 while gradients accumulate at the same weights; False never does.
 
-        All or nothing: on an error no ``.grad`` has changed.
+        All or nothing: on an error no ``.grad`` has changed, and where the loss is not finite or the sweep fails, what
+        the recorded code had changed is put back (buffers, random states, attributes of modules), unless another loss
+        of the recording has had its gradient.
 
         Raises:
             InputError: the loss is no such tensor. NonFiniteError: it is NaN or infinite; says where that began.
             TapeError: the gradient leads through something that was not recorded.
         """
         factor = scale_factor(scale)
-        gradients = self.gradients(loss, retain_graph=retain_graph, keep=keep)
-        accumulate(drained(gradients) if factor == 1 else [(leaf, g * factor) for leaf, g in gradients])
+        try:
+            gradients = self.gradients(loss, retain_graph=retain_graph, keep=keep)
+            leaves = added(drained(gradients) if factor == 1 else [(leaf, g * factor) for leaf, g in gradients])
+        except BaseException as error:
+            if self._began or isinstance(error, NonFiniteError):  # and not a wrong argument
+                self._fail()
+            raise
+        self._gave = True
+        if self._swept:
+            self._recorder.undo.forget()
+        after_adding(leaves)
+
+    def _fail(self) -> None:
+        """A step that fails changes nothing, unless it has handed out a gradient already."""
+        if not (self._gave or self._failed or current_recorder() is self._recorder):
+            self._failed = True
+            self.undo()
 
     def gradients(self, loss: Tensor, *, retain_graph: bool = False, keep: bool | None = False) -> LeafGradients:
         """The gradient of the loss for every leaf that requires one; ``.grad`` is left alone. Errors: ``backward``."""
+        if self._failed:
+            raise TapeError(
+                "this step failed, and what its code had changed was put back; record it again. Of several losses take "
+                "those first that may be differentiated whatever becomes of the others"
+            )
         if self._swept:
             raise TapeError(
                 "this recording was swept before, and what it held was released; say retain_graph=True the first time, "
@@ -95,6 +120,7 @@ class RecordedStep:
                 "averages as they would, or record inside wrapped_model.no_sync() and average .grad yourself"
             )
         seeds, hooks = self.seed(loss)
+        self._began = True
         self._swept = not retain_graph
         keep_measured(self.tape, keep)
         if self._swept:
@@ -107,13 +133,18 @@ class RecordedStep:
         for v, g in found.items():  # one tensor may stand for two leaves, where autograd was told to forget in between
             leaf = self.tape.leaves[v]
             leaves[id(leaf)] = (leaf, leaves[id(leaf)][1] + g if id(leaf) in leaves else g)
-        return [(leaf, hooked(leaf, g)) for leaf, g in leaves.values()]
+        # As for autograd: one that is not trained any more since it was used gets none.
+        return [(leaf, hooked(leaf, g)) for leaf, g in leaves.values() if leaf.requires_grad]
 
     def seed(self, loss: Tensor) -> tuple[dict[int, Tensor], dict[int, Callable[[Tensor], Tensor]]]:
         """What a sweep begins with, by value, and the hooks on intermediate tensors. Errors as ``backward``."""
         value = self._value_of_loss(loss)
         with torch.no_grad():
             return {value: torch.full_like(loss, 1 / max(loss.numel(), 1))}, self._hooks()
+
+    def remember(self, *things: Any) -> None:
+        """Note attributes of objects that are no modules, a loss with a counter for instance, for ``undo``."""
+        self._recorder.undo.remember_attributes(things)
 
     def undo(self) -> None:
         """Put back what the recorded code changed: tensors that were there before, random states, mode flags."""
@@ -193,7 +224,12 @@ def _shown(loss: Tensor) -> str:
 
 
 def accumulate(gradients: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Add gradients to ``.grad``. What is handed over to the user owns its memory; hooks for "accumulated" run.
+    """Add gradients to ``.grad`` and run hooks for "accumulated". See ``added``."""
+    after_adding(added(gradients))
+
+
+def added(gradients: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """Add gradients to ``.grad``; returns whose. What is handed over to the user owns its memory.
 
     All or nothing: whatever may fail is done before the first ``.grad`` changes.
     """
@@ -220,7 +256,12 @@ def accumulate(gradients: Iterable[tuple[Tensor, Tensor]]) -> None:
                 leaf.grad = dense
             else:
                 leaf.grad += dense
-    for leaf, _, _ in made:
+    return [leaf for leaf, _, _ in made]
+
+
+def after_adding(leaves: Iterable[Tensor]) -> None:
+    """Run the hooks of leaves whose ``.grad`` is complete, as optimizers within the backward pass are."""
+    for leaf in leaves:
         for hook in tuple((getattr(leaf, "_post_accumulate_grad_hooks", None) or {}).values()):
             hook(leaf)
 
@@ -265,17 +306,18 @@ def record(*modules: nn.Module, keep: bool = False) -> Iterator[RecordedStep]:
 
     Inside the block, code runs as in ordinary training: same values, same random numbers, same buffers. What it
     computes is written down below autograd; autograd's own backward pass never runs. Where the block raises, buffers,
-    random states (torch's, Python's, NumPy's, those of generators that were drawn from) are put back.
+    random states (torch's, Python's, NumPy's, those of generators that were drawn from), and what the modules that were
+    called hold (mode flags, numbers, lists, which tensors) are put back.
 
     Args:
-        modules: whose mode flags and attributes are put back as well where the block raises.
+        modules: whose state is put back as well, whether or not they are called as modules.
         keep: keep what code writes over in place; for plans that run calls again.
 
     Cost: one forward pass, and some microseconds a call. Source: ours.
     """
     refuse_transforms()
     recorder = Recorder(keep, lean=LEAN)
-    recorder.undo.remember_modules(inner for module in modules for inner in module.modules())
+    recorder.undo.remember_attributes(inner for module in modules for inner in module.modules())
     try:
         with recording(recorder):
             yield RecordedStep(recorder)

@@ -761,8 +761,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         index, values = self.tape._index, self.tape.values
         for tensor in shared:
             keys = [key for key, _ in self.memory.sharing(tensor)]
-            if storage_of(tensor) not in self._fresh and all(
-                values[index[key]].producer < 0 for key in keys if key in index
+            known = [key for key in keys if key in index]
+            if storage_of(tensor) not in self._fresh and (
+                not known or any(values[index[key]].producer < 0 for key in known)  # views of it were made meanwhile
             ):
                 self.undo.remember(tensor)
             for key in keys:

@@ -394,10 +394,12 @@ _SHARDING = {"torch.distributed.fsdp", "deepspeed"}  # where wrappers come from 
 
 
 def _called(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """``Module.__call__``: a module that is one operation runs out of the recorder's sight; a wrapper that shards
-    parameters is refused before its own hooks run, which wait for other processes."""
+    """``Module.__call__``: what the module holds is noted, for a step that fails; a module that is one operation runs
+    out of the recorder's sight; a wrapper that shards parameters is refused before its own hooks run, which wait for
+    other processes."""
     recorder = current_recorder()
     if recorder is not None:
+        recorder.undo.remember_called(self)
         if _SHARDING & sys.modules.keys():
             kind = kind_of_wrapper(self)
             if kind is not None and kind != "DistributedDataParallel":

@@ -72,7 +72,7 @@ def recorded(
     """
     recorder = Recorder(keep=True)
     recorder.history = History(recorder.tape)
-    recorder.undo.remember_modules(module.modules())
+    recorder.undo.remember_attributes(module.modules())
     names = {id(m): name for name, m in module.named_modules()}
     recorder.opaque = lambda inner: _opaque_name(inner, names, opaque)
     if altered is not None:
