@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from math import isfinite
 
 import torch
 
@@ -27,10 +28,12 @@ def whole(what: str, value: object, otherwise: str = "") -> int:
     """``value``, a number of things; arguments as those of ``positive``.
 
     Raises:
-        InputError: it is no whole number, or below 1.
+        InputError: it is no whole number, below 1, or more than anybody waits for.
     """
     if type(value) is not int or value < 1:
-        raise InputError(f"expected {what} to be a whole number from 1 on, got {value!r}{_behind(otherwise)}")
+        raise InputError(f"expected {what} to be a whole number from 1 on, got {shown(value)}{_behind(otherwise)}")
+    if value > _MOST:
+        raise InputError(f"expected {what} to be a whole number up to {_MOST:,}, got {shown(value)}")
     return value
 
 
@@ -38,13 +41,16 @@ def scale_factor(scale: object) -> float:
     """The factor on gradients that a caller gave, as a number.
 
     Raises:
-        InputError: neither a number nor a tensor of one.
+        InputError: neither a finite number nor a tensor of one.
     """
     try:
-        return float(scale)  # type: ignore[arg-type]  # what does not fit raises
+        found = float(scale)  # type: ignore[arg-type]  # what does not fit raises
+        if isinstance(scale, torch.Tensor) or isfinite(found):  # a scaler's factor may overflow; it looks at gradients
+            return found
+        raise ValueError(scale)
     except (TypeError, ValueError, RuntimeError):
         raise InputError(
-            "expected scale to be a number or a tensor of one, such as scaler.scale(torch.ones(())), got "
+            "expected scale to be a finite number or a tensor of one, such as scaler.scale(torch.ones(())), got "
             f"{shown(scale)}"
         ) from None
 
@@ -64,6 +70,7 @@ def function(what: str, value: object) -> None:
 
 
 _LARGEST = sys.float_info.max
+_MOST = 10**9  # of anything that is run or drawn one after the other
 
 
 def shown(value: object) -> str:

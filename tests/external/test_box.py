@@ -255,12 +255,13 @@ class TestErrors:
         "exception": (lambda x: 1 / 0, QueryError, "ZeroDivisionError: division by zero"),
         "hanging": (lambda x: time.sleep(10), QueryTimeoutError, "no answer within 0.2 seconds; allow more"),
     }
-    # What a step calls for: the forward pass, the test that it is deterministic, and two queries.
+    # What a step calls for: the forward pass, the test that it is deterministic, and two queries. With a time limit on a
+    # busy machine a call may take fewer of the four directions.
     ASKED: ClassVar = [
         "a forward pass",
         "the test that it is deterministic",
-        "queries 1 to 4 of 4 .* up",
-        "queries 1 to 4 of 4 .* down",
+        "quer(y|ies) 1( to [2-4])? of 4 .* up",
+        "quer(y|ies) 1( to [2-4])? of 4 .* down",
     ]
 
     @pytest.mark.parametrize("n", [1, 2, 3, 4])

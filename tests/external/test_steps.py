@@ -234,3 +234,10 @@ class TestDoubt:
             warnings.simplefilter("error")
             for f in (torch.sin, torch.relu, lambda z: z @ torch.ones(4, 2, dtype=dtype), torch.exp):
                 gradient(hzo.blackbox(f, max_error=0.1), normal(64, 4).to(dtype))
+
+
+def test_a_step_in_which_the_input_is_lost():
+    x = torch.randn(3, 4, requires_grad=True)
+    for options in ({"step": 1e30}, {"step": 1e30, "bounds": (-1e35, 1e35)}):
+        with pytest.raises(StepError, match="leaves nothing of values"):
+            hzo.blackbox(torch.sin, **options)(x).sum().backward()

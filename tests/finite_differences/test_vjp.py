@@ -282,7 +282,7 @@ def test_bad_arguments(f, a, g, error, message):
         ({"scheme": "backward"}, InputError, "expected scheme"),
         ({"step": 0}, InputError, "positive finite step"),
         ({"step": 1e-30}, StepError, "vanishes beside values"),
-        ({"memory": 0}, InputError, "positive memory budget"),
+        ({"memory": 0}, InputError, "positive finite memory budget"),
     ],
 )
 def test_bad_options(options, error, message):

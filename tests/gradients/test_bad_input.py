@@ -236,8 +236,13 @@ def test_train_mode_batch_norm_in_a_probed_segment():
         ({"noise": -1.0}, InputError, "expected readout noise to be a standard deviation"),
         ({"noise": NAN}, InputError, "expected readout noise to be a standard deviation"),
         ({"treee": "flat"}, TypeError, "unexpected keyword argument 'treee'"),
-        ({"memory": 0}, InputError, "expected a positive memory budget in bytes, got 0"),
-        ({"memory": -5}, InputError, "expected a positive memory budget"),
+        ({"memory": 0}, InputError, "expected a positive finite memory budget in bytes, got 0"),
+        ({"memory": -5}, InputError, "expected a positive finite memory budget"),
+        ({"memory": NAN}, InputError, "expected a positive finite memory budget in bytes, got nan"),
+        ({"mu": 0.1, "draws": 10**30}, InputError, "expected draws to be a whole number up to 1,000,000,000"),
+        ({"scale": NAN}, InputError, "expected scale to be a finite number"),
+        ({"timeout": -1}, InputError, "expected a positive finite timeout in seconds, got -1"),
+        ({"noise": 1e-3, "target_cosine": "high"}, PlanError, "expected target_cosine between 0 and 1, got 'high'"),
         ({"plan": "flat"}, (PlanError, InputError), "plan"),
     ],
 )
@@ -247,6 +252,26 @@ def test_options(unit, options, error, message):
 
 def test_step_lost_in_rounding(unit):
     unit.refuses(StepError, r"a step of 1e-30 vanishes beside values", assume="nothing", step=1e-30)
+
+
+def test_step_in_which_all_values_are_lost(unit):
+    unit.refuses(StepError, r"a step of 1e\+30 leaves nothing of values of up to", assume="nothing", step=1e30)
+    with pytest.raises(StepError, match="leaves nothing of values"):
+        hzo.estimate_vjp(torch.sin, unit.x, torch.ones_like(unit.x), step=1e20)
+    # Beside zeros alone no step is too large: it says what the scale is.
+    found = hzo.estimate_vjp(lambda t: 3 * t, torch.zeros(2, 3), torch.ones(2, 3), step=1e20)
+    torch.testing.assert_close(found, torch.full((2, 3), 3.0))
+
+
+def test_more_parts_than_boundaries_are_as_many(unit):
+    chain = hzo.trace(unit.model, unit.x)
+    assert hzo.plan(chain, tree=10**30).edges == hzo.plan(chain, tree=len(chain) + 1).edges
+
+
+@pytest.mark.parametrize("samples", [0, -1, 1.5, 10**30])
+def test_samples_of_a_trace(unit, samples):
+    with pytest.raises(InputError, match="expected samples to be a whole number"):
+        hzo.trace(unit.model, unit.x, samples=samples)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

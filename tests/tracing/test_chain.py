@@ -1,5 +1,9 @@
 """Chains: what is understood of a model, how it is cut into stages, and chains by hand."""
 
+import copy
+import io
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -68,3 +72,20 @@ def test_empty_stages():
         assert len(found) == 7
         assert torch.equal(found[2], found[4])
         assert torch.equal(found[0], found[1])
+
+
+def test_a_traced_chain_is_copied_and_not_pickled():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    chain = hzo.trace(model, torch.randn(5, 3))
+    assert copy.copy(chain).model is model
+    own = copy.deepcopy(chain)
+    assert own.model is not model
+    assert own.traced.fingerprint == chain.traced.fingerprint
+    hzo.backward(own, lambda out: out.square().mean(), torch.randn(5, 3))
+    assert own.model[0].weight.grad is not None
+    assert model[0].weight.grad is None
+    for write in (pickle.dumps, lambda c: torch.save(c, io.BytesIO())):
+        with pytest.raises(TraceError, match=r"cannot be pickled.*hzo\.save_plan"):
+            write(chain)
+    loaded = pickle.loads(pickle.dumps(hzo.Chain(model)))
+    torch.testing.assert_close(loaded(torch.ones(1, 3)), model(torch.ones(1, 3)))

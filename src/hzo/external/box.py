@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
-from hzo._options import positive, whole
+from hzo._options import positive, shown, whole
 from hzo.errors import InputError
 from hzo.execution import counting
 from hzo.external.autograd import through, through_planned
@@ -154,6 +155,7 @@ def blackbox(
         StepError: the error estimate exceeds ``max_error``, or a step is lost in rounding.
         PlanError: a target that cannot be reached. Parameters and buffers are as before.
     """
+    given = _not_default(locals())
     check_smoothing(mu, draws, check_scheme(scheme))
     check_not_modelled(mu, modelled=noise is not None)
     _check_options(timeout, batched, parameters, noise, max_error)
@@ -229,7 +231,20 @@ def blackbox(
     }
     if noise is not None and noise != "measured":
         options["noise"] = noise
-    return BlackBox(stages, options, settings, measured=noise == "measured", inferred="inferred" in said, memory=memory)
+    return BlackBox(
+        stages, options, settings, measured=noise == "measured", inferred="inferred" in said, memory=memory, given=given
+    )
+
+
+def _not_default(arguments: Mapping[str, Any]) -> str:
+    """The options of ``blackbox`` that somebody gave, as the box's repr shows them."""
+    defaults = {name: option.default for name, option in signature(blackbox).parameters.items()}
+    given = {name: arguments[name] for name, default in defaults.items() if arguments[name] is not default}
+    return "".join(f", {name}={_short(value)}" for name, value in given.items() if name not in ("f", "name"))
+
+
+def _short(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else shown(value)
 
 
 def _check_options(timeout: Any, batched: Any, parameters: Any, noise: Any, max_error: Any) -> None:
@@ -245,13 +260,21 @@ def _check_options(timeout: Any, batched: Any, parameters: Any, noise: Any, max_
         positive("max_error", max_error)
 
 
+_MOST_WORKERS = 4096
+
+
 def _pool(workers: int | None, executor: Any, retries: int, hedge: float | None) -> Pool | None:
     if workers is not None and executor is not None:
         raise InputError("workers= makes an executor of its own; give it, or executor=, not both")
     if hedge is not None:
         positive("hedge", hedge, "None asks no call twice")
     if workers is not None:
-        executor = partial(processes, whole("workers", workers))
+        if whole("workers", workers) > _MOST_WORKERS:
+            raise InputError(
+                f"expected workers up to {_MOST_WORKERS:,}, each of which is a process of this machine, got "
+                f"{workers:,}; for more, give executor= that spans machines"
+            )
+        executor = partial(processes, workers)
     if executor is not None:
         return Pool(executor, whole("retries", retries) if retries else 0, hedge, divides=workers)
     for option, given in {"retries": retries != 3, "hedge": hedge is not None}.items():
@@ -308,9 +331,11 @@ class BlackBox(nn.Module):
         measured: bool,
         inferred: bool,
         memory: int | None,
+        given: str,
     ) -> None:
         super().__init__()
         self.stages = stages
+        self.given = given
         self.options = dict(options)
         self.settings = settings
         self.measured = measured
@@ -319,6 +344,11 @@ class BlackBox(nn.Module):
         self.failed: Tensor | None = None
         self._known: dict[Any, Any] = {}
         self._history = StateHistory()
+
+    def __repr__(self) -> str:
+        parts = [part.name if isinstance(part, Guarded) else repr(part) for part in self.stages.children()]
+        what = parts[0] if len(parts) == 1 else f"[{', '.join(parts)}]"
+        return f"BlackBox({what}{self.given})"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if "torch._dynamo" not in sys.modules:

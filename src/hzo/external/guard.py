@@ -462,7 +462,7 @@ def call_within(
 
     thread = threading.Thread(target=work, name="hzo-query", daemon=True)
     thread.start()
-    thread.join(seconds)
+    thread.join(min(seconds, threading.TIMEOUT_MAX))
     if error:
         raise error[0]
     if not answer:

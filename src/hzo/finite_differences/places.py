@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hzo.errors import InputError, NonFiniteError, StepError
-from hzo.finite_differences.steps import Scheme, accumulation_dtype
+from hzo.finite_differences.steps import Scheme, accumulation_dtype, check_values_survive
 
 _LOOKED_AT = 32
 _CHANCE = 1e-7  # smaller than this by chance alone: then it is another unit
@@ -137,6 +137,8 @@ def stencil(
     wide = accumulation_dtype(rows.dtype)
     at = rows.to(wide)
     h = torch.as_tensor(steps, dtype=wide, device=rows.device).expand(rows.shape)
+    if h.numel():
+        check_values_survive(rows, float(h.min()), where)
     if low is None and high is None:
         second = at - h if scheme == "central" else at
         return _paired(rows, at, (at + h).to(rows.dtype), second.to(rows.dtype), h, where)

@@ -105,6 +105,17 @@ def check_step(step: float | None) -> float | None:
     return None if step is None else positive("step", step, "step=None chooses one from dtype and scale")
 
 
+def check_values_survive(tensor: Tensor, step: float, where: str) -> None:
+    """Raise StepError where a step is so large that rounding leaves nothing of any value that it is added to."""
+    largest = float(tensor.masked_fill(immovable(tensor), 0).abs().max()) if tensor.numel() else 0.0
+    numbers = torch.finfo(tensor.dtype)
+    if step < numbers.max and 0 < largest < step * numbers.eps / 4:
+        raise StepError(
+            f"a step of {step:.3g} leaves nothing of values of up to {largest:.3g} of {where} in {tensor.dtype}; give "
+            "a smaller one, or None, which chooses one"
+        )
+
+
 def stepped(tensor: Tensor, step: float | Tensor, scheme: Scheme, where: str) -> tuple[Tensor, Tensor, Tensor]:
     """``tensor`` moved up and down by the step, and the gap that rounding really left between the two.
 
@@ -115,9 +126,12 @@ def stepped(tensor: Tensor, step: float | Tensor, scheme: Scheme, where: str) ->
     whatever makes something finite of infinity.
 
     Raises:
-        StepError: the step is lost in rounding for some element, or leaves the range of the dtype.
+        StepError: the step is lost in rounding for some element, all elements are lost beside the step, or it leaves
+            the range of the dtype.
     """
     wide = accumulation_dtype(tensor.dtype)
+    if not isinstance(step, Tensor):
+        check_values_survive(tensor, step, where)
     by = step.to(tensor) if isinstance(step, Tensor) else step
     upper = tensor + by
     lower = tensor - by if scheme == "central" else tensor

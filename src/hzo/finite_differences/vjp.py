@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hzo._options import function
+from hzo._options import function, positive
 from hzo.distributed import shares
 from hzo.errors import InputError, NonFiniteError, PrecisionError
 from hzo.execution import RandomState, contained, counting, devices_of, random_state, set_random_state
@@ -60,11 +60,9 @@ def directions_per_chunk(bytes_per_direction: int, memory: int | None, device: t
 
     Room for one more is left to what a node needs once: the moved rows, their gap, the result.
     """
-    if memory is not None and (isinstance(memory, bool) or not isinstance(memory, (int, float)) or memory <= 0):
-        raise InputError(
-            f"expected a positive memory budget in bytes, got {memory!r}; None takes a share of what is free"
-        )
-    return max(1, (memory or default_memory(device)) // max(bytes_per_direction, 1) - 1)
+    if memory is not None:
+        positive("memory budget in bytes", memory, "None takes a share of what is free")
+    return max(1, int(memory or default_memory(device)) // max(bytes_per_direction, 1) - 1)
 
 
 def vjp_rows(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hzo._options import function, scale_factor
+from hzo._options import function, positive, scale_factor
 from hzo.distributed import averaged, kind_of_wrapper, refuse_wrappers, shared, unwrapped
 from hzo.errors import InputError
 from hzo.execution import contained
@@ -209,6 +209,7 @@ def _leaves(
             "store less of the forward pass use torch.utils.checkpoint in the model, or plan for it: "
             "hzo.backward(model, loss_fn, x, y, plan=hzo.plan(hzo.trace(model, x), memory=bytes))"
         )
+    positive("timeout in seconds", timeout)
     with _processes(task, mesh, timeout) as together:
         if by_rules:
             leaves, loss = gradients_of(task.model, task.loss_fn, task.x, task.y, together, keep)

@@ -9,6 +9,7 @@ from math import exp, inf
 
 import torch
 
+from hzo._options import shown
 from hzo.errors import PlanError
 from hzo.planner.accuracy import ErrorModel, expected_errors, parameter_errors, path_error
 from hzo.planner.calibration import Calibration
@@ -58,9 +59,9 @@ def check_aim(aim: Aim, calibration: Calibration | None, spacing: int | None) ->
     if len(aim.given) > 1:
         raise PlanError(f"expected one of target_cosine, budget and seconds, got {' and '.join(aim.given)}")
     for name, value in aim.given.items():
-        if not 0 < value < (1 if name == "target_cosine" else inf):
+        if not isinstance(value, (int, float)) or not 0 < value < (1 if name == "target_cosine" else inf):
             bounds = "between 0 and 1" if name == "target_cosine" else "positive and finite"
-            raise PlanError(f"expected {name} {bounds}, got {value}")
+            raise PlanError(f"expected {name} {bounds}, got {shown(value)}")
     if aim.given and spacing is not None:
         raise PlanError("the error of approximate colorings is not predicted: leave out spacing, or the target")
     if aim.seconds is not None and (calibration is None or calibration.seconds is None):

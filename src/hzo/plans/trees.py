@@ -32,6 +32,7 @@ def b_ary(n: int, b: int) -> list[Edge]:
     For b = 2 this is HZO's bisection: T(n) = ⌈n/2⌉ + T(⌊n/2⌋) + T(⌈n/2⌉), the left part ⌊n/2⌋.
     """
     edges: list[Edge] = []
+    b = min(b, max(n, 2))  # more parts than boundaries are as many
 
     def split(start: int, stop: int) -> None:
         cuts = sorted({start + q * (stop - start) // b for q in range(1, b)} - {start})

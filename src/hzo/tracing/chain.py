@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -62,6 +63,22 @@ class Chain:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
+
+    def __copy__(self) -> Chain:
+        return Chain(self.model, self.graph)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Chain:
+        return Chain(deepcopy(self.model, memo), deepcopy(self.graph, memo))
+
+    def __reduce__(self) -> tuple[type[Chain], tuple[nn.Module]]:
+        """A pickle holds no graph: that is made of operators, which belong to one process."""
+        if self.graph is not None:
+            raise TraceError(
+                "a traced chain cannot be pickled, since what it recorded belongs to this process; save the weights "
+                "(torch.save(model.state_dict(), path)) and the plan (hzo.save_plan), and trace again where you load "
+                "them"
+            )
+        return Chain, (self.model,)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         return self.model.parameters()

@@ -88,6 +88,13 @@ def numbers(option: str, text: str, between: str, kind: Callable[[str], float], 
     return first, second
 
 
+def whole_from_one(text: str) -> int:
+    """A number of processes; raises ValueError for any other number."""
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
 def whole_numbers(text: str) -> list[int]:
     """Seeds, with commas between."""
     parts = listed(text)

@@ -28,6 +28,7 @@ from hzo_lab.cli.options import (
     Width,
     given_options,
     numbers,
+    whole_from_one,
 )
 from hzo_lab.cli.terminal import DISAGREES, console, print_check
 from hzo_lab.reports import (
@@ -110,7 +111,7 @@ def plan_command(
         "budget": gradient_budget,
         "seconds": seconds,
         "memory": memory,
-        "mesh": None if mesh is None else numbers("mesh", mesh, "x", int, "2x4"),
+        "mesh": None if mesh is None else numbers("mesh", mesh, "x", whole_from_one, "2x4, each at least 1"),
         "link": None if link is None else numbers("link", link, ",", float, "1e-4,1e8"),
     }
     options = {name: value for name, value in asked.items() if value is not None}

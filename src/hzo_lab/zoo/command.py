@@ -44,9 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")
     torch.set_num_threads(1)
-    chosen = _chosen(options)
-    if not chosen:
-        parser.error("no family has such a name; --list prints them all")
+    named = _named(options)
+    unknown = [p for p in options.families if not any(fnmatch.fnmatch(str(family), p) for family in named)]
+    if unknown or not named:
+        what = ", ".join(map(repr, unknown)) or "nothing"
+        parser.error(f"{what} fits no family of the libraries that are installed; --list prints their names")
+    share, of = options.shard
+    chosen = named[share::of]
     if options.list:
         print("\n".join(map(str, chosen)))
         return 0
@@ -81,14 +85,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="hzo zoo", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="hzo zoo",
+        usage="hzo zoo [options] [families ...]",
+        description="Sweep the model families of installed libraries: is the gradient right, and what does it cost?",
+    )
     parser.add_argument("families", nargs="*", help="patterns such as 'transformers:llama/*' or 'timm:*'; none: all")
-    parser.add_argument("--library", action="append", choices=LIBRARIES, help="these libraries alone")
+    parser.add_argument(
+        "--library",
+        action="append",
+        choices=LIBRARIES,
+        metavar="NAME",
+        help=f"this library alone, of {', '.join(LIBRARIES)}; again for another",
+    )
     parser.add_argument("--smoke", action="store_true", help="40 families of transformers, for continuous integration")
     parser.add_argument(
         "--every-head", action="store_true", help="of transformers, the other heads of a model type too"
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="float64")
+    parser.add_argument("--dtype", choices=DTYPES, default="float64", help="of weights and inputs")
     parser.add_argument(
         "--results", type=Path, default=RESULTS, help="file of JSON lines; what it holds is not tried again"
     )
@@ -125,7 +139,7 @@ def _above_zero(text: str) -> float:
     return value
 
 
-def _chosen(options: argparse.Namespace) -> list[Family]:
+def _named(options: argparse.Namespace) -> list[Family]:
     """The families that the options name, in the order of the libraries."""
     if options.smoke:
         found = [Family("transformers", name) for name in SMOKE]
@@ -143,8 +157,7 @@ def _chosen(options: argparse.Namespace) -> list[Family]:
                 print(f"{library} is left out: {error}", file=sys.stderr)
     if options.families:
         found = [f for f in found if any(fnmatch.fnmatch(str(f), pattern) for pattern in options.families)]
-    share, of = options.shard
-    return found[share::of]
+    return found
 
 
 def _surroundings() -> str:

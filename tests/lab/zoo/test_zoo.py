@@ -283,7 +283,8 @@ def test_the_loss_of_a_model_without_one_depends_on_normalized_outputs(last):
         (["--seconds", "-1"], "above 0"),
         (["--gib", "much"], "above 0"),
         (["--dtype", "int8"], "float64"),
-        (["nosuch"], "--list"),
+        (["nosuch"], "'nosuch' fits no family"),
+        (["recurrent:*", "nosuch:*"], "'nosuch:*' fits no family"),
     ],
 )
 def test_wrong_options_are_explained(capsys, arguments, message):

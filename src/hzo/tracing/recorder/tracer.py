@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from hzo._options import function
+from hzo._options import function, whole
 from hzo.distributed import refuse_all_wrappers
 from hzo.errors import HzoError, TraceError
 from hzo.execution import contained, counting
@@ -79,6 +79,8 @@ def trace(model: nn.Module | Chain | Callable[..., Any], x: Any, *, samples: int
     )
     check_tensors(module)
     check_dense(x)
+    if samples is not None:
+        whole("samples", samples, "None takes four")
     nominal = batch_size(*call_arguments(x))
     trial = counting.doing(counting.TRIAL_RUN)
     with _ONE_AT_A_TIME, torch.inference_mode(False), torch.no_grad(), contained([module]), trial:
