@@ -55,3 +55,32 @@ def test_gradients_belong_to_what_ran(options, frozen):
             assert gradients.keys() == expected.keys()
             for name, g in expected.items():
                 torch.testing.assert_close(gradients[name], g, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("options", [{}, *PLANS])
+def test_a_tensor_that_is_given_twice_has_one_gradient(options):
+    """Twice as an input, or as an input that the loss reads, too, or as an input that is a parameter of the model."""
+    torch.manual_seed(0)
+    a, b = nn.Linear(5, 5).double(), nn.Linear(5, 5).double()
+
+    class Product(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = a, b
+
+        def forward(self, x, y):
+            return self.a(x) * torch.tanh(self.b(y))
+
+    x, target = normal(5, 5).requires_grad_(), normal(5, 5)
+
+    def loss(out, y):
+        return (out - y).square().mean() + x.square().mean()
+
+    for given in ((x, x), (a.weight, x), (a.weight, a.weight)):
+        leaves = [x, *a.parameters(), *b.parameters()]
+        expected = torch.autograd.grad(loss(Product()(*given), target), leaves)
+        for leaf in leaves:
+            leaf.grad = None
+        hzo.backward(Product(), loss, given, target, **options)
+        for leaf, g in zip(leaves, expected, strict=True):
+            torch.testing.assert_close(leaf.grad, g, rtol=1e-4, atol=1e-7)

@@ -135,3 +135,45 @@ def test_a_model_that_counts_its_calls_counts_none():
     model, x, y = Complex(), torch.randn(6, 5, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)
     assert hzo.check_gradient(model, F.mse_loss, x, y).holds
     assert model.calls == 0
+
+
+class Counting(nn.Module):
+    """A model, or a loss, that keeps track of its calls in all kinds of attributes, and writes to what it is given."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.norm = nn.Linear(3, 3), nn.BatchNorm1d(3)
+        self.calls, self.history, self.cache = 0, [], None
+        self.table = {"n": 0, "inner": [0]}
+
+    def forward(self, x, y=None):
+        self.calls += 1
+        self.history.append(self.calls)
+        self.table["n"] += 1
+        self.table["inner"].append(self.calls)
+        self.cache = torch.ones(3) if self.cache is None else self.cache
+        found = self.norm(self.layer(x.mul_(0.5) if y is None else x))
+        return found if y is None else (found - y.mul_(0.5)).square().mean()
+
+
+@pytest.mark.parametrize("check", [hzo.check_gradient, hzo.compare_gradients])
+def test_nothing_that_modules_hold_has_changed(check):
+    """Of the model and of the loss; nor have the input, its ``.grad``, and that of the loss's parameters."""
+    model, loss = Counting().double(), Counting().double()
+    x = torch.randn(8, 3, dtype=torch.float64)
+    y = torch.randn(8, 3, dtype=torch.float64)
+    loss.layer.weight.grad, model.norm.bias.grad = torch.ones(3, 3).double(), torch.ones(3).double()
+
+    def held():
+        found = [x.tolist(), y.tolist(), x.grad]
+        for module in (model, loss):
+            found += [module.calls, [*module.history], module.cache, str(module.table)]
+            found += [(p.tolist(), None if p.grad is None else p.grad.tolist()) for p in module.parameters()]
+            found += [b.tolist() for b in module.buffers()]
+        return found
+
+    before = held()
+    result = check(model, loss, x, y)
+    assert held() == before
+    assert result.holds if check is hzo.check_gradient else result.cosine > 1 - 1e-9

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hzo.baselines._backprop import backprop
-from hzo.execution import as_checks, contained
+from hzo.execution import as_checks, contained, copied
 from hzo.finite_differences import real_parts
 from hzo.gradients import grad_and_value
 from hzo.tracing import Chain, module_of
@@ -68,20 +68,16 @@ def compare_gradients(
     """
     module = module_of(model)
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    held = {name: p.grad for name, p in parameters.items()}
+    held = [module, *([loss_fn] if isinstance(loss_fn, nn.Module) else [])]
     with as_checks():
         if gradient is None:
-            with contained([module]):
-                gradient, _ = grad_and_value(model, loss_fn, x, y, **options)
-        try:
-            with contained([module]):
-                for p in parameters.values():
-                    p.grad = None
-                backprop(model, loss_fn, x, y)
-                exact = {name: p.grad for name, p in parameters.items() if p.grad is not None}
-        finally:
-            for name, p in parameters.items():
-                p.grad = held[name]
+            with contained(held, [loss_fn]):
+                gradient, _ = grad_and_value(model, loss_fn, *copied((x, y)), **options)
+        with contained(held, [loss_fn]):  # .grad included
+            for p in (p for part in held for p in part.parameters()):
+                p.grad = None
+            backprop(model, loss_fn, *copied((x, y)))
+            exact = {name: p.grad for name, p in parameters.items() if p.grad is not None}
     cosines, errors, missing = {}, {}, []
     product = squares = exact_squares = 0.0
     for name in parameters:

@@ -5,7 +5,7 @@ from hzo.execution.copies import READS_BASE, VIEWS
 from hzo.execution.counting import QueryCount, as_checks, count_queries, open_count
 from hzo.execution.operation import query, read
 from hzo.execution.passes import arguments_of, count_probes, run_again, run_probe, run_slice, run_with_parameter
-from hzo.execution.side_effects import contained, devices_of, restore_snapshot, take_snapshot, undone_on_error
+from hzo.execution.side_effects import contained, copied, devices_of, restore_snapshot, take_snapshot, undone_on_error
 from hzo.execution.tape_end import replay
 from hzo.tape.opaque import with_parameters
 from hzo.tape.state import RandomState, random_state, set_random_state
@@ -19,6 +19,7 @@ __all__ = [
     "arguments_of",
     "as_checks",
     "contained",
+    "copied",
     "count_probes",
     "count_queries",
     "devices_of",

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from hzo.tape.attributes import Attributes
 from hzo.tape.state import RandomState, everybodys_back_to_now, own_back_to_now, random_state, set_random_state
@@ -85,26 +86,48 @@ def restore_snapshot(snapshot: Snapshot) -> None:
         back()
 
 
+def copied(batch: Any) -> Any:
+    """A batch that code may write to: its tensors copied, without a history; one that stands twice is copied once."""
+    copies: dict[int, Tensor] = {}
+
+    def copy(tensor: Tensor) -> Tensor:
+        if id(tensor) not in copies:
+            copies[id(tensor)] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+        return copies[id(tensor)]
+
+    return pytree.tree_map_only(Tensor, copy, batch)
+
+
 @contextmanager
-def contained(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Nothing that runs inside leaves a trace in the modules or the random state."""
-    snapshot = take_snapshot(modules)
+def contained(modules: Iterable[nn.Module], others: Iterable[Any] = ()) -> Iterator[None]:
+    """Nothing that runs inside leaves a trace in the modules, in attributes of other objects, or the random state."""
+    back = _back_to_now(modules, others)
     try:
         yield
     finally:
-        restore_snapshot(snapshot)
+        back()
 
 
 @contextmanager
 def undone_on_error(modules: Iterable[nn.Module]) -> Iterator[None]:
     """What runs inside takes effect, unless it raises: then everything is as before."""
+    back = _back_to_now(modules)
+    try:
+        yield
+    except BaseException:
+        back()
+        raise
+
+
+def _back_to_now(modules: Iterable[nn.Module], others: Iterable[Any] = ()) -> Callable[[], None]:
     modules = [*modules]
     snapshot, attributes = take_snapshot(modules), Attributes()
     for module in modules:
         attributes.note(module.modules())
-    try:
-        yield
-    except BaseException:
+    attributes.note(others)
+
+    def back() -> None:
         attributes.restore()
         restore_snapshot(snapshot)
-        raise
+
+    return back

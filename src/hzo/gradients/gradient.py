@@ -280,7 +280,8 @@ def _estimate(
             )  # fmt: skip
         of_input = swept.cotangents.get(0, {})
         others = [*base.beside, *((base.given[v], of_input[v]) for v in graph.differentiated if v in of_input)]
-        gradients, loss = swept.gradients, base.loss
+        gradients, others = _once(swept.gradients, others)
+        loss = base.loss
         if not keep:
             gradients = {name: (p, _after_hooks(p, g)) for name, (p, g) in gradients.items()}
             others = [(t, _after_hooks(t, g)) for t, g in others]
@@ -291,6 +292,20 @@ def _estimate(
             gradients |= _elsewhere(chain.model, gradients, by_id)
             others = [(t, by_id[id(t)]) for t, _ in others]
     return _Estimate(gradients, others, loss, graph, swept.cotangents)
+
+
+def _once(gradients: ParameterGradients, others: Leaves) -> tuple[ParameterGradients, Leaves]:
+    """Every leaf once: one tensor may be given twice, be a parameter, or be read by the loss, too."""
+    sums = dict(gradients)
+    names = {id(leaf): name for name, (leaf, _) in gradients.items()}
+    rest: dict[int, tuple[Tensor, Tensor]] = {}
+    for leaf, g in others:
+        name = names.get(id(leaf))
+        if name is not None:
+            sums[name] = (leaf, sums[name][1] + g)
+        else:
+            rest[id(leaf)] = (leaf, rest[id(leaf)][1] + g if id(leaf) in rest else g)
+    return sums, [*rest.values()]
 
 
 def _after_hooks(leaf: Tensor, gradient: Tensor) -> Tensor:

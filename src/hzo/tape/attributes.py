@@ -42,7 +42,7 @@ class Attributes:
         self._dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
         self._tables = list(self._dicts)  # of modules: of their tensors, layers, hooks
         self._others: list[Callable[[], object]] = []
-        self._parameters: list[tuple[nn.Parameter, Tensor, Tensor | None, bool]] = []
+        self._parameters: list[tuple[nn.Parameter, Tensor | None, Tensor | None, bool]] = []
 
     def knows(self, thing: Any) -> bool:
         """Whether it was noted."""
@@ -75,9 +75,10 @@ class Attributes:
             if type(value) not in _PLAIN and not name.startswith(_OWN):
                 self._look(value, 2)
         for parameter in held["_parameters"].values():
-            if type(parameter) is nn.Parameter and id(parameter) not in known:
+            if parameter is not None and id(parameter) not in known and not nn.parameter.is_lazy(parameter):
                 known[id(parameter)] = parameter
-                self._parameters.append((parameter, parameter.data, parameter.grad, parameter.requires_grad))
+                content = parameter.data if type(parameter) is nn.Parameter else None  # others may wrap tensors
+                self._parameters.append((parameter, content, parameter.grad, parameter.requires_grad))
 
     def _object(self, thing: Any) -> None:
         self._known[id(thing)] = thing
@@ -128,7 +129,7 @@ class Attributes:
         for held, before in (*self._dicts, *self._tables):
             _refill_dict(held, before)
         for parameter, content, gradient, trained in self._parameters:
-            if parameter.data_ptr() != content.data_ptr() or parameter.shape != content.shape:
+            if content is not None and (parameter.data_ptr() != content.data_ptr() or parameter.shape != content.shape):
                 parameter.data = content  # which the model replaced
             if parameter.requires_grad is not trained:
                 parameter.requires_grad_(trained)

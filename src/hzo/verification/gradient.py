@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hzo._options import whole
 from hzo.distributed import refuse_wrappers, unwrapped
 from hzo.errors import InputError
-from hzo.execution import as_checks, contained, counting
+from hzo.execution import as_checks, contained, copied, counting
 from hzo.finite_differences import real_parts
 from hzo.gradients import grad_and_value
 from hzo.tracing import Chain, call_arguments, module_of
@@ -97,14 +97,15 @@ def check_gradient(
     module = module_of(model)
     whole("directions", directions)
     was_given = gradient is not None
-    with contained([module]), as_checks():
+    held = [module, *([loss_fn] if isinstance(loss_fn, nn.Module) else [])]
+    with contained(held, [loss_fn]), as_checks():
         if gradient is None:
-            gradient, _ = grad_and_value(model, loss_fn, x, y, **options)
+            gradient, _ = grad_and_value(model, loss_fn, *copied((x, y)), **options)
     gradient = {name: real_parts(g.to_dense()) for name, g in gradient.items()}
     parameters = {name: p for name, p in module.named_parameters() if name in gradient}
     if not parameters:
         raise InputError("there is no gradient to test: none of the names given belongs to a parameter of the model")
-    task = _GradientTest(module, loss_fn, x, y, parameters, gradient)
+    task = _GradientTest(module, held, loss_fn, x, y, parameters, gradient)
     generator = torch.Generator().manual_seed(seed)
     own = {name: g for name, g in gradient.items() if name in parameters}
     slopes = [task.slope("along the gradient", own)]
@@ -116,7 +117,8 @@ def check_gradient(
             wrong = task.bisect(list(parameters), v)
     if all(slope.agrees for slope in slopes):
         return GradientCheck(tuple(slopes), ())
-    with contained([module]), as_checks():
+    with contained(held, [loss_fn]), as_checks():
+        x, y = copied((x, y))
         operation = locate(model, loss_fn, x, y, options, seed, () if was_given else wrong)
     return GradientCheck(tuple(slopes), tuple(wrong), operation)
 
@@ -133,6 +135,7 @@ def padding_rows(module: nn.Module) -> dict[int, list[int]]:
 @dataclass(frozen=True)
 class _GradientTest:
     module: nn.Module
+    held: list[nn.Module]  # with the loss, where that is a module
     loss_fn: Callable[..., Any]
     x: Any
     y: Any
@@ -167,13 +170,14 @@ class _GradientTest:
     def loss(self, direction: dict[str, Tensor], step: float) -> float:
         """The mean loss with the parameters moved; everything else as before."""
         before = {name: self.parameters[name].detach().clone() for name in direction}
-        args, kwargs = call_arguments(self.x)
-        with contained([self.module]), torch.no_grad():
+        x, y = copied((self.x, self.y))
+        args, kwargs = call_arguments(x)
+        with contained(self.held, [self.loss_fn]), torch.no_grad():
             try:
                 for name, v in direction.items():
                     real_parts(self.parameters[name]).add_(v, alpha=step)
                 output = self.module(*args, **kwargs)
-                loss = self.loss_fn(output) if self.y is None else self.loss_fn(output, self.y)
+                loss = self.loss_fn(output) if y is None else self.loss_fn(output, y)
                 counting.add(check_evaluations=1)
                 return float(torch.as_tensor(loss).double().mean())
             finally:

@@ -82,7 +82,7 @@ def infer_structure(module: nn.Module, x: Tensor, *, seed: int = 0) -> InferredS
         )
     refuse_transforms()
     generator = torch.Generator().manual_seed(seed)
-    x = x.detach()[:_SAMPLES]
+    x = x.detach()[:_SAMPLES].clone()  # a module may write to it
     if len(x) == 1:  # samples can only be told apart where there are two
         x = torch.cat([x, properties.moved(x, generator)])
     with contained([module]):

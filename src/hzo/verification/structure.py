@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hzo.declared import call_of, find_adjoint
 from hzo.errors import StructureError
-from hzo.execution import Activations, contained, counting, query, run_with_parameter
+from hzo.execution import Activations, contained, copied, counting, query, run_with_parameter
 from hzo.gradients import base_pass, by_rule, traced_for
 from hzo.locality import slice_locality
 from hzo.plans import has_rule
@@ -100,7 +100,7 @@ def check_structure(model: Chain | nn.Module, x: Any, *, coordinates: int = 16, 
     graph = chain.traced
     modules = [chain.model, *graph.opaque_modules]
     with contained(modules), counting.as_checks():
-        activations, _ = base_pass(chain, x)
+        activations, _ = base_pass(chain, copied(x))
         task = _StructureTest(graph, activations, torch.Generator().manual_seed(seed), coordinates)
         checks = [
             Check(_stage(graph, op), op.name, promise, operand, finding)
