@@ -133,3 +133,28 @@ class TestWhatUsersDo:
             thread.join()
         assert not failed
         assert nn.Module.__call__ is original
+
+
+@pytest.mark.parametrize(
+    ("f", "call"),
+    [
+        (lambda v, gain=1.0: gain * v.square(), lambda box, v: box(v, gain=2.0)),
+        (lambda v, _: v.square(), lambda box, v: box(v, None)),
+        (lambda given: {"y": given["x"].square()}, lambda box, v: box({"x": v})["y"]),
+    ],
+    ids=["an option", "None", "a dict"],
+)
+def test_other_arguments_than_tensors_in_a_model_that_hzo_plans_for(f, call):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.before, self.box, self.after = nn.Linear(3, 3), hzo.blackbox(f), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.after(call(self.box, self.before(x)))
+
+    model, x, y = Model().double(), normal(4, 3), torch.tensor([0, 1, 1, 0])
+    found, _ = hzo.grad_and_value(model, F.cross_entropy, x, y)
+    F.cross_entropy(model.after(call(f, model.before(x))), y).backward()
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(found[name], parameter.grad, rtol=TOLERANCE), name

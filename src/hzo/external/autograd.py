@@ -47,11 +47,16 @@ class _Part(torch.autograd.Function):
     @staticmethod
     def forward(call: BoxCall, *leaves: Tensor) -> tuple[Tensor, ...]:
         _check_untraced(call)
-        return call.forward(leaves)
+        if not call.base:
+            return call.forward(leaves)
+        # Who replays a recording applies the Function again; what its first backward pass needs must stay.
+        call.replay = call.again()
+        return call.replay.forward(leaves)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.call, *leaves = inputs
+        call, *leaves = inputs
+        ctx.call = call.replay or call
         ctx.save_for_backward(*leaves)  # so that autograd notices where one is changed in place
         ctx.save_for_forward(*leaves)
         ctx.set_materialize_grads(False)

@@ -125,6 +125,7 @@ class BoxCall:
     consumed: bool = False  # a backward pass has been through it
     unlike: list[Tensor] | None = None  # by how much two equal calls differed, though not enough to be an error
     on_tape: bool = False
+    replay: BoxCall | None = None  # the last run of it that is not its first
     slices: list[BoxCall] = field(default_factory=list)  # under vmap, the calls that stand for this one
     whole: BoxCall | None = None  # under several, the one into whose batch all slices went
 
