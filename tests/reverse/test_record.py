@@ -461,3 +461,74 @@ def test_several_gradients_under_one_autocast():
         assert all(torch.equal(a, b) for a, b in zip(found[0], again, strict=True))
     for g, p in zip(found[0], model.parameters(), strict=True):
         torch.testing.assert_close(g, p.grad, rtol=0.05, atol=1e-3)
+
+
+WRITES = {
+    "weights that an optimizer steps": lambda m, x, y: torch.optim.SGD(m.parameters(), 1.0).step(),
+    "one weight": lambda m, x, y: m.last.weight.data is not None and m.last.weight.detach().mul_(2),
+    "weights that are loaded": lambda m, x, y: m.load_state_dict({k: v * 2 for k, v in m.state_dict().items()}),
+    "a model in another dtype": lambda m, x, y: m.float(),
+    "a batch that is refilled": lambda m, x, y: x.zero_(),
+    "a target": lambda m, x, y: y.zero_(),
+    "a frozen scale": lambda m, x, y: m.scale.mul_(2),
+    "an activation": lambda m, x, y: m.kept.detach().mul_(2),
+}
+
+
+class Kept(nn.Module):
+    """A model of which every part is needed for its gradient."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.register_buffer("scale", torch.rand(4))
+        self.double()
+
+    def forward(self, x):
+        self.kept = torch.tanh(self.first(x))
+        return self.last(self.kept * self.scale)
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_what_changes_between_the_block_and_backward_is_an_error(write):
+    """Weights are measured when the gradient is taken: others would give another step's gradient, without a word."""
+    model, x, y = Kept(), torch.randn(3, 4).double(), torch.randn(3, 2).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+    with hzo.record() as tape:
+        loss = F.mse_loss(model(x), y)
+    write(model, x, y)
+    with pytest.raises(TapeError, match="after the recording"):
+        tape.backward(loss)
+
+
+def test_what_no_derivative_needs_may_change_behind_the_block():
+    """As for autograd: biases, the first weight of a network, statistics of a norm that runs again."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)).double()
+    x = torch.randn(5, 4).double()
+    expected = torch.autograd.grad(model(x).square().mean(), list(model.parameters()))
+    with hzo.record() as tape:
+        loss = model(x).square().mean()
+    model(torch.randn(5, 4).double())
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+        model[0].bias.mul_(2)
+        model[3].bias.mul_(2)
+    tape.backward(loss)
+    for p, g in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, g)
+
+
+@pytest.mark.parametrize("change", [lambda loss, w: loss.div_(4), lambda loss, w: loss.add_(w.square().sum())])
+def test_a_loss_that_is_changed_in_place_behind_the_block_is_an_error(change):
+    """The tape has not seen it: the gradient would be that of the loss as it was."""
+    model = nn.Linear(3, 2)
+    with hzo.record() as tape:
+        loss = model(torch.randn(4, 3)).square().mean()
+    change(loss, model.weight)
+    with pytest.raises(TapeError, match="inside of the with block"):
+        tape.backward(loss)
+    assert model.weight.grad is None

@@ -26,10 +26,15 @@ def check(function, leaves, *, tolerance=1e-9, weights=(), calls=None, seed=3, d
         weights: positions of leaves that stand for weights (``nn.Parameter``): what is carried past them is measured.
         calls: names of operators (``"aten.mm.default"``) that the recording must contain, so that the case tests them.
     """
-    leaves = [
-        torch.nn.Parameter(t.detach().clone()) if k in weights else t.detach().clone().requires_grad_()
-        for k, t in enumerate(leaves)
-    ]
+
+    def fresh():
+        return [
+            torch.nn.Parameter(t.detach().clone()) if k in weights else t.detach().clone().requires_grad_()
+            for k, t in enumerate(given)
+        ]
+
+    given = leaves
+    leaves, copies = fresh(), fresh()  # what was recorded must stay as it was until its gradient is taken
 
     def loss_of(results):
         generator = torch.Generator().manual_seed(seed)
@@ -46,9 +51,9 @@ def check(function, leaves, *, tolerance=1e-9, weights=(), calls=None, seed=3, d
     with record() as step:
         loss = loss_of(function(*leaves))
     torch.manual_seed(seed)
-    expected_loss = loss_of(function(*leaves))
+    expected_loss = loss_of(function(*copies))
     assert torch.equal(loss.detach(), expected_loss.detach()) or torch.allclose(loss, expected_loss)
-    expected = torch.autograd.grad(expected_loss, leaves, allow_unused=True)
+    expected = torch.autograd.grad(expected_loss, copies, allow_unused=True)
     names = {op.name for op in step.tape.operations}
     for name in calls or ():
         assert name in names, f"{name} was not called; recorded: {sorted(names)}"

@@ -120,6 +120,7 @@ class RecordedStep:
                 "averages as they would, or record inside wrapped_model.no_sync() and average .grad yourself"
             )
         seeds, hooks = self.seed(loss)
+        self._refuse_writes()
         self._began = True
         self._swept = not retain_graph
         keep_measured(self.tape, keep)
@@ -173,7 +174,26 @@ class RecordedStep:
                 "no_grad, or of detached tensors; compute it within the with block, with requires_grad=True on what "
                 "is to be trained"
             )
+        if not self._recorder.is_as_it_was(value):
+            raise TapeError(
+                "the loss was changed in place behind the recording (loss /= n, loss += penalty), which it does not "
+                "see; do that inside of the with block of hzo.record(), or say tape.backward(loss, scale=1 / n)"
+            )
         return value
+
+    def _refuse_writes(self) -> None:
+        value = self._recorder.written_since()
+        if value is None:
+            return
+        about = self.tape.values[value]
+        kind = "a weight" if about.weight and about.requires else "a tensor"
+        made = "" if about.weight or about.producer < 0 else f", which {self.tape.operations[about.producer].name} made"
+        raise TapeError(
+            f"{kind} of shape {tuple(about.shape)}{made}, whose content the gradient needs, was written to, or given "
+            "another content, after the recording and before its gradient was taken (an optimizer's step, a batch that "
+            "was refilled, a model that was moved to another dtype); call tape.backward first, or give the code in the "
+            "block a copy (clone())"
+        )
 
     def _where_it_began(self) -> str:
         for op in self.tape.operations:
@@ -321,6 +341,7 @@ def record(*modules: nn.Module, keep: bool = False) -> Iterator[RecordedStep]:
     try:
         with recording(recorder):
             yield RecordedStep(recorder)
+        recorder.seal()
     except BaseException:
         recorder.undo.restore()
         raise

@@ -172,6 +172,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.alive: dict[int, Tensor] = {}  # by id: tensors whose ids are in use
         self.unnoted: list[int] = []  # ids of those that nobody has looked at where they lie in memory
         self._saved: set[int] = set()  # values whose content must survive a write
+        self._versions: dict[int, int] = {}  # of values, when the block was over
         self._unpacked: list[int] = []  # values that autograd asked back, for a derivative inside the model
         self._unpacking: tuple[int, int] | None = None  # what autograd asked back last: id of its tensor, value
         self._detached: dict[int, int] = {}  # id of a tensor that autograd detached -> the value behind it
@@ -283,6 +284,30 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         values = range(len(self.tape.values)) if self.keeps_all or self.hooks_were_off else self._saved
         held = {storage_of(t) for t in (self.tape.tensors[v] for v in values) if t is not None}
         return [t for t in tensors if storage_of(t) in held]
+
+    def seal(self) -> None:
+        """The block is over: note the versions of what is held, as autograd does of what it saves."""
+        self._versions = {
+            v: tensor._version
+            for v, tensor in enumerate(self.tape.tensors)
+            if tensor is not None and not tensor.is_inference()
+        }
+
+    def is_as_it_was(self, value: int) -> bool:
+        """Whether a value's tensor has not been written to in place behind the block."""
+        tensor = self.tape.tensors[value]
+        return tensor is None or tensor._version == self._versions.get(value, tensor._version)
+
+    def written_since(self) -> int | None:
+        """A value that a derivative reads, and that code has written to behind the block; None if there is none."""
+        unknown = self.keeps_all or self.hooks_were_off  # what a derivative reads
+        for v in self._versions if unknown else self._saved:
+            if not self.is_as_it_was(v):
+                return v
+        for v, leaf in self.tape.leaves.items():  # which ``.data =`` may make another tensor
+            if leaf.shape != self.tape.values[v].shape or leaf.dtype != self.tape.values[v].dtype:
+                return v
+        return None
 
     def release(self) -> None:
         """The recording is over: only the tape holds what it recorded, and of that what rules may read."""
