@@ -241,3 +241,19 @@ class TestExecutors:
         assert torch.equal(gradient(other, x), gradient(box, x))
         box.close()
         other.close()
+
+
+@pytest.mark.parametrize("raised", [SystemExit(0), StopIteration("no more")], ids=["sys.exit", "StopIteration"])
+@pytest.mark.parametrize("options", [{}, {"timeout": 5.0}, {"executor": ThreadPoolExecutor(1)}], ids=str)
+def test_what_would_end_the_program_or_its_loop_is_an_error_of_the_part(raised, options):
+    calls = []
+
+    def part(x):
+        calls.append(None)
+        if len(calls) > 1:
+            raise raised
+        return x.sin()
+
+    out = hzo.blackbox(part, state=None, **options)
+    with pytest.raises(QueryError, match=type(raised).__name__):
+        out(normal(5, 4).requires_grad_()).sum().backward()

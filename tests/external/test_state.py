@@ -275,6 +275,22 @@ def test_a_counter_alone_carries_no_gradient_from_call_to_call():
     assert torch.allclose(x.grad, 6 * x.cos(), rtol=TOLERANCE)
 
 
+@pytest.mark.parametrize("held", [[0], {"n": 0}, [[0, "a schedule"]]], ids=["a list", "a dict", "a list of lists"])
+def test_a_counter_in_a_container_that_matters_later(held):
+    """One more call changes nothing, and after three the slope is another one."""
+
+    def scheduled(x):
+        inner = held if isinstance(held, dict) or not isinstance(held[0], list) else held[0]
+        inner["n" if isinstance(inner, dict) else 0] += 1
+        return x * (1 + inner["n" if isinstance(inner, dict) else 0] // 3)
+
+    box = hzo.blackbox(scheduled)
+    for step in range(1, 7):
+        x = normal(5, 4).requires_grad_()
+        box(x).sum().backward()
+        assert torch.allclose(x.grad, torch.full_like(x, 1 + step // 3), rtol=TOLERANCE), step
+
+
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("calls", [0, 2])
 def test_a_call_that_fails_moves_nothing_on(calls, grad):

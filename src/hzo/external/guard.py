@@ -216,10 +216,13 @@ class Guarded(nn.Module):
         except HzoError as error:
             error.args = (f"{self}, in {counting.being_done()}: {error}",)
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
+            # SystemExit would end the training, with sys.exit(0) even without a word. As a cause, a StopIteration
+            # would be raised in place of this error by contextlib.
+            cause = None if isinstance(error, StopIteration) else error
             raise QueryError(
                 f"{self} failed in {counting.being_done()} ({_counted(samples)}): {type(error).__name__}: {error}"
-            ) from error
+            ) from cause
 
     def _one(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], watched: bool) -> Any:
         if self.timeout is not None:

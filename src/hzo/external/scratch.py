@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -69,14 +69,13 @@ def counters_matter(
     Else they only count calls, and go on counting queries. Costs one call; two more where the call changed other state
     as well and left ``left``, since a number may matter only once that is there.
     """
-    clocks = [key for key in keys if key in start.slots and isinstance(start.slots[key].value, (bool, int))]
+    clocks = [key for key in keys if key in start.slots and any(_whole_numbers(start.slots[key]))]
     if not clocks:
         return False
 
     def moved(saved: Saved) -> Sequence[Tensor]:
         state.load(saved)
-        for key in clocks:
-            slot = saved.slots[key]
+        for slot in (slot for key in clocks for slot in _whole_numbers(saved.slots[key])):
             slot.space[slot.name] = not slot.value if isinstance(slot.value, bool) else slot.value + _LATER
         return again()
 
@@ -90,6 +89,14 @@ def counters_matter(
         return not _same(moved(left), second)
     except HzoError:
         return True
+
+
+def _whole_numbers(slot: Slot) -> Iterator[Slot]:
+    """The whole numbers and truth values in a place, and in the lists and dicts that it holds."""
+    if isinstance(slot.value, (bool, int)) and not isinstance(slot.space, tuple):
+        yield slot
+    for item in slot.items:
+        yield from _whole_numbers(item)
 
 
 def _same(found: Sequence[Tensor], outputs: Sequence[Tensor]) -> bool:
