@@ -142,6 +142,17 @@ class TestBounds:
         with pytest.raises(InputError, match=r"holds -?\d.*, outside its bounds, 0 to 1"):
             gradient(hzo.blackbox(torch.sqrt, bounds=(0, 1)), normal(3, 4))
 
+    @pytest.mark.parametrize("options", [{}, {"step": 1e-3}, {"promises": "affine"}, {"step": "measured"}], ids=str)
+    def test_are_those_of_the_inputs_dtype(self, options):
+        """What was clamped to 0.1 in float32 lies above 0.1 in float64."""
+        x = torch.tensor([[-1.0, 0.02, 1.0]]).clamp(0.0, 0.1)
+
+        def f(z):
+            assert bool(((z >= 0) & (z <= x.max())).all())
+            return 3 * z
+
+        assert error(gradient(hzo.blackbox(f, bounds=(0, 0.1), **options), x), torch.full_like(x, 3.0)) <= 1e-3
+
     def test_a_tangent_stays_inside_too(self):
         def f(z):
             assert bool(((z >= 0) & (z <= 1)).all())

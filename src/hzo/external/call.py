@@ -232,7 +232,9 @@ class BoxCall:
             for bound, outside in ((low, torch.lt), (high, torch.gt)):
                 if bound is None:
                     continue
-                wrong = outside(leaf, torch.as_tensor(bound, dtype=torch.float64, device=leaf.device))
+                # In the input's own dtype: a float32 that was clamped to 0.1 is larger than 0.1.
+                edge = torch.as_tensor(bound, dtype=torch.float64, device=leaf.device).to(leaves[k].dtype).double()
+                wrong = outside(leaf, edge)
                 if bool(wrong.any()):
                     edges = " to ".join("no bound" if b is None else f"{b}" for b in (low, high))
                     raise InputError(
@@ -724,7 +726,7 @@ class BoxCall:
         try:
             found = self.guard.run_all(calls, watched=watched)
         except QueryError:
-            if self.settings.on_failure != "zero" or self.guard.batched is not True or not any(sample):
+            if self.settings.on_failure != "zero" or not any(sample):
                 raise
             return [self._one_by_one(leaves, rows, sample) for leaves in many]
         starts, sizes = [0, *ends[:-1]], [count for *_, count in calls]
@@ -742,20 +744,32 @@ class BoxCall:
 
     def _one_by_one(self, leaves: Sequence[Tensor], rows: int, sample: Sequence[bool]) -> list[tuple[Any, int]]:
         """Halves of a batch that fails, down to the samples that do: these have no result."""
-        found = self._halved(leaves, 0, rows, sample)
+        most = int(self.guard.batched) if type(self.guard.batched) is int else rows
+        found: list[tuple[Any, int]] = []
+        for start in range(0, rows, most):
+            found += self._halved(leaves, start, min(start + most, rows), most, sample)
         if all(result is _FAILED for result, _ in found):
-            self.guard.run(*self.arguments(leaves), rows)  # raises what it raised before
+            cut = [rows_of(t, 0, most) if flag else t for t, flag in zip(leaves, sample, strict=True)]
+            self.guard.run(*self.arguments(cut), most)  # raises what it raised before
         return found
 
-    def _halved(self, leaves: Sequence[Tensor], start: int, stop: int, sample: Sequence[bool]) -> list[tuple[Any, int]]:
-        cut = [t[start:stop] if flag else t for t, flag in zip(leaves, sample, strict=True)]
+    def _halved(
+        self, leaves: Sequence[Tensor], start: int, stop: int, most: int, sample: Sequence[bool]
+    ) -> list[tuple[Any, int]]:
+        """Where a part takes one number of samples only, the last one stands for those that are missing."""
+        count = stop - start
+        size = count if self.guard.batched is True else most
+        cut = [rows_of(t[start:stop], 0, size) if flag else t for t, flag in zip(leaves, sample, strict=True)]
         try:
-            return [(self.guard.run(*self.arguments(cut), stop - start), stop - start)]
+            return [(_first(self.guard.run(*self.arguments(cut), size), size, count), count)]
         except QueryError:
-            if stop - start == 1:
+            if count == 1:
                 return [(_FAILED, 1)]
             middle = (start + stop) // 2
-            return [*self._halved(leaves, start, middle, sample), *self._halved(leaves, middle, stop, sample)]
+            return [
+                *self._halved(leaves, start, middle, most, sample),
+                *self._halved(leaves, middle, stop, most, sample),
+            ]
 
     def _joined(
         self, results: Sequence[tuple[Any, int]], rows: int, device: torch.device, watched: bool
@@ -843,6 +857,21 @@ class BoxCall:
         given = leaves[self.count : self.count + len(self.parameters)]
         with with_parameters(self.stages, {id(now[n]): p for n, p in zip(self.parameters, given, strict=True)}):
             yield
+
+
+def _first(result: Any, size: int, count: int) -> Any:
+    """The first samples of a result of ``size`` ones."""
+    if size == count:
+        return result
+    leaves, structure = flatten(result)
+    leaves = [_as_numpy(leaf) for leaf in leaves]
+    arrays = [isinstance(leaf, Tensor) or (_of_numpy(leaf) and leaf.ndim > 0) for leaf in leaves]
+    return structure.build(
+        [
+            leaf[:count] if array and leaf.shape[:1] == (size,) else leaf
+            for leaf, array in zip(leaves, arrays, strict=True)
+        ]
+    )
 
 
 _FAILED = object()

@@ -333,7 +333,7 @@ def _decode(
 def _far(sweep: BoxSweep, site: Site, rows: Tensor, bounds: tuple[Any, Any]) -> Stencil:
     """Of an affine part a step is as good as it is long."""
     scale = element_scale(rows)
-    low, high = (None if b is None else sweep.expanded(site, b, rows) for b in bounds)
+    low, high = (None if b is None else sweep.expanded(site, b, rows).to(rows.dtype) for b in bounds)
     return stencil(rows, scale, "forward", site.name, low=low, high=high)
 
 

@@ -198,7 +198,7 @@ class BoxSweep:
             steps = self.expanded(site, step, rows)
             if settings.steps.relative:
                 steps = steps * element_scale(rows)
-        low, high = (None if b is None else self.expanded(site, b, rows) for b in bounds)
+        low, high = (None if b is None else self.expanded(site, b, rows).to(rows.dtype) for b in bounds)
         return stencil(rows, steps, settings.scheme, where, low=low, high=high, window=window)
 
     def precision(self, site: Site) -> torch.dtype:
