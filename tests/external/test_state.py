@@ -433,3 +433,42 @@ def test_nothing_holds_on_to_a_graph_that_no_state_needs():
     del y
     gc.collect()
     assert node() is None
+
+
+class Shared:
+    """Two instruments on one plant."""
+
+    def __init__(self, lib):
+        self.lib, self.v = lib, 0.0
+
+    def push(self, x):
+        self.v = self.v + x
+        return self.lib.sin(self.v)
+
+    def scale(self, x):
+        self.v = self.v * x
+        return self.lib.cos(self.v)
+
+
+class TestTwoBoxesOfOneState:
+    @staticmethod
+    def total(push, scale, x):
+        return (push(x) + scale(2 * x) + push(x) * scale(x)).sum()
+
+    def test_gradients_flow_from_one_to_the_other(self):
+        part, plain = Shared(np), Shared(torch)
+        push, scale = (hzo.blackbox(f, numpy=True) for f in (part.push, part.scale))
+        x = normal(5, 4).requires_grad_()
+        (found,) = torch.autograd.grad(self.total(push, scale, x), x)
+        (reference,) = torch.autograd.grad(self.total(plain.push, plain.scale, x), x)
+        assert torch.allclose(found, reference, rtol=TOLERANCE)
+        assert torch.allclose(torch.from_numpy(part.v), plain.v)
+
+    def test_either_ends_them(self):
+        part = Shared(np)
+        push, scale = (hzo.blackbox(f, numpy=True) for f in (part.push, part.scale))
+        x = normal(5, 4).requires_grad_()
+        push(x)
+        scale.detach_state()
+        (found,) = torch.autograd.grad(scale(2 * x).sum(), x)
+        assert torch.allclose(found, -2 * x * torch.sin(2 * x * x), rtol=TOLERANCE)

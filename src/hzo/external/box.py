@@ -517,6 +517,9 @@ class BlackBox(nn.Module):
 
     def detach_state(self) -> None:
         """Let gradients of later calls end at the state that the part is in now (truncated backpropagation in time)."""
+        for part in self.stages.modules():
+            if isinstance(part, Guarded):
+                self._history.end_at(part)
         self._history = StateHistory()
 
     def _know(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

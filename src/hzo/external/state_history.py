@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
+from weakref import WeakSet
 
 from torch import Tensor
 
 from hzo.errors import InputError
 from hzo.external.call import BoxCall
 from hzo.external.guard import Guarded
-from hzo.external.state import Saved, StateKey
+from hzo.external.state import FoundState, Saved, StateKey
 from hzo.tape.history import grad_fn, requires_grad
 
 
@@ -44,6 +45,7 @@ class StateHistory:
             kept.stuck = kept.stuck or (call.stuck and any(requires_grad(t) for t in found))
         self.__dict__ = kept.__dict__
         if self.call is not None:
+            _histories.add(self)
             self.grad_fn = next((node for t in found if (node := grad_fn(t)) is not None), None)
 
     def _alive(self) -> bool:
@@ -64,14 +66,33 @@ class StateHistory:
         Raises:
             InputError: a gradient would have to flow through what is no number.
         """
-        if not self.ends or not self._alive():
-            return (), []
-        (_, end, moved) = self.ends[0]
-        now = guard.state.save()
-        same = [key for key in self.tensors if guard.state.same(now, end, key)]
-        if self.stuck and all(guard.state.same(now, end, key) for key in moved if len(key) <= 3):
-            raise self._error(guard, moved)
-        return tuple(same), [self.tensors[key] for key in same]
+        found: dict[StateKey, Tensor] = {}
+        now = None
+        for history in (self, *self._of_others(guard)):
+            if not history.ends or not history._alive():
+                continue
+            now = now or guard.state.save()
+            (_, end, moved) = history.ends[0]
+            if history.stuck and all(guard.state.same(now, end, key) for key in moved if len(key) <= 3):
+                raise self._error(guard, moved)
+            found |= {key: t for key, t in history.tensors.items() if guard.state.same(now, end, key)}
+        return tuple(found), list(found.values())
+
+    def _of_others(self, guard: Guarded) -> Iterator[StateHistory]:
+        """Those of other boxes whose parts may share attributes with this one: methods of one object."""
+        if isinstance(guard.state, FoundState):
+            for other in list(_histories):
+                if other is not self and other.ends and isinstance(other.ends[0][0].state, FoundState):
+                    yield other
+
+    def end_at(self, guard: Guarded) -> None:
+        """Forget who left the state that a part is in now, this box or another."""
+        now = None
+        for other in self._of_others(guard):
+            now = now or guard.state.save()
+            end = other.ends[0][1]
+            other.tensors = {key: t for key, t in other.tensors.items() if not guard.state.same(now, end, key)}
+        self.__dict__ = StateHistory().__dict__
 
     def note_whole(self, this: Any, outputs: Sequence[Tensor]) -> None:
         """A box that is planned as a whole has run."""
@@ -105,3 +126,7 @@ class StateHistory:
             "cannot follow it from call to call here. Give the state to it and have it returned, f(x, state) -> (y, "
             "state); or let the gradient end there: box.detach_state() between the calls. A state is no noise"
         )
+
+
+_histories: WeakSet[StateHistory] = WeakSet()
+"""Of all boxes whose parts have moved a state on."""
