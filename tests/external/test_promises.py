@@ -27,6 +27,10 @@ def shifted(z, by):
     return F.pad(z, (by, 0))[:, : z.shape[1]]
 
 
+def bent(z):
+    return (1 + z.square()).sqrt()
+
+
 # promises: a part that keeps them, one that does not, evaluations of a batch that the test costs, the input.
 CASES = {
     "elementwise": (torch.tanh, lambda z: z + 1e-2 * z.roll(1, 1), 1, normal(6, 8)),
@@ -87,6 +91,65 @@ def test_a_promise_is_tried_once():
             box(x).sum().backward()
         counts.append(count.check_evaluations)
     assert counts[0] > counts[1] == 0
+
+
+class TestInferredAtTheFirstInput:
+    """Parts that are one thing at the first input, and another one beyond a branch."""
+
+    X = torch.randn(6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    CHANGES = {  # what is inferred at the first input, the part there, and beyond the branch
+        "elementwise": (torch.tanh, lambda z: torch.tanh(z) + 1e-2 * z.roll(1, 1)),
+        "local": (lambda z: torch.tanh(z + shifted(z, 1)), lambda z: torch.tanh(z + z.roll(3, 1))),
+        "affine": (lambda z: z @ M.T + 1, lambda z: (z @ M.T).sin()),
+        "symmetric": (lambda z: bent(z @ SYMMETRIC) @ SYMMETRIC, lambda z: bent(z @ SYMMETRIC) @ M),
+    }
+
+    def box(self, name, **options):
+        first, later = self.CHANGES[name]
+        return hzo.blackbox(
+            lambda z: first(z) if float(z[:, 0].min()) < 50 else later(z), promises="inferred", **options
+        )
+
+    def step(self, box, x):
+        z = x.clone().requires_grad_()
+        with hzo.count_queries() as count:
+            out = box(z)
+            (out * torch.linspace(1, 2, 8, dtype=torch.float64)).sum().backward()
+        return z.grad, count
+
+    @pytest.mark.parametrize("name", CHANGES)
+    def test_a_change_is_found(self, name):
+        changed = self.X.clone()
+        changed[:, 0] = 60.0
+        box = self.box(name)
+        for _ in range(3):
+            self.step(box, self.X)
+        with pytest.raises(StructureError, match=r"at the first input, from which its promises were inferred, and is"):
+            self.step(box, changed)
+        trusted, found = self.box(name, check_promises=False), None
+        self.step(trusted, self.X)
+        found, _ = self.step(trusted, changed)
+        right, _ = self.step(self.CHANGES[name][1], changed)
+        assert F.cosine_similarity(found, right).min() < 1 - 1e-6
+
+    def test_the_plan_counts_it(self):
+        calls = []
+
+        def part(z):
+            calls.append(len(z))
+            return torch.tanh(z)
+
+        box = hzo.blackbox(part, promises="inferred")
+        self.step(box, self.X)
+        plan = box.plan_for(self.X)
+        z = self.X.clone().requires_grad_()
+        out = box(z)
+        calls.clear()
+        with hzo.count_queries() as count:
+            out.sum().backward()
+        assert plan.calls == len(calls)
+        assert plan.queries == count.queries
+        assert count.check_evaluations == 6  # one test of the promise
 
 
 def test_bounds_hold_in_the_test_of_a_promise():

@@ -97,7 +97,7 @@ def blackbox(
             at the first input what seems to hold (``hzo.infer_structure``), of each part of a list, too. Else parts of
             a list are declared one by one.
         check_promises: try at the first use of a promise, by one more evaluation (symmetric: five), whether it holds;
-            False takes it on trust.
+            what is inferred, which may end where a kink or a branch begins, at every use. False takes it on trust.
         parameters: ``"perturbed"``: trainable parameters of an ``f`` that is a module get a gradient, by queries.
             ``"ignored"``: neither they nor other trainable tensors that ``f`` uses get one from here; their gradient
             is left to you (the product of activation and cotangent, say).
@@ -222,7 +222,7 @@ def blackbox(
     if not whole_plan and not isinstance(f, BlackBox):
         settings = Settings(
             steps, limits, scheme=scheme, mu=mu, draws=draws, memory=memory, integers=integers, on_failure=on_failure,
-            batch_dim=batch_dim, max_error=max_error, check_promises=check_promises,
+            batch_dim=batch_dim, max_error=max_error, check_promises=check_promises, inferred="inferred" in said,
         )  # fmt: skip
     options: dict[str, Any] = {"tree": tree, "assume": assume, "scheme": scheme, "step": length}
     options |= {"mu": mu, "draws": draws} if mu is not None else {}

@@ -45,6 +45,7 @@ class Settings:
 
     Attributes:
         links: for shapes of a sample, in and out, the dependence that was promised, as a ``Pattern`` wants it.
+        inferred: promises are hzo's own, of what held at one input, and are tried in every backward pass.
     """
 
     steps: Steps
@@ -63,6 +64,7 @@ class Settings:
     batch_dim: Any = "found"
     max_error: float | None = None
     check_promises: bool = True
+    inferred: bool = False
 
     def pattern(self, value: Sequence[int], output: Sequence[int]) -> Pattern | None:
         """Which elements of an output may depend on which of a value, of one sample; None where nothing is promised."""

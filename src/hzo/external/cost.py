@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hzo.execution import counting
 from hzo.external.call import BoxCall, divided
+from hzo.external.promises import evaluations_of_test
 from hzo.external.sites import Site, SiteMethod, method_of, site_of
 from hzo.plans import Plan
 
@@ -37,8 +38,8 @@ class BoxPlan:
 
     Attributes:
         name: of the box. batch: samples of the forward pass; 1 for a part without a batch.
-        sites: the inputs. calls: of the callable, the test of determinism included. seconds: for all of it, from the
-            time of one call here.
+        sites: the inputs. calls: of the callable, the test of determinism included, and those of what was inferred.
+        seconds: for all of it, from the time of one call here.
     """
 
     name: str
@@ -117,7 +118,8 @@ def plan_of_call(call: BoxCall, leaves: Sequence[Tensor], wanted: Sequence[bool]
     if any(call.layout.outputs):
         outputs = [o for o in outputs if call.layout.outputs[o]]
     fixed = guard.batched if type(guard.batched) is int else call.layout.batch
-    sites, calls = [], -(-call.layout.batch // fixed) * _pieces(call, 1)
+    once = -(-call.layout.batch // fixed) * _pieces(call, 1)
+    sites, calls, tests = [], 0, 1  # that it repeats
     for k, flag in enumerate(wanted):
         if not flag:
             continue
@@ -128,10 +130,11 @@ def plan_of_call(call: BoxCall, leaves: Sequence[Tensor], wanted: Sequence[bool]
             SitePlan(call.names[k], site.elements, _words(method), method.directions * draws, method.queries * draws)
         )
         calls += draws * _calls(call, site, method)
-    samples = sum(site.queries for site in sites) + call.layout.batch
+        tests += evaluations_of_test(call, site, method) if call.settings.inferred else 0
+    samples = sum(site.queries for site in sites) + tests * call.layout.batch
     per_sample = seconds / call.layout.batch
     # What is folded into one call takes less than that where the part computes samples at once.
-    return BoxPlan(guard.name, call.layout.batch, tuple(sites), calls, per_sample * samples)
+    return BoxPlan(guard.name, call.layout.batch, tuple(sites), calls + tests * once, per_sample * samples)
 
 
 def _words(method: SiteMethod) -> str:

@@ -22,21 +22,24 @@ _ALIKE = 1e-4  # relative: an affine part may compute its sums in another order
 def check_promise(
     sweep: BoxSweep, site: Site, method: SiteMethod, rows: Tensor, step: Any, bounds: tuple[Any, Any]
 ) -> None:
-    """Try what a method takes for granted, at the first use of it in a box.
+    """Try what a method takes for granted, at the first use of it in a box; at every use where hzo inferred it.
 
     Elementwise, local: some elements are moved as queries move them, and outputs that do not depend on them must stay.
     Affine: halfway between two samples, the output is halfway. Symmetric: ⟨u, J v⟩ = ⟨v, J u⟩ for random u and v.
 
-    Cost: an evaluation of the batch; 2 for an affine part at a single sample, 5 for a symmetric one.
+    Elements and directions are random, and others each time.
+
+    Cost: ``evaluations_of_test`` of the batch.
 
     Raises:
         StructureError: it does not hold.
     """
     call = sweep.call
     key = ("promise", site.index, site.shape, method.how, method.alike)
-    if not call.settings.check_promises or call.known.get(key) or (method.how == "coordinate" and not method.alike):
+    before = call.known.get(key, 0)
+    if not tried(call, method) or (before and not call.settings.inferred):
         return
-    generator = torch.Generator().manual_seed(site.index)
+    generator = torch.Generator().manual_seed(site.index + (before << 16))
     with counting.doing("the test of what was promised"):
         if method.alike:
             _affine(sweep, site, rows, bounds, generator)
@@ -46,7 +49,21 @@ def check_promise(
             apart(sweep, site, rows, upper, generator)
         elif method.how == "symmetric" and bounds == (None, None):  # random directions lead out of them
             _symmetric(sweep, site, rows, generator)
-    call.known[key] = True
+    call.known[key] = before + 1
+
+
+def tried(call: BoxCall, method: SiteMethod) -> bool:
+    """Whether a method takes anything for granted that is to be tested."""
+    return call.settings.check_promises and (method.how != "coordinate" or method.alike)
+
+
+def evaluations_of_test(call: BoxCall, site: Site, method: SiteMethod) -> int:
+    """Evaluations of the batch, at most, that ``check_promise`` takes: 1; affine, a sample alone 2; symmetric 5."""
+    if not tried(call, method):
+        return 0
+    affine = (1 if site.rows > 1 else 2) if method.alike else 0
+    apart = method.how == "colored" or (method.how == "elementwise" and site.elements > site.pairs)
+    return affine + apart + (5 if method.how == "symmetric" else 0)
 
 
 def check_copies(sweep: BoxSweep, site: Site, rows: Tensor, places: Tensor) -> None:
@@ -173,6 +190,13 @@ def _symmetric(sweep: BoxSweep, site: Site, rows: Tensor, generator: torch.Gener
 
 
 def _broken(sweep: BoxSweep, site: Site, promise: str, what: str) -> StructureError:
+    if sweep.call.settings.inferred:
+        return StructureError(
+            f"{sweep.call.guard} seemed to be {promise} at the first input, from which its promises were inferred, and "
+            f"is not in {site.name} now: {what}. Leave promises='inferred' out, which asks element by element, or "
+            "promise what always holds (hzo.infer_structure(module, x) proposes at other inputs); check_promises=False "
+            "takes it on trust"
+        )
     return StructureError(
         f"{sweep.call.guard} was promised to be {promise}, and is not in {site.name}: {what}. Promise less "
         "(hzo.infer_structure(module, x) proposes what holds), or nothing; check_promises=False takes it on trust"
