@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -97,7 +98,7 @@ class TestInferredAtTheFirstInput:
     """Parts that are one thing at the first input, and another one beyond a branch."""
 
     X = torch.randn(6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    CHANGES = {  # what is inferred at the first input, the part there, and beyond the branch
+    CHANGES: ClassVar = {  # what is inferred at the first input, the part there, and beyond the branch
         "elementwise": (torch.tanh, lambda z: torch.tanh(z) + 1e-2 * z.roll(1, 1)),
         "local": (lambda z: torch.tanh(z + shifted(z, 1)), lambda z: torch.tanh(z + z.roll(3, 1))),
         "affine": (lambda z: z @ M.T + 1, lambda z: (z @ M.T).sin()),

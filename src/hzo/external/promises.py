@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hzo.errors import HzoError, StructureError
 from hzo.execution import counting
+from hzo.external.call import BoxCall
 from hzo.external.queries import BoxSweep
 from hzo.external.sites import Site, SiteMethod
 from hzo.finite_differences import Pattern, of_one_sign
