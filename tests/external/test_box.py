@@ -255,8 +255,8 @@ class TestErrors:
         "exception": (lambda x: 1 / 0, QueryError, "ZeroDivisionError: division by zero"),
         "hanging": (lambda x: time.sleep(10), QueryTimeoutError, "no answer within 0.2 seconds; allow more"),
     }
-    # What a step calls for: the forward pass, the test that it is deterministic, and two queries. With a time limit on a
-    # busy machine a call may take fewer of the four directions.
+    # What a step calls for: the forward pass, the test that it is deterministic, and two queries. With a time limit
+    # on a busy machine a call may take fewer of the four directions.
     ASKED: ClassVar = [
         "a forward pass",
         "the test that it is deterministic",
