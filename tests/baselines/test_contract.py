@@ -261,3 +261,23 @@ def test_trains_with_any_optimizer():
 def test_all_baselines_are_exported_and_all_errors_are_ours():
     assert set(hzo.baselines.__all__) >= {method.__name__ for method in ALL}
     assert issubclass(InputError, HzoError)
+
+
+@pytest.mark.parametrize("name", ["spsa", "mezo", "coordinate_wise", "backprop"])
+def test_lists_and_dicts_of_a_model_are_as_after_one_call(name):
+    """However often a method runs the model."""
+
+    class Noted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.history, self.table = nn.Linear(3, 2), [], {"calls": 0}
+
+        def forward(self, x):
+            self.history.append(1)
+            self.table["calls"] += 1
+            return self.layer(x)
+
+    model = Noted()
+    getattr(hzo.baselines, name)(model, lambda out: out.square().mean(), torch.randn(4, 3))
+    assert (model.history, model.table) == ([1], {"calls": 1})
+    assert model.layer.weight.grad is not None

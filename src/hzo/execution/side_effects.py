@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from hzo.tape.attributes import Attributes
-from hzo.tape.state import RandomState, everybodys_back_to_now, own_back_to_now, random_state, set_random_state
+from hzo.tape.state import RandomState, everybodys_back_to_now, random_state, set_random_state
 
 
 def devices_of(tensors: Iterable[object]) -> tuple[torch.device, ...]:
@@ -34,11 +34,13 @@ class Snapshot:
     buffers: tuple[tuple[nn.Module, str, Tensor, Tensor], ...]  # owner, name, the tensor itself, a copy
     attributes: tuple[tuple[nn.Module, str, Any, Tensor | None], ...]  # owner, name, the value, a copy of a tensor
     training: tuple[tuple[nn.Module, bool], ...]
-    generators: tuple[Callable[[], object], ...]  # what puts Python's, NumPy's and the modules' own back
+    generators: tuple[Callable[[], object], ...]  # what puts Python's and NumPy's back
+    held: Attributes  # containers, flags, names and generators of the modules
 
 
-def take_snapshot(modules: Iterable[nn.Module]) -> Snapshot:
-    """Copy buffers, training flags and random state of these modules and all below them."""
+def take_snapshot(modules: Iterable[nn.Module], gradients: bool = False) -> Snapshot:
+    """Copy buffers, training flags and random state of these modules and all below them; with ``gradients``, note which
+    tensors their ``.grad`` are."""
     unique = list(dict.fromkeys(inner for module in modules for inner in module.modules()))
     buffers = tuple(
         (module, name, buffer, buffer.clone())
@@ -55,8 +57,9 @@ def take_snapshot(modules: Iterable[nn.Module]) -> Snapshot:
     parameters = (parameter for module in unique for parameter in module.parameters(recurse=False))
     devices = devices_of([*parameters, *(buffer for _, _, buffer, _ in buffers)])
     training = tuple((module, module.training) for module in unique)
-    generators = (*everybodys_back_to_now(), *own_back_to_now(unique))
-    return Snapshot(random_state(devices), buffers, attributes, training, generators)
+    held = Attributes(gradients)
+    held.note(unique)
+    return Snapshot(random_state(devices), buffers, attributes, training, (*everybodys_back_to_now(),), held)
 
 
 def _copy(value: object) -> Tensor | None:
@@ -68,6 +71,7 @@ def _copy(value: object) -> Tensor | None:
 @torch.no_grad()
 def restore_snapshot(snapshot: Snapshot) -> None:
     """Put everything back as it was, the identity of the buffers included."""
+    snapshot.held.restore()
     for module, name, buffer, copy in snapshot.buffers:
         # Writing only what differs keeps version counters, and with them a graph that autograd holds, intact.
         if buffer.shape != copy.shape:
@@ -121,9 +125,7 @@ def undone_on_error(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 def _back_to_now(modules: Iterable[nn.Module], others: Iterable[Any] = ()) -> Callable[[], None]:
     modules = [*modules]
-    snapshot, attributes = take_snapshot(modules), Attributes()
-    for module in modules:
-        attributes.note(module.modules())
+    snapshot, attributes = take_snapshot(modules, gradients=True), Attributes()
     attributes.note(others)
 
     def back() -> None:

@@ -34,10 +34,14 @@ class Attributes:
     of parameters. Objects of classes of the user's are noted where a module holds them; what these hold in other
     objects, iterators, and what only closures know, is not. The content of tensors is not copied.
 
+    Args:
+        gradients: whether ``.grad`` is noted, too.
+
     Cost: some microseconds a module. Source: ours.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, gradients: bool = True) -> None:
+        self._gradients = gradients
         self._known: dict[int, Any] = {}  # by id, kept alive
         self._dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
         self._tables = list(self._dicts)  # of modules: of their tensors, layers, hooks
@@ -78,7 +82,9 @@ class Attributes:
             if parameter is not None and id(parameter) not in known and not nn.parameter.is_lazy(parameter):
                 known[id(parameter)] = parameter
                 content = parameter.data if type(parameter) is nn.Parameter else None  # others may wrap tensors
-                self._parameters.append((parameter, content, parameter.grad, parameter.requires_grad))
+                self._parameters.append(
+                    (parameter, content, parameter.grad if self._gradients else None, parameter.requires_grad)
+                )
 
     def _object(self, thing: Any) -> None:
         self._known[id(thing)] = thing
@@ -133,7 +139,7 @@ class Attributes:
                 parameter.data = content  # which the model replaced
             if parameter.requires_grad is not trained:
                 parameter.requires_grad_(trained)
-            if parameter.grad is not gradient:
+            if self._gradients and parameter.grad is not gradient:
                 parameter.grad = gradient
         for back in self._others:
             back()

@@ -11,13 +11,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 RandomState = dict[str, Tensor]
-
-_PLAIN = frozenset({bool, int, float, str, type(None), Tensor, nn.Parameter})  # which hold no generator
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-_MOST_HELD = 64  # items of a container that are looked through: those of a data set held by a module are not
 
 
 def random_state(devices: Iterable[torch.device]) -> RandomState:
@@ -62,23 +58,6 @@ def everybodys_back_to_now() -> list[Callable[[], object]]:
     """What puts back the generators of Python and NumPy that all code shares."""
     shared = (random, getattr(sys.modules.get("numpy"), "random", None))
     return [back for source in shared if (back := back_to_now(source)) is not None]
-
-
-def own_back_to_now(modules: Iterable[nn.Module]) -> list[Callable[[], object]]:
-    """What puts back the generators that modules keep as attributes, by themselves or in lists, tuples and dicts."""
-    sources: dict[int, Any] = {}
-    for module in modules:
-        for name, value in vars(module).items():
-            kind = type(value)
-            if kind in _PLAIN or name in _OF_EVERY_MODULE:
-                continue
-            if kind in (list, tuple) and len(value) <= _MOST_HELD:
-                sources.update((id(inner), inner) for inner in value if type(inner) not in _PLAIN)
-            elif kind is dict and len(value) <= _MOST_HELD:
-                sources.update((id(inner), inner) for inner in value.values() if type(inner) not in _PLAIN)
-            else:
-                sources[id(value)] = value
-    return [back for source in sources.values() if (back := back_to_now(source)) is not None]
 
 
 @dataclass(frozen=True)
