@@ -158,3 +158,11 @@ def test_other_arguments_than_tensors_in_a_model_that_hzo_plans_for(f, call):
     F.cross_entropy(model.after(call(f, model.before(x))), y).backward()
     for name, parameter in model.named_parameters():
         assert torch.allclose(found[name], parameter.grad, rtol=TOLERANCE), name
+
+
+def test_an_input_without_elements():
+    x, y = torch.zeros(4, 0, requires_grad=True), normal(4, 3).requires_grad_()
+    box = hzo.blackbox(lambda a, b: torch.cat([a.to(b.dtype), b.sin()], 1))
+    box(x, y).sum().backward()
+    assert x.grad.shape == (4, 0)
+    assert torch.allclose(y.grad, y.cos(), rtol=TOLERANCE)

@@ -160,3 +160,10 @@ def test_options():
         hzo.simulator(["python"], outputs=0)
     with pytest.raises(QueryError, match="cannot be started"):
         hzo.simulator(["no-such-program-anywhere"])(np.ones(2))
+
+
+def test_a_box_without_numpy_gives_it_tensors(simulator):
+    x = torch.tensor([[0.3, 0.8], [1.1, -0.4]], dtype=torch.float64, requires_grad=True)
+    (found,) = torch.autograd.grad(hzo.blackbox(simulator)(x).sum(), x)
+    (reference,) = torch.autograd.grad(physics(x).sum(), x)
+    assert torch.allclose(found, reference, rtol=1e-5)

@@ -153,6 +153,10 @@ class TestBounds:
 
         assert error(gradient(hzo.blackbox(f, bounds=(0, 0.1), **options), x), torch.full_like(x, 3.0)) <= 1e-3
 
+    def test_random_points_do_not_stay_inside(self):
+        with pytest.raises(InputError, match=r"cannot stay inside bounds=; give step="):
+            hzo.blackbox(torch.sqrt, bounds=(0, 1), mu=0.1)
+
     def test_a_tangent_stays_inside_too(self):
         def f(z):
             assert bool(((z >= 0) & (z <= 1)).all())

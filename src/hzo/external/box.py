@@ -174,6 +174,11 @@ def blackbox(
     if relative and (step is None or step == MEASURED):
         raise InputError("relative=True says what step= is a share of; give step=, a number, too")
     steps, limits = Steps(step, relative), Bounds(bounds)
+    if mu is not None and bounds is not None:
+        raise InputError(
+            "mu= takes differences at random points on all sides, and cannot stay inside bounds=; give step= in place "
+            "of mu=, or clamp inside the part and leave bounds= out"
+        )
     length = float(step) if isinstance(step, (int, float)) and not isinstance(step, bool) else None
     if whole_plan:
         _check_single(

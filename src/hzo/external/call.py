@@ -367,7 +367,8 @@ class BoxCall:
     def _without_batch(self, output: Tensor, batch: int) -> InputError:
         return InputError(
             f"{self.guard}, in {counting.being_done()}, returned shape {tuple(output.shape)} for {batch} samples; "
-            "expected the batch in dimension 0"
+            "expected the batch in dimension 0. Does it take the samples of a forward pass and no other number? Then "
+            "say so: hzo.blackbox(f, batched=False); batch_dim=None where its first dimension is no batch"
         )
 
     def _find_layout(

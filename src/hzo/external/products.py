@@ -56,7 +56,7 @@ def box_vjp(
     sweep = BoxSweep(call, leaves, outputs)
     cotangents = [[_filled(call, g[o], o) for o in outputs] for g in rows_of]
     _leave_out(call, sweep, cotangents, outputs)
-    counted = [k for k, flag in enumerate(wanted) if flag]
+    counted = [k for k, flag in enumerate(wanted) if flag and leaves[k].numel()]
     with call.queries(leaves):
         if not call.guard.noisy:
             call.check_repeats(leaves)

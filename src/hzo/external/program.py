@@ -67,7 +67,10 @@ class Simulator:
         running = sum(one._process is not None for one in (self, *self.others))
         return f"<Simulator {' '.join(self.command)}: {running} of {1 + len(self.others)} running>"
 
-    def __call__(self, *arrays: Any) -> Any:
+    def __call__(self, *given: Any) -> Any:
+        from numpy import asarray  # noqa: PLC0415  # the core does not need NumPy
+
+        arrays = [asarray(a) for a in given]  # tensors, too: of a box without numpy=True
         if not self.others:
             return self._ask(arrays)
         samples = {a.shape[0] for a in arrays if a.ndim}
@@ -138,6 +141,8 @@ class Simulator:
         if self._process is not None and self._process.poll() is not None:
             self._end()
         if self._process is None:
+            if self._complaints is not None:
+                self._complaints.close()
             self._complaints = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as the program runs
             pipe = subprocess.PIPE
             try:
