@@ -6,12 +6,13 @@ import sys
 import types
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from hzo.tape.marks import marks_of
 from hzo.tape.state import back_to_now
 
 _PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size})
@@ -22,8 +23,27 @@ _MOST_HELD = 64  # items of a container that are looked through: those of a data
 _MOST_BYTES = 1 << 20  # of an array that is copied
 _OF_EVERY_MODULE = vars(nn.Module()).keys()
 _NOTHING: dict[Any, Any] = {}
-_TABLES = tuple(name for name, value in vars(nn.Module()).items() if type(value) in _DICTS)
+_TABLES = frozenset(name for name, value in vars(nn.Module()).items() if type(value) in _DICTS)
 _OF_LIBRARIES = sys.stdlib_module_names | {"torch", "numpy"}
+
+
+class _Memory(NamedTuple):
+    """Where a parameter's numbers are. Asking for its ``.data`` would be a call that a recording sees."""
+
+    storage: torch.UntypedStorage
+    offset: int | torch.SymInt
+    shape: torch.Size
+    strides: tuple[int, ...]
+
+    @classmethod
+    def of(cls, parameter: Tensor) -> _Memory:
+        return cls(parameter.untyped_storage(), parameter.storage_offset(), parameter.shape, parameter.stride())
+
+    def put_back(self, parameter: Tensor) -> None:
+        """Where the model gave the parameter other memory."""
+        now = _Memory.of(parameter)
+        if now.storage.data_ptr() != self.storage.data_ptr() or now[1:] != self[1:]:
+            parameter.data = torch.empty(0, dtype=parameter.dtype, device=self.storage.device).set_(*self)
 
 
 class Attributes:
@@ -46,7 +66,7 @@ class Attributes:
         self._dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
         self._tables = list(self._dicts)  # of modules: of their tensors, layers, hooks
         self._others: list[Callable[[], object]] = []
-        self._parameters: list[tuple[nn.Parameter, Tensor | None, Tensor | None, bool]] = []
+        self._parameters: list[tuple[nn.Parameter, _Memory | None, Tensor | None, bool]] = []
 
     def knows(self, thing: Any) -> bool:
         """Whether it was noted."""
@@ -71,20 +91,23 @@ class Attributes:
         known[id(module)] = module
         held = vars(module)
         self._dicts.append((held, held.copy()))
-        self._tables += [
-            (table, dict(table) if table else _NOTHING) for k in _TABLES if (table := held.get(k)) is not None
-        ]
-        for name in held.keys() - _OF_EVERY_MODULE:
-            value = held[name]
-            if type(value) not in _PLAIN and not name.startswith(_OWN):
+        marks = marks_of(module)
+        part = marks is not None and marks.box is not None
+        for name, value in held.items():
+            if type(value) in _PLAIN:
+                continue
+            if part and name not in _TABLES:
+                continue  # the part of a black box: a device may be open there; its state is the box's to save
+            if name in _TABLES:
+                self._tables.append((value, dict(value) if value else _NOTHING))
+            elif name not in _OF_EVERY_MODULE and not name.startswith(_OWN):
                 self._look(value, 2)
         for parameter in held["_parameters"].values():
             if parameter is not None and id(parameter) not in known and not nn.parameter.is_lazy(parameter):
                 known[id(parameter)] = parameter
-                content = parameter.data if type(parameter) is nn.Parameter else None  # others may wrap tensors
-                self._parameters.append(
-                    (parameter, content, parameter.grad if self._gradients else None, parameter.requires_grad)
-                )
+                memory = _Memory.of(parameter) if type(parameter) is nn.Parameter else None  # others may wrap tensors
+                gradient = parameter.grad if self._gradients else None
+                self._parameters.append((parameter, memory, gradient, parameter.requires_grad))
 
     def _object(self, thing: Any) -> None:
         self._known[id(thing)] = thing
@@ -134,9 +157,9 @@ class Attributes:
         """Put everything back."""
         for held, before in (*self._dicts, *self._tables):
             _refill_dict(held, before)
-        for parameter, content, gradient, trained in self._parameters:
-            if content is not None and (parameter.data_ptr() != content.data_ptr() or parameter.shape != content.shape):
-                parameter.data = content  # which the model replaced
+        for parameter, memory, gradient, trained in self._parameters:
+            if memory is not None:
+                memory.put_back(parameter)
             if parameter.requires_grad is not trained:
                 parameter.requires_grad_(trained)
             if self._gradients and parameter.grad is not gradient:
