@@ -30,6 +30,7 @@ class Tile(nn.Module):
         super().__init__()
         self.tile = AnalogLinear.from_digital(layer, CHIP).eval().analog_module
         self.tile.program_weights()
+        self.tile.analog_ctx.requires_grad_(False)  # no weight: aihwkit's note of which tile it is, as large as one
         self.chip = hzo.blackbox(self.tile.forward, parameters="ignored", step=STEP, noise="measured")
 
     def forward(self, x: Tensor) -> Tensor:
