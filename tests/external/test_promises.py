@@ -231,7 +231,7 @@ class TestStepsAgainstNoise:
     """Steps against noise are as long as activations are large, which may be longer than a part is straight."""
 
     def cosine(self, f, **options):
-        torch.manual_seed(0)  # sin is near the threshold: at 2 of 12 seeds it is warned of
+        torch.manual_seed(0)
         x = 1.5 * normal(32, 6)
         weights = torch.arange(6.0, dtype=torch.float64)
         found = []
@@ -249,7 +249,8 @@ class TestStepsAgainstNoise:
         with pytest.warns(InaccurateGradientWarning, match=rf"the derivative changes by about \d+%.*{advice}"):
             assert self.cosine(lambda z: torch.cos(3 * z), noise=noise) < 0.5
 
-    @pytest.mark.parametrize("f", [torch.sin, lambda z: 2 * z])
+    # Of sin(z) itself one noise in five is warned of, at cosines of 0.97: it lies at the threshold.
+    @pytest.mark.parametrize("f", [lambda z: torch.sin(z / 2), lambda z: 2 * z])
     def test_what_is_straight_enough_is_not(self, f):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -261,7 +262,10 @@ class TestStepsAgainstNoise:
             assert self.cosine(lambda z: torch.cos(3 * z), noise=hzo.Noise(readout=0.1), step=0.5) > 0.9
 
     def test_it_is_tried_once(self):
-        box, z = hzo.blackbox(Reading(torch.sin), noise=hzo.Noise(readout=0.1)), normal(32, 6).requires_grad_()
+        box, z = (
+            hzo.blackbox(Reading(lambda u: torch.sin(u / 2)), noise=hzo.Noise(readout=0.1)),
+            normal(32, 6).requires_grad_(),
+        )
         checks = []
         for _ in range(2):
             out = box(z)
