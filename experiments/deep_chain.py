@@ -28,7 +28,7 @@ from hzo_lab.data import batch_indices, batches_per_epoch, digits, make_batch
 TILES, WIDTH, BATCH, RATE, EPOCHS, SEEDS = 32, 16, 32, 2e-3, 2, 3
 NOISES = (0.1, 0.3)  # of every number that is read; activations are of size one
 BUDGET = 120.0  # forward equivalents a step
-TREES = ("flat", "stagewise", "bisect", 4, "planned")
+COMPARED = ("flat", "stagewise", "bisect", 4, "planned")
 WHERE: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32}
 Gradient = Callable[[nn.Module, Tensor, Tensor, int], Any]
 """Adds the gradient of one step to ``.grad``; the last argument numbers the step."""
@@ -114,7 +114,7 @@ def train(gradient: Gradient, seed: int, epochs: int) -> dict[str, float]:
 
 def rows_of(noise: float, seed: int, epochs: int) -> list[dict[str, Any]]:
     found = []
-    for tree in TREES:
+    for tree in COMPARED:
         try:
             gradient, plan = by_tree(tree, noise, seed)
         except hzo.errors.PlanError:

@@ -21,7 +21,7 @@ from common import WIDTH, cosine, data, network, options, table, write
 from hzo.plans import longest_path
 
 DEPTH, NOISE, STEP, TARGET = 64, 1e-3, 0.1, 0.997
-TREES = (
+COMPARED = (
     ("flat", "uniform"),
     ("stagewise", "uniform"),
     ("bisect", "uniform"),
@@ -45,7 +45,7 @@ def compare(kind: str, model: nn.Sequential, draws: int, step: float | None) -> 
     exact = hzo.cotangents(chain, F.mse_loss, x, y, boundaries="all")
     known = None if step is not None else hzo.calibrate(chain, x, F.mse_loss, y, assume="nothing")
     rows = []
-    for tree, repeats in TREES:
+    for tree, repeats in COMPARED:
         if step is None and tree == "flat":
             continue  # its long segments are never worth their price, and take minutes
         plan = hzo.plan(

@@ -28,7 +28,7 @@ from common import cosine, data, expected_error, network, options, squared_gain,
 from hzo.errors import PlanError
 
 BANDS = {"residual": 0.02, "plain": 0.05}
-TREES: list[str | int] = ["flat", "bisect", "stagewise", 4]
+COMPARED: list[str | int] = ["flat", "bisect", "stagewise", 4]
 TARGET = 0.95
 DEARER = 5e3  # forward equivalents from which on a plan for a target is not run
 DEEP = [(1e-3, 0.0), (1e-2, 0.0), (1e-3, 1e-3)]
@@ -100,7 +100,7 @@ def run(kind: str, act: str, depth: int, readout: float, process: float, flat: b
         ways["measured"] = (hzo.calibrate(noisy, x, F.mse_loss, y, assume="nothing", seconds=False), None)
     calibrated, rows = perf_counter() - began, []
     about = {"kind": kind, "act": act, "depth": depth, "readout": readout, "process": process}
-    for tree, step in product([t for t in TREES if flat or t != "flat"] + ["planned"], (0.1, None)):
+    for tree, step in product([t for t in COMPARED if flat or t != "flat"] + ["planned"], (0.1, None)):
         known: dict[tuple[Any, ...], dict[int, float]] = {}  # the same plan is not run twice
         for way, (calibration, declared) in ways.items():
             extra = {"target_cosine": TARGET} if tree == "planned" else {}
@@ -182,7 +182,7 @@ def plot(rows: list[dict[str, Any]]) -> Figure:
     for axes, step in zip(figure.subplots(1, 2), ("fixed", "chosen"), strict=True):
         for shade, (kind, band) in enumerate(reversed(BANDS.items())):
             axes.fill_between([0, 1], [-band, 1 - band], [band, 1 + band], color="0.5", alpha=0.15 + 0.15 * shade, lw=0)
-            for k, tree in enumerate([*TREES, "planned"]):
+            for k, tree in enumerate([*COMPARED, "planned"]):
                 mine = [r for r in rows if "off" in r and (r["kind"], r["tree"], r["step"]) == (kind, tree, step)]
                 if mine:
                     axes.scatter(

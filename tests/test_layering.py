@@ -120,6 +120,21 @@ def test_every_package_is_listed():
     assert set(PACKAGES) <= MODULES.keys(), "listed, but not there"
 
 
+def test_tests_mirror_the_packages():
+    """A folder of tests for every package, and none without one."""
+    tests = Path(__file__).parent
+    places = {SOURCE / "hzo": tests, SOURCE / "hzo_lab": tests / "lab"}
+    packages = {
+        place / face.parent.relative_to(source)
+        for source, place in places.items()
+        for face in source.rglob("__init__.py")
+        if face.parent != source
+    }
+    assert not sorted(str(folder) for folder in packages if not any(folder.glob("test_*.py")))
+    folders = {path.parent for path in tests.rglob("test_*.py")} - set(places.values())
+    assert folders <= packages
+
+
 def test_no_cycle_inside_a_package():
     ahead = {module: {n for n in names if n != package_of(module)} for module, names in IMPORTS.items()}
     while ahead:

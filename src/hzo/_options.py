@@ -1,13 +1,17 @@
-"""Options that are numbers: one check and one sentence for all who take them."""
+"""Options that are numbers or names: one check and one sentence for all who take them."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from math import isfinite
+from typing import TypeVar
 
 import torch
 
-from hzo.errors import InputError
+from hzo.errors import HzoError, InputError
+
+Name = TypeVar("Name", bound=str)
 
 
 def positive(what: str, value: object, otherwise: str = "") -> float:
@@ -35,6 +39,18 @@ def whole(what: str, value: object, otherwise: str = "") -> int:
     if value > _MOST:
         raise InputError(f"expected {what} to be a whole number up to {_MOST:,}, got {shown(value)}")
     return value
+
+
+def one_of(what: str, value: object, names: Sequence[Name], error: type[HzoError] = InputError) -> Name:
+    """``value``, one of these names.
+
+    Args:
+        what: the option's name. error: the kind of error, where it is not one of an argument alone.
+    """
+    for name in names:
+        if isinstance(value, str) and value == name:
+            return name
+    raise error(f"expected {what} to be one of {', '.join(map(repr, names))}, got {shown(value)}")
 
 
 def scale_factor(scale: object) -> float:

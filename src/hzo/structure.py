@@ -11,11 +11,12 @@ from typing import Literal, get_args
 
 import torch
 
+from hzo._options import one_of
 from hzo.errors import PlanError
 from hzo.tracing import Graph, GraphOperation, declared
 
 Assume = Literal["nothing", "locality", "structure"]
-ASSUMPTIONS = get_args(Assume)
+ASSUMPTIONS: tuple[Assume, ...] = get_args(Assume)
 
 aten = torch.ops.aten
 _COPIES = (aten._to_copy.default, aten.alias.default, aten.lift_fresh.default)
@@ -23,9 +24,7 @@ _COPIES = (aten._to_copy.default, aten.alias.default, aten.lift_fresh.default)
 
 def check_assume(assume: str) -> Assume:
     """What a plan assumes, or an error that lists what it may."""
-    if assume not in ASSUMPTIONS:
-        raise PlanError(f"expected assume to be one of {ASSUMPTIONS}, got {assume!r}")
-    return assume  # type: ignore[return-value]
+    return one_of("assume", assume, ASSUMPTIONS, PlanError)
 
 
 def is_elementwise(op: GraphOperation) -> bool:

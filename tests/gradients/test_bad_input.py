@@ -232,7 +232,7 @@ def test_train_mode_batch_norm_in_a_probed_segment():
         ({"step": "0.1"}, InputError, "expected a positive finite step, got '0.1'"),
         ({"step": NAN}, InputError, "expected a positive finite step, got nan"),
         ({"step": INF}, InputError, "expected a positive finite step, got inf"),
-        ({"boundaries": "some"}, PlanError, "expected boundaries 'needed' or 'all'"),
+        ({"boundaries": "some"}, PlanError, "expected boundaries to be one of 'needed', 'all'"),
         ({"noise": -1.0}, InputError, "expected readout noise to be a standard deviation"),
         ({"noise": NAN}, InputError, "expected readout noise to be a standard deviation"),
         ({"treee": "flat"}, TypeError, "unexpected keyword argument 'treee'"),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hzo.planner.edge_table import EdgeTable, errors_of, keeps, price_of
 from hzo.planner.integer_program import whole_tree
-from hzo.planner.nested_trees import TREES, best_tree, cheapest, optimum, over_wanted, steadiest
+from hzo.planner.nested_trees import CANDIDATES, best_tree, cheapest, optimum, over_wanted, steadiest
 from hzo.planner.repeats import repeats_optimal, repeats_uniform
 
 
@@ -248,7 +248,7 @@ def check_against_fixed_trees(seed, n, error, fixed):
     if found is not None:
         assert keeps(table, *found, error)
         price = price_of(table, *found)
-    for edges in [*(over_wanted(table, tree) for tree in TREES), best_tree(table, error)]:
+    for edges in [*(over_wanted(table, tree) for tree in CANDIDATES), best_tree(table, error)]:
         if edges is None:
             continue
         for repeats in (repeats_optimal(table, edges, error), repeats_uniform(table, edges, error)):

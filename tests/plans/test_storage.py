@@ -14,6 +14,7 @@ import hzo
 import hzo.gradients.backward_sweep
 from hzo.errors import InputError, NonFiniteError, PlanError
 from hzo.execution.operation import Activations
+from hzo.plans import TREES
 from hzo.plans.activation_schedule import schedule
 from hzo.plans.memory import activation_bytes
 from hzo.plans.storage import Event, Pass, last_uses, passes, stages_run_again
@@ -23,8 +24,6 @@ from support import oracles
 from support.architectures import NETWORKS
 from support.cases import CASES, Problem
 from support.oracles import SEED, solve
-
-TREES = ("flat", "bisect", "stagewise", "planned")
 
 
 def recurrence(n):

@@ -95,7 +95,9 @@ def node_perturbation(
         named = {f"the output of {op.name}": activations.tensor(op.writes[0]) for op in layers}
         mu = ev.checked_step(mu, ev.rounding([*nodes.values()]) ** (1 / 3) / 5, named)
         cotangents = {value: ev.accumulator(node) for value, node in nodes.items()}
-        for seed in seeds if layers else []:
+        if not layers:
+            seeds = []
+        for seed in seeds:
             ends = []
             for signed in (mu, -mu):
                 ends.append(loss_of(_perturbed(graph, activations, nodes, seed, signed)))

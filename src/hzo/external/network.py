@@ -171,12 +171,13 @@ def _attributes(model: nn.Module) -> list[tuple[dict[str, Any], str, Any]]:
 def _with_outer(value: Any, stands: dict[int, Tensor]) -> Any:
     """An attribute with the tensors that stand for others; lists and dicts stay the objects that they are."""
     if isinstance(value, tuple):
-        items = [_with_outer(item, stands) for item in value]
-        if all(a is b for a, b in zip(items, value, strict=True)):
+        made = [_with_outer(item, stands) for item in value]
+        if all(a is b for a, b in zip(made, value, strict=True)):
             return value
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        return type(value)(*made) if hasattr(value, "_fields") else type(value)(made)
     if isinstance(value, (list, dict)):
-        for key, item in list(enumerate(value) if isinstance(value, list) else value.items()):
+        items = list(value.items()) if isinstance(value, dict) else list(enumerate(value))
+        for key, item in items:
             made = _with_outer(item, stands)
             if made is not item:
                 value[key] = made

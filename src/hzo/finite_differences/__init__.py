@@ -35,7 +35,7 @@ from hzo.finite_differences.steps import (
     scaled_step,
     stepped,
 )
-from hzo.finite_differences.vjp import directions_per_chunk, estimate_vjp, tolerate_rounding, vjp_rows
+from hzo.finite_differences.vjp import RunCopies, directions_per_chunk, estimate_vjp, tolerate_rounding, vjp_rows
 
 __all__ = [
     "DRAWS",
@@ -46,6 +46,7 @@ __all__ = [
     "Matrix",
     "Pattern",
     "Probe",
+    "RunCopies",
     "Scheme",
     "States",
     "Stencil",

@@ -13,18 +13,17 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from hzo._options import positive
-from hzo.errors import InputError, NonFiniteError, StepError
+from hzo._options import one_of, positive
+from hzo.errors import NonFiniteError, StepError
 from hzo.finite_differences.scales import element_scales, immovable, scale_of
 
 Scheme = Literal["central", "forward"]
+_SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 
 
 def check_scheme(scheme: str) -> Scheme:
     """The scheme, or an error that lists what there is."""
-    if scheme not in get_args(Scheme):
-        raise InputError(f"expected scheme to be one of {get_args(Scheme)}, got {scheme!r}")
-    return scheme  # type: ignore[return-value]
+    return one_of("scheme", scheme, _SCHEMES)
 
 
 def evaluations(scheme: Scheme) -> int:

@@ -13,6 +13,7 @@ from hzo.distributed import shares
 from hzo.execution import Activations, counting, read, run_again, run_slice
 from hzo.finite_differences import (
     Probe,
+    RunCopies,
     accumulation_dtype,
     directions_per_chunk,
     narrowest,
@@ -156,6 +157,25 @@ def estimate_node(state: Sweep, node: Node, at_source: dict[int, Tensor]) -> Ten
     return total / node.repeats if node.repeats > 1 else total
 
 
+def _step_of(
+    node: Node, plan: Plan, rows: Tensor, approximate: bool, where: str, precision: torch.dtype
+) -> float | Tensor | None:
+    """The step of a node's differences; None for one of each element's own.
+
+    What the user declared of the activation goes first, then the node's own in units of the activation, then the
+    plan's. Elements of an approximate coloring share outputs, where a larger step would drown a smaller one: they take
+    one for all.
+    """
+    if node.declared_step is not None:
+        return node.declared_step
+    if node.relative_step is not None:
+        return scaled_step(rows, node.relative_step, where, precision)
+    given = plan.step or plan.mu
+    if given is None and approximate:
+        return scaled_step(rows, relative_step(plan.scheme, precision), where, precision)
+    return given
+
+
 def _by_differences(
     state: Sweep,
     node: Node,
@@ -194,20 +214,13 @@ def _by_differences(
     precision = narrowest(
         [value.dtype, *(values[v].dtype for k in node.operations for v in graph.operations[k].writes)]
     )
-    step: float | Tensor | None = node.declared_step
     approximate = probe.coloring is not None and probe.coloring.spacing is not None
-    if step is None and node.relative_step is not None:
-        step = scaled_step(rows, node.relative_step, where, precision)
-    elif step is None:
-        step = state.plan.step or state.plan.mu
-    if step is None and approximate:  # elements that share outputs: a larger step would drown a smaller one
-        step = scaled_step(rows, relative_step(state.plan.scheme, precision), where, precision)
+    step = _step_of(node, state.plan, rows, approximate, where, precision)
 
-    def estimate(signs: Tensor | None = None) -> Tensor:
-        """In coordinates flipped by the signs, in which every element moves up."""
+    def estimate(at: Tensor, through: RunCopies) -> Tensor:
         return vjp_rows(
-            run if signs is None else lambda moved, copies: run(moved * signs.repeat(copies, 1), copies),
-            rows if signs is None else rows * signs,
+            through,
+            at,
             cotangents,
             probe=probe,
             scheme=state.plan.scheme,
@@ -219,11 +232,15 @@ def _by_differences(
             noisy=graph.noise is not None or state.plan.noise is not None or state.plan.mu is not None,
         )
 
+    def flipped(signs: Tensor) -> Tensor:
+        """In coordinates flipped by the signs, in which every element moves up."""
+        return estimate(rows * signs, lambda moved, copies: run(moved * signs.repeat(copies, 1), copies))
+
     if not approximate:
-        found = estimate()
+        found = estimate(rows, run)
     else:
         found = over_signs(
-            estimate,
+            flipped,
             rows,
             draws=draws,
             seed=_seed(state, node, start),

@@ -179,7 +179,8 @@ def _by_perturbation(local: LocalStep, op: GraphOperation, use: ParameterUse, gi
         return sum((d.sum() for d in differences), start=torch.zeros((), dtype=wide, device=parameter.device))
 
     among = shares() if parameter.numel() > 1 else None
-    for k in range(parameter.numel()) if among is None else range(*among.part(parameter.numel())):
+    start, stop = (0, parameter.numel()) if among is None else among.part(parameter.numel())
+    for k in range(start, stop):
         above = product(k, upper)
         result[k] = above - product(k, lower) if scheme == "central" else above
     if among is not None:

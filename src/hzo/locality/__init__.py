@@ -73,7 +73,7 @@ def slice_locality(graph: Graph, value: int, operations: Sequence[int], outputs:
                 links = follow(found[read], operation_links(graph, op, read, write), sizes)
                 found[write] = either(found[write], links, sizes) if write in found else links
             local.update(d for d, link in enumerate(found.get(write, ())) if _is_window(link))
-    order = _row_order(graph, value)
+    order = graph.values[value].row_order
     patterns = tuple(
         _over_rows(graph, value, output, found.get(output, free(graph, value)), order) for output in outputs
     )
@@ -85,18 +85,11 @@ def _is_window(link: Link) -> bool:
     return any(any(row & (row - 1) for row in matrix) for matrix in link.values() if matrix != identity(len(matrix)))
 
 
-def _row_order(graph: Graph, value: int) -> tuple[int, ...]:
-    """The dimensions of a value as they stand in its rows: what is left of the batch dimension comes first."""
-    found = graph.values[value]
-    batch = found.batch_dim or 0
-    return (batch, *(d for d in range(len(found.shape)) if d != batch))
-
-
 def _over_rows(graph: Graph, value: int, output: int, links: Links, order: tuple[int, ...]) -> Pattern:
-    places = _row_order(graph, output)
+    places = graph.values[output].row_order
     moved = {d: axis for axis, d in enumerate(places)}
     return Pattern(
-        tuple(graph.values[value].sample_shape[d] for d in order),
-        tuple(graph.values[output].sample_shape[d] for d in places),
+        graph.values[value].row_shape,
+        graph.values[output].row_shape,
         tuple({moved[b]: matrix for b, matrix in links[d].items()} for d in order),
     )

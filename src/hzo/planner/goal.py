@@ -16,7 +16,7 @@ from hzo.planner.calibration import Calibration
 from hzo.planner.candidate_edges import candidate_edges
 from hzo.planner.joint_search import Balance, Repeats, affordable, balance, keeping, steadiest_steps
 from hzo.planner.mesh_cost import Mesh, rank_cost
-from hzo.planner.nested_trees import TREES
+from hzo.planner.nested_trees import CANDIDATES
 from hzo.planner.seconds import seconds_of
 from hzo.planner.tree_search import single, tree_edges
 from hzo.plans import Allowed, Edge, Expected, Plan, PlannedEdge, Wanted
@@ -119,7 +119,7 @@ def choices(
     repeats: Repeats,
 ) -> Balance:
     """All that steps, repeats and, where no tree is given, the tree may be chosen from."""
-    trees = [tree_edges(graph, tree, wanted, allowed) for tree in TREES] if edges is None else [edges]
+    trees = [tree_edges(graph, tree, wanted, allowed) for tree in CANDIDATES] if edges is None else [edges]
     points = {position for tree in trees for edge in tree for position in edge} | {len(graph.operations)}
     if edges is None:
         points.update(points_of(graph, wanted, allowed))

@@ -15,6 +15,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from hzo._options import one_of
 from hzo.errors import PlanError
 from hzo.planner.accuracy import ErrorModel
 from hzo.planner.candidate_edges import CandidateEdges
@@ -25,15 +26,14 @@ from hzo.plans import Edge, PlannedEdge
 from hzo.tracing import Graph
 
 Repeats = Literal["optimal", "uniform"]
+_REPEATS: tuple[Repeats, ...] = get_args(Repeats)
 MAX_STEP = 1.0  # in units of the activation: what lies beyond has not been calibrated
 _PROGRAMME = 256  # points up to which tree and whole repeats are looked for together: a matter of seconds
 
 
 def check_repeats(repeats: str) -> Repeats:
     """How repeats are shared out, or an error that lists the ways."""
-    if repeats not in get_args(Repeats):
-        raise PlanError(f"expected repeats to be one of {get_args(Repeats)}, got {repeats!r}")
-    return repeats  # type: ignore[return-value]
+    return one_of("repeats", repeats, _REPEATS, PlanError)
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,7 @@ from hzo.planner.integer_program import whole_tree
 from hzo.planner.repeats import repeats_optimal, repeats_uniform
 from hzo.plans import FIXED, Edge, Tree, fixed_tree
 
-TREES: tuple[Tree, ...] = (*FIXED, 3, 4, 8)
+CANDIDATES: tuple[Tree, ...] = (*FIXED, 3, 4, 8)
 # Operations that the whole-repeat programme may take at full resolution; longer chains get fewer budgets.
 _OPERATIONS = 1e8
 _LEVELS, _FEW_LEVELS, _CHOICES = 192, 96, 16
@@ -202,7 +202,7 @@ def optimum(
     if not table.points:
         return [], []
     found = _Found(table, error)
-    fixed = (*(over_wanted(table, tree) for tree in TREES), *others)
+    fixed = (*(over_wanted(table, tree) for tree in CANDIDATES), *others)
     for edges in (best_tree(table, error), cheapest(table), *fixed):
         found.try_tree(edges, uniform)
     if not found.all:

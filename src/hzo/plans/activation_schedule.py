@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 from hzo.execution import READS_BASE
 from hzo.plans.plan import ByRule, Node, Plan
@@ -20,12 +21,21 @@ from hzo.tracing import Graph
 
 @dataclass(frozen=True)
 class Rerun:
-    """Operations [start, stop) run again, ``stages`` in number; after each, what ``released`` says is release."""
+    """Operations [start, stop) run again, ``stages`` in number; after each, ``released`` is no longer read."""
 
     start: int
     stop: int
     stages: int
     released: tuple[tuple[int, ...], ...]
+
+
+class _Moment(NamedTuple):
+    """A moment of the sweep: an operation of the base pass, the loss, one that runs again before a step, or a step."""
+
+    phase: Literal["base pass", "loss", "again", "step"]
+    step: int = -1
+    rerun: int = -1
+    operation: int = -1
 
 
 @dataclass(frozen=True)
@@ -60,30 +70,29 @@ def schedule(graph: Graph, plan: Plan) -> Schedule:
         last_source[node.source] = min(last_source[node.source], node.target)
     for position, step in last_source.items():
         cotangents[step].append(position)
-    # One line of time, in the order of execution: operations of the base pass, the loss, and for every step the
-    # operations that run again before it and the step itself.
+    # In the order of execution: operations of the base pass, the loss, and for every step the operations that run again
+    # before it and the step itself.
     again = _passes_before(graph, plan)
-    events = [_operation(graph, k) for k in range(end)]
-    events.append(Event(_batched(graph, graph.outputs)))
+    timeline = {_Moment("base pass", operation=k): _operation(graph, k) for k in range(end)}
+    timeline[_Moment("loss")] = Event(_batched(graph, graph.outputs))
     for step in range(end, -1, -1):
-        events += [_operation(graph, k) for start, stop, _ in again[step] for k in range(start, stop)]
-        events.append(Event(_batched(graph, reads_of_step(graph, plan, step, nodes[step]))))
-    uses = iter(last_uses(events))
-    base_pass, after_loss = tuple(next(uses) for _ in range(end)), next(uses)
-    reruns: dict[int, tuple[Rerun, ...]] = {}
-    activations: dict[int, tuple[int, ...]] = {}
-    for step in range(end, -1, -1):
-        reruns[step] = tuple(
-            Rerun(start, stop, stages, tuple(next(uses) for _ in range(start, stop)))
-            for start, stop, stages in again[step]
+        for number, (start, stop, _) in enumerate(again[step]):
+            timeline |= {_Moment("again", step, number, k): _operation(graph, k) for k in range(start, stop)}
+        timeline[_Moment("step", step)] = Event(_batched(graph, reads_of_step(graph, plan, step, nodes[step])))
+    released = dict(zip(timeline, last_uses([*timeline.values()]), strict=True))
+    reruns = [
+        tuple(
+            Rerun(start, stop, stages, tuple(released[_Moment("again", step, number, k)] for k in range(start, stop)))
+            for number, (start, stop, stages) in enumerate(again[step])
         )
-        activations[step] = next(uses)
+        for step in range(end + 1)
+    ]
     return Schedule(
         tuple(tuple(found) for found in nodes),
-        base_pass,
-        after_loss,
-        tuple(reruns[step] for step in range(end + 1)),
-        tuple(activations[step] for step in range(end + 1)),
+        tuple(released[_Moment("base pass", operation=k)] for k in range(end)),
+        released[_Moment("loss")],
+        tuple(reruns),
+        tuple(released[_Moment("step", step)] for step in range(end + 1)),
         tuple(tuple(found) for found in cotangents),
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
-from hzo._options import positive, whole
+from hzo._options import one_of, positive, whole
 from hzo.errors import PlanError
 from hzo.finite_differences import Scheme, check_scheme, check_step
 from hzo.noise import Noise
@@ -13,6 +13,7 @@ from hzo.plans.trees import Tree, check_tree
 from hzo.structure import Assume, check_assume
 
 Boundaries = Literal["needed", "all"]
+_BOUNDARIES: tuple[Boundaries, ...] = get_args(Boundaries)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +51,7 @@ class PlanOptions:
 
 def check_boundaries(boundaries: str) -> Boundaries:
     """Which boundaries are estimated, or an error that lists the ways."""
-    if boundaries not in get_args(Boundaries):
-        raise PlanError(f"expected boundaries 'needed' or 'all', got {boundaries!r}")
-    return boundaries  # type: ignore[return-value]
+    return one_of("boundaries", boundaries, _BOUNDARIES, PlanError)
 
 
 def check_spacing(spacing: int | None, assume: Assume) -> int | None:

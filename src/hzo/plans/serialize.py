@@ -16,7 +16,7 @@ from sys import float_info
 from typing import Any, get_args
 
 from hzo._files import replace_file
-from hzo._options import positive, shown
+from hzo._options import one_of, positive, shown
 from hzo.errors import HzoError, InputError, PlanError
 from hzo.finite_differences import check_scheme
 from hzo.noise import Level, Noise
@@ -233,9 +233,7 @@ def _seconds(value: Any) -> float | None:
 
 
 def _storage(value: Any) -> Storage:
-    if value not in get_args(Storage):
-        raise PlanError(f"expected storage to be one of {get_args(Storage)}, got {shown(value)}")
-    return value  # type: ignore[no-any-return]
+    return one_of("storage", value, get_args(Storage), PlanError)
 
 
 def _noise(graph: Graph, value: Any) -> Noise | None:

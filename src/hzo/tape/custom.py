@@ -70,13 +70,14 @@ class CustomFunction:
     def carry_back(self, cotangents: list[Tensor | None]) -> tuple[Any, ...]:
         """The user's backward, with the hooks that hang on it; no engine runs."""
         hooks: NodeHooks | None = self.node.metadata.get("hzo_hooks")
+        before, after = ((), ()) if hooks is None else (hooks.before, hooks.after)
         given: Any = tuple(cotangents)
-        for hook in hooks.before if hooks is not None else ():
+        for hook in before:
             changed = hook(given)
             given = given if changed is None else changed if isinstance(changed, tuple) else (changed,)
         result = self.node.apply(*given)
         result = result if isinstance(result, tuple) else (result,)
-        for hook in hooks.after if hooks is not None else ():
+        for hook in after:
             changed = hook(result, given)
             result = result if changed is None else changed if isinstance(changed, tuple) else (changed,)
         return result

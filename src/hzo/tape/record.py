@@ -815,8 +815,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.undo.remember(tensor)
         self._detached.pop(key, None)
         self._packed_ids.pop(key, None)
-        older = self._older.pop(key, [])
-        for value in older if newest is None else (newest, *older):
+        shown_by = self._older.pop(key, [])
+        if newest is not None:
+            shown_by.insert(0, newest)
+        for value in shown_by:
             if tensors[value] is not tensor:
                 continue
             if value not in self._saved:
@@ -829,8 +831,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _keep_saved_copies(self, written: list[Tensor], copies: list[tuple[Tensor, Tensor]]) -> None:
         """Where its derivative needs what a call in place is about to change, autograd saves a copy: keep that."""
+        if self.keeps_all:
+            return
         index, tensors = self.tape._index, self.tape.tensors
-        for source, copy in copies if not self.keeps_all else ():
+        for source, copy in copies:
             saved = index.get(id(copy))
             if saved is not None and saved in self._saved and any(source is t for t in written):
                 self._saved.add(index[id(source)])

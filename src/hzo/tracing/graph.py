@@ -73,6 +73,17 @@ class GraphValue:
         """The shape with the batch size divided out."""
         return tuple(size // self.batch if d == self.batch_dim else size for d, size in enumerate(self.shape))
 
+    @property
+    def row_order(self) -> tuple[int, ...]:
+        """The dimensions as they stand in a row: what is left of the batch dimension comes first."""
+        first = self.batch_dim or 0
+        return (first, *(d for d in range(len(self.shape)) if d != first))
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """The shape of a sample, its dimensions as they stand in a row."""
+        return tuple(self.sample_shape[d] for d in self.row_order)
+
     def rows(self, tensor: Tensor, batch: int) -> Tensor:
         """``tensor`` as a matrix with one row per sample."""
         return self.copies_to_rows(tensor.unsqueeze(0), batch)

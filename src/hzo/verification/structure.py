@@ -152,7 +152,7 @@ def _operand_checks(task: _StructureTest, op: GraphOperation) -> Found:
         if not bool(activations.tensor(value).isfinite().all()):
             continue
         rows = found.rows(activations.tensor(value), activations.batch)
-        shape = _row_shape(graph, value)
+        shape = graph.values[value].row_shape
         operand = f"its operand of shape {'×'.join(map(str, found.sample_shape))}"
 
         def run(moved: Tensor, value: int = value) -> list[Tensor]:
@@ -186,13 +186,6 @@ def _handed_on(graph: Graph, op: GraphOperation) -> list[int]:
     return [v for v in read if not graph.values[v].batched or graph.values[v].batch_dim is not None]
 
 
-def _row_shape(graph: Graph, value: int) -> tuple[int, ...]:
-    """The shape of a sample in the order of its rows: what is left of the batch dimension comes first."""
-    found = graph.values[value]
-    shape, batch = found.sample_shape, found.batch_dim or 0
-    return (shape[batch], *shape[:batch], *shape[batch + 1 :])
-
-
 def _declared_checks(
     task: _StructureTest, op: GraphOperation, run: properties.Evaluate, rows: Tensor, shape: tuple[int, ...]
 ) -> Iterator[tuple[str, PropertyResult]]:
@@ -224,7 +217,7 @@ def _adjoint_check(
         return graph.values[value].rows(_carried(task, op, value, given), activations.batch)
 
     apart = not op.coupled
-    shape = _row_shape(graph, value)
+    shape = graph.values[value].row_shape
     try:
         return dot_product_test(run, carry, rows, shape, task.generator, apart=apart, coordinates=task.coordinates)
     except Exception as error:  # a rule for another operation than this one may fail in any way

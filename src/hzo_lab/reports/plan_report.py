@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from math import inf
 from typing import Any
 
@@ -21,7 +22,7 @@ from hzo_lab.records import generator
 from hzo_lab.training import CHUNK_BYTES, TrainConfig, device_of, load_data, loss_fn, models
 
 SHORT = 1.0  # seconds; what takes less is run twice, for the time of the second
-TREES: tuple[str | int, ...] = (*FIXED, 4, "planned")
+COMPARED: tuple[str | int, ...] = (*FIXED, 4, "planned")
 CLASSES = 10  # of the random labels that stand in for data of which only the shape is known
 
 StageCotangents = Sequence[Tensor | tuple[Tensor | None, ...] | None]
@@ -90,14 +91,14 @@ def planned_network(config: TrainConfig) -> PlannedNetwork:
 def all_trees(given: PlannedNetwork, options: Mapping[str, Any]) -> Iterator[PlannedTree]:
     """The plans of all trees; where something is aimed at, with repeats of two kinds. Errors become reasons."""
     aimed = any(options.get(name) is not None for name in ("target_cosine", "budget", "seconds"))
-    for tree in TREES:
-        for repeats in ("uniform", "optimal") if aimed else ("1",):
-            name = f"{tree}-ary" if isinstance(tree, int) else tree
-            asked = {**options, "tree": tree, **({"repeats": repeats} if aimed else {})}
-            try:
-                yield PlannedTree(name, repeats, hzo.plan(given.chain, **asked))
-            except HzoError as error:
-                yield PlannedTree(name, repeats, reason=brief(str(error)))
+    kinds = ("uniform", "optimal") if aimed else ("1",)
+    for tree, repeats in product(COMPARED, kinds):
+        name = f"{tree}-ary" if isinstance(tree, int) else tree
+        aim = {"repeats": repeats} if aimed else {}
+        try:
+            yield PlannedTree(name, repeats, hzo.plan(given.chain, **{**options, "tree": tree, **aim}))
+        except HzoError as error:
+            yield PlannedTree(name, repeats, reason=brief(str(error)))
 
 
 def brief(message: str, longest: int = 90) -> str:
@@ -179,10 +180,9 @@ def expected_at_boundaries(chain: hzo.Chain, plan: hzo.Plan) -> float | None:
 def _cosines(
     ours: Tensor | tuple[Tensor | None, ...] | None, true: Tensor | tuple[Tensor | None, ...] | None
 ) -> Iterator[float]:
-    pairs = zip(
-        ours if isinstance(ours, tuple) else (ours,), true if isinstance(true, tuple) else (true,), strict=False
-    )
-    for a, b in pairs:
+    ours = ours if isinstance(ours, tuple) else (ours,)
+    true = true if isinstance(true, tuple) else (true,)
+    for a, b in zip(ours, true, strict=False):
         if a is not None and b is not None:
             size = float(a.double().norm() * b.double().norm())
             if size > 0:

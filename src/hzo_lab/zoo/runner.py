@@ -160,7 +160,9 @@ def _wait(process: int, until: float) -> int:
 
 
 def _reports(path: Path) -> Iterator[Record]:
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             yield json.loads(line)
         except json.JSONDecodeError:

@@ -124,7 +124,8 @@ _SECTIONS = (("rope_parameters.mrope_section", [2, 1, 1]), ("text_config.rope_pa
 
 
 def _variants(takes_image: bool) -> Iterator[_Variant]:
-    for image in (True, False) if takes_image else (True,):
+    with_image = (True, False) if takes_image else (True,)
+    for image in with_image:
         yield _Variant(image=image)
         yield _Variant(fields=_SECTIONS, image=image)
         yield _Variant(width=64, fields=_SECTIONS, image=image)

@@ -91,7 +91,9 @@ def test_all_trees_beside_each_other(command):
 def test_what_is_counted_is_what_was_predicted(command):
     code, out, _ = command(*SMALL, *NOISE, "--compare", "--measure", "--activation", "tanh", "--step", "0.1")
     assert code == 0
-    rows = [line.split() for line in out.splitlines() if line.startswith((*plan_report.TREES[:3], "4-ary", "planned"))]
+    rows = [
+        line.split() for line in out.splitlines() if line.startswith((*plan_report.COMPARED[:3], "4-ary", "planned"))
+    ]
     assert len(rows) == 5
     for *_, predicted, cosine, counted, expected, measured, took in rows:
         assert predicted == counted
@@ -159,7 +161,7 @@ def test_reasons_stand_in_the_rows(command):
         (["--target-cosine", "2"], "between 0 and 1"),
         (["--target-cosine", "0.9", "--budget", "9"], "one of target_cosine"),
         (["--budget", "0.001"], "the cheapest plan takes"),
-        (["--boundaries", "some"], "'needed' or 'all'"),
+        (["--boundaries", "some"], "'needed', 'all'"),
         (["--repeats", "often"], "'optimal', 'uniform'"),
         (["--memory", "10"], "allows neither"),
         (["--tree", "oak"], "bisect"),

@@ -12,7 +12,6 @@ from torch import nn
 
 from hzo._files import replace_file
 from hzo_lab.errors import CheckpointError
-from hzo_lab.records.files import MetricsLog, read_metrics
 from hzo_lab.training import checkpoint
 from hzo_lab.training.checkpoint import HASHES, OPTIMIZER, STATE, WEIGHTS, Counters
 
@@ -216,48 +215,3 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         replace_file(path, b"new content")
     assert files(tmp_path) == {Path("config.json"): b"old"}
-
-
-def test_the_log_is_cut_back_to_the_checkpoint(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    with MetricsLog(path) as log:
-        log.append({"step": 1})
-        lines, size = log.lines, log.size
-        log.append({"step": 2})
-    with path.open("ab") as file:
-        file.write(b'{"step": 3, "lo')  # what a kill leaves
-    assert [r["step"] for r in read_metrics(path)] == [1, 2]
-    with MetricsLog(path, lines=lines, size=size) as log:
-        log.append({"step": 2, "again": True})
-        assert log.lines == 2
-    assert read_metrics(path) == [{"step": 1}, {"step": 2, "again": True}]
-
-
-def test_a_log_that_lost_lines_is_refused(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text("{}\n")
-    with pytest.raises(CheckpointError, match="shorter"):
-        MetricsLog(path, lines=9, size=900)
-
-
-def test_a_damaged_log_names_its_line(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\nnonsense\n')
-    with pytest.raises(CheckpointError, match="line 2"):
-        read_metrics(path)
-
-
-def test_a_full_disk_while_logging_is_a_clear_error(tmp_path):
-    log = MetricsLog(tmp_path / "metrics.jsonl")
-
-    class Full:
-        def write(self, content):
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        def close(self):
-            pass
-
-    log._file.close()
-    log._file = Full()
-    with pytest.raises(CheckpointError, match="no space left"):
-        log.append({"step": 1})

@@ -25,7 +25,7 @@ from hzo_lab.paper.measure import exponent
 from hzo_lab.paper.plotting import MARKERS, TREE_COLORS, new_figure, tree_name
 
 CLAIM = "The query complexity falls from O(ML²) to O(ML log L), by a recurrence."
-TREES: tuple[Tree, ...] = ("flat", "bisect", "stagewise", 4, "planned")
+COMPARED: tuple[Tree, ...] = ("flat", "bisect", "stagewise", 4, "planned")
 BATCH = 2
 READING = (
     "Query complexity is read as stage evaluations for one sample, one of the readings that the abstract leaves open: "
@@ -76,7 +76,7 @@ def count_trees(setting: Setting, name: str, points: Sequence[tuple[int, int]]) 
     """Rows of all trees at these (L, M)."""
     rows = []
     for depth, width in points:
-        rows += [count(tree, depth, width, setting.device) for tree in TREES]
+        rows += [count(tree, depth, width, setting.device) for tree in COMPARED]
         if depth & (depth - 1) == 0:
             setting.tell(f"{name}: L = {depth}, M = {width}")
     return rows
@@ -115,7 +115,7 @@ def plot_recurrences(rows: list[Row]) -> Figure:
     figure = new_figure(7.5, 4.6)
     axes = figure.subplots()
     depths = range(2, max(row["L"] for row in rows) + 1)
-    for tree in TREES:
+    for tree in COMPARED:
         name, mine = tree_name(tree), select(rows, tree=tree_name(tree))
         axes.plot(depths, [segments(tree, n) for n in depths], color=TREE_COLORS[name], lw=1)
         axes.plot(
@@ -179,7 +179,7 @@ def judge(fitted: dict[str, dict[str, float]]) -> dict[str, bool]:
 def plot_exponents(rows: list[Row], fitted: dict[str, dict[str, float]], width: int, depth: int) -> Figure:
     figure = new_figure(10, 4.4)
     over_depth, over_width = figure.subplots(1, 2)
-    for tree in TREES:
+    for tree in COMPARED:
         name = tree_name(tree)
 
         def draw(axes: Axes, key: str, mine: list[Row], label: str, name: str = name) -> None:

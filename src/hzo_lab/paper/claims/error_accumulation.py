@@ -19,7 +19,7 @@ from hzo_lab.paper.networks import BATCH, WIDTH, data, network
 from hzo_lab.paper.plotting import MARKERS, TREE_COLORS, new_figure, tree_name
 
 CLAIM = "Errors accumulate boundedly over the depth (Theorem 3)."
-TREES: tuple[Tree, ...] = ("bisect", "flat", "stagewise", 4)
+COMPARED: tuple[Tree, ...] = ("bisect", "flat", "stagewise", 4)
 READOUT, STEP = 1e-3, 0.1
 # Of a model that claims to predict: root mean squares over seeds, draws and boundaries of about 16 × 64 numbers each.
 WITHIN = 0.15
@@ -74,7 +74,7 @@ def along_depth(seed: int, depth: int, device: torch.device, draws: int) -> list
     exact = hzo.cotangents(wide, F.mse_loss, x.double(), y.double(), boundaries="all")
     calibration = hzo.calibrate(chain, x, F.mse_loss, y, assume="nothing", seconds=False)
     rows = []
-    for tree in TREES:
+    for tree in COMPARED:
         options: dict[str, Any] = {"tree": tree, "assume": "nothing", "boundaries": "all"}
         plan = hzo.plan(chain, **options, step=STEP, noise=READOUT, calibration=calibration)
         quiet = errors(hzo.cotangents(chain, F.mse_loss, x, y, plan=hzo.plan(chain, **options)), exact)

@@ -25,7 +25,7 @@ CLAIM = (
     "Cosine similarity to backprop against depth: HZO with a ResNet ≈ 1.0 even at L = 64; plain CNNs stay low; "
     "standard ZO compared (Fig. 1)."
 )
-TREES = ("bisect", "flat", "stagewise", "planned")
+COMPARED = ("bisect", "flat", "stagewise", "planned")
 STANDARD = ("coordinate", "spsa", "node-perturbation")
 ENOUGH, LOW = 0.99, 0.9
 LAST = 64  # the depth that the claim is about
@@ -81,7 +81,7 @@ def fig1(setting: Setting) -> Finding:
         seeds=seeds,
         configuration={
             "data": source.name, "L": list(size.depths), "width": size.width, "batch": size.batch, "activation": "relu",
-            "map": "8 × 8", "plans": {**presets.paper, "tree": list(TREES)},
+            "map": "8 × 8", "plans": {**presets.paper, "tree": list(COMPARED)},
             "networks": [network.name for network in NETWORKS],
         },
         summary=summary(rows, claimed),
@@ -135,7 +135,7 @@ def of_network(
         }  # fmt: skip
 
     budget = 0.0
-    for tree in TREES:
+    for tree in COMPARED:
         if tree == "flat" and depth > LAST:
             continue
         plan = hzo.plan(chain, **{**presets.paper, "tree": tree})
@@ -222,7 +222,7 @@ def sentence(rows: list[Row], depth: int) -> str:
 def plot(rows: list[Row]) -> Figure:
     figure = new_figure(15, 4.6)
     panels = figure.subplots(1, 4, sharey=True)
-    trees = [(method, TREE_COLORS[method], MARKERS[method], "-") for method in TREES]
+    trees = [(method, TREE_COLORS[method], MARKERS[method], "-") for method in COMPARED]
     lines = trees + [(method, STANDARD_COLORS[method], ".", "--") for method in STANDARD]
     shown = (
         (RESIDUAL, "cosine", "residual: all parameters"),

@@ -36,7 +36,8 @@ DIVERGED = (NonFiniteError, StepError)
 def table1(setting: Setting) -> Finding:
     seeds = setting.seeds(2, smoke=1)
     arms, notes = {}, []
-    for data in ("cifar10",) if setting.smoke else ("cifar10", "imagenet"):
+    data_sets = ("cifar10",) if setting.smoke else ("cifar10", "imagenet")
+    for data in data_sets:
         if data == "imagenet" and not has_imagenet(setting):
             notes.append("Without ten ImageNet classes, which --data-dir does not hold.")
             continue
@@ -147,7 +148,8 @@ def best_shares(
     """The shares of the recipe's rate, in the order of the training loss with which a short run ends; none where no
     run may be made. Rates at which the short run diverges are out."""
     losses = {}
-    for share in RATES[1:2] if setting.smoke else RATES:
+    shares = RATES[1:2] if setting.smoke else RATES
+    for share in shares:
         pilot = training(setting, "cifar10", "budget", method, PILOT_SEED, **changes)
         cost = changes["directions"] * PASSES[method]
         # One step at least, and a cosine is not what this run is for.

@@ -17,7 +17,7 @@ from hzo_lab.paper.networks import WIDTH, data, of_gain
 from hzo_lab.paper.plotting import TREE_COLORS, new_figure
 
 CLAIM = "HZO is stable near the unitary limit, Lipschitz constant ≈ 1."
-TREES: tuple[Tree, ...] = ("flat", "bisect", "stagewise")
+COMPARED: tuple[Tree, ...] = ("flat", "bisect", "stagewise")
 READOUT, STEP = 1e-3, 0.1
 WITHIN = 0.15  # of the error model, as for error-accumulation
 NEAR, STABLE = 0.04, 2.0  # so far from a gain of one, bisect's error changes by less than this factor
@@ -72,7 +72,7 @@ def at_gain(
     assert isinstance(exact, torch.Tensor)
     calibration = hzo.calibrate(chain, x, F.mse_loss, y, assume="nothing", seconds=False)
     rows = []
-    for tree in TREES:
+    for tree in COMPARED:
         plan = hzo.plan(
             chain, tree=tree, assume="nothing", boundaries="all", step=STEP, noise=READOUT, calibration=calibration
         )
