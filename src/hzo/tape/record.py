@@ -301,7 +301,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def written_since(self) -> int | None:
         """A value that a derivative reads, and that code has written to behind the block; None if there is none."""
         unknown = self.keeps_all or self.hooks_were_off  # what a derivative reads
-        for v in self._versions if unknown else self._saved:
+        looked_at: Iterable[int] = self._versions if unknown else self._saved
+        for v in looked_at:
             if not self.is_as_it_was(v):
                 return v
         for v, leaf in self.tape.leaves.items():  # which ``.data =`` may make another tensor
