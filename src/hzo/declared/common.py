@@ -85,7 +85,7 @@ def call_of(
 
 
 def is_only_input(op: GraphOperation, value: int) -> bool:
-    """Whether the value is the module's only input."""
+    """Whether a module was called with this one tensor and no other."""
     return op.module is not None and len(op.args[1]) == 1 and op.args[1][0].value == value
 
 

@@ -95,7 +95,7 @@ def element_steps(rows: Tensor, scheme: Scheme, where: str, precision: torch.dty
 
 
 def coarse_steps(rows: Tensor, scheme: Scheme, precision: torch.dtype | None = None) -> Tensor:
-    """(B, n): what ``element_steps`` are where a part does not move over smaller ones."""
+    """(B, n): longer steps for each element, for a function that does not change over its default steps."""
     size, whole, lowest = _sizes(rows, precision)
     return torch.maximum(size, lowest * whole) * _share(rows, scheme, precision)
 

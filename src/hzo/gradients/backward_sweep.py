@@ -40,7 +40,7 @@ BoundaryCotangents = dict[int, dict[int, Tensor]]
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep works with and what it finds.
+    """The state of one backward pass over a plan: what it works with, and what it has found so far.
 
     Attributes:
         cotangents: of the values at the positions that are still of use, or at all of them if asked to keep them.
@@ -120,7 +120,7 @@ def _run_node(state: Sweep, node: Node) -> None:
 
 
 def with_carried(node: Node, estimate: Tensor | None, at_source: dict[int, Tensor]) -> Tensor | None:
-    """An estimate and what the value's own cotangent at the source adds, where the value is alive there too."""
+    """An estimated gradient, plus the gradient of the same tensor from a later place where it is read again."""
     carried = at_source.get(node.value) if node.carried else None
     return estimate if carried is None else carried if estimate is None else estimate + carried
 

@@ -28,7 +28,7 @@ class OtherGraphError(PlanError):
 
 @dataclass(frozen=True)
 class BasePass:
-    """A base pass with its loss.
+    """An ordinary forward pass with its loss, from which the queries of a plan start.
 
     Attributes:
         activations: what the model left. output: what it returned, without a history.

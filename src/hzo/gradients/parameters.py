@@ -28,7 +28,7 @@ ParameterGradients = dict[str, tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class LocalStep:
-    """What the local step works with.
+    """What is needed to turn the gradient at a layer's output into those of its own parameters.
 
     Attributes:
         perturbed: parameters without a rule. scheme, step: how they are perturbed.

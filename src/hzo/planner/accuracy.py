@@ -140,7 +140,10 @@ class ErrorModel:
 
 
 def share(scheme: Scheme) -> float:
-    """Of σ²/h², what the noise σ of readings leaves in a difference: two readings over 2 h, or one over h."""
+    """The share of σ²/h² that noise of deviation σ in each reading leaves in a difference of length h.
+
+    A half for two noisy readings over 2 h (central), one for one over h (forward).
+    """
     return 0.5 if scheme == "central" else 1.0
 
 

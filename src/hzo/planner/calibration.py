@@ -29,7 +29,7 @@ class Bend:
 
 @dataclass(frozen=True)
 class Seconds:
-    """Measured times.
+    """How long the parts of a gradient take on this machine, as ``hzo.calibrate`` measured them.
 
     Attributes:
         edges: of the estimate of a value at a target from the nearest source, for the batch, by target, source, value.

@@ -129,8 +129,11 @@ def choices(
 
 
 def points_of(graph: Graph, wanted: Wanted, allowed: Allowed) -> list[int]:
-    """Positions that a tree may go over: what is asked for; every position where single operations have adjoints; else
-    boundaries, and where a single tensor is alive, that are narrower than what is asked for beside them."""
+    """The places between operations at which a plan may stop to estimate a gradient.
+
+    Those that parameters ask for; where rules may be used, every place; else boundaries of stages, and places where a
+    single tensor is alive, that are narrower than what is asked for beside them.
+    """
     end = len(graph.operations)
     needed = sorted(position for position in wanted if position < end)
     if not needed:

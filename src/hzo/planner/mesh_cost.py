@@ -65,7 +65,7 @@ def as_mesh(mesh: DeviceMesh | Sequence[int] | None, link: Sequence[float] | Non
 
 
 def words_of_parameters(graph: Graph) -> int:
-    """Numbers of all gradients of parameters."""
+    """How many numbers the gradients of all parameters are: what processes exchange to average them."""
     return sum(_parameters(graph).values())
 
 

@@ -65,7 +65,7 @@ def with_edges(graph: Graph, plan: Plan, edges: Sequence[PlannedEdge]) -> Plan:
 
 
 def wanted_by(graph: Graph, boundaries: Boundaries) -> Wanted:
-    """What a plan must estimate."""
+    """The tensors whose gradients a plan must estimate, by their place in the network: those that parameters need."""
     wanted = wanted_by_gradients(graph)
     return wanted_everywhere(graph, wanted) if boundaries == "all" else wanted
 

@@ -290,7 +290,7 @@ _REFERENCES = 2  # to a gradient that no one else holds: a variable, and the cou
 
 
 def drained(gradients: LeafGradients) -> Iterator[tuple[Tensor, Tensor]]:
-    """The pairs of a list, which forgets them: whoever takes them owns them."""
+    """The pairs of parameter and gradient, each taken off the list as it is handed over, so that none is held twice."""
     gradients.reverse()
     while gradients:
         yield gradients.pop()

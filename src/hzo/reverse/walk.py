@@ -61,7 +61,10 @@ def sweep(
 def sweep_end(
     tape: Tape, start: int, seeds: dict[int, Tensor], hooks: dict[int, Callable[[Tensor], Tensor]]
 ) -> dict[int, Tensor]:
-    """The same through the operations from ``start`` on alone: what reached all values from before, by value."""
+    """Carry gradients back through the last operations alone, those from ``start`` on, and stop there.
+
+    Arguments as of ``sweep``. Returns what reached the values that were there before, by value.
+    """
     walk = _Walk(tape, dict(seeds), hooks, ENGINE)
     for op in reversed(tape.operations[start:]):
         walk.through(op, counted=False)
@@ -90,7 +93,7 @@ def carry_back(
 
 
 def measurements_of(tape: Tape, op: Operation, wanted: frozenset[int]) -> list[tuple[tuple[int, ...], bool]]:
-    """What an operation's rule measures for some operands, seen by applying it once, without content where it lets one.
+    """How large the probes are that measure an operation's weights, found by a run on shapes alone where that can be.
 
     Returns the size of every probe, and whether it grows with the batch because it is made of an activation.
     """
@@ -228,7 +231,7 @@ def _measured(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], size: T
 
 
 def again(call: Call, function: Callable[..., Any]) -> Cotangents:
-    """The cotangents of a call's operands through ``function``, which computes the same by other calls."""
+    """The gradients of a call's operands, taken of a function that computes the same by other operators."""
     leaves: list[tuple[Key, int | None, Tensor]] = []
 
     def leaf(key: Key, k: int | None, tensor: Any, asked: bool) -> Any:

@@ -147,7 +147,7 @@ class ParameterUse:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a rule measures when it carries a cotangent back to one operand.
+    """How large the small test inputs (probes) are by which a layer's weight is measured for one of its operands.
 
     Attributes:
         rows, elements: of the probes whose size does not depend on the batch.
