@@ -14,6 +14,7 @@ from hzo.baselines._backprop import backprop
 from hzo.execution import as_checks, contained, copied
 from hzo.finite_differences import real_parts
 from hzo.gradients import grad_and_value
+from hzo.tape.surroundings import refuse_transforms
 from hzo.tracing import Chain, module_of
 
 
@@ -66,6 +67,7 @@ def compare_gradients(
     Returns cosines and relative errors; ``print`` it. ``.grad``, buffers and random state are as before. Cost: one
     gradient of each, from the same random numbers. Source: ours.
     """
+    refuse_transforms()
     module = module_of(model)
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     held = [module, *([loss_fn] if isinstance(loss_fn, nn.Module) else [])]

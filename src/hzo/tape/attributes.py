@@ -106,7 +106,8 @@ class Attributes:
             if parameter is not None and id(parameter) not in known and not nn.parameter.is_lazy(parameter):
                 known[id(parameter)] = parameter
                 memory = _Memory.of(parameter) if type(parameter) is nn.Parameter else None  # others may wrap tensors
-                gradient = parameter.grad if self._gradients else None
+                # FSDP's first version keeps views as parameters, which have no .grad of their own.
+                gradient = parameter.grad if self._gradients and parameter.is_leaf else None
                 self._parameters.append((parameter, memory, gradient, parameter.requires_grad))
 
     def _object(self, thing: Any) -> None:
@@ -162,7 +163,7 @@ class Attributes:
                 memory.put_back(parameter)
             if parameter.requires_grad is not trained:
                 parameter.requires_grad_(trained)
-            if self._gradients and parameter.grad is not gradient:
+            if self._gradients and parameter.is_leaf and parameter.grad is not gradient:
                 parameter.grad = gradient
         for back in self._others:
             back()

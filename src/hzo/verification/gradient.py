@@ -19,6 +19,7 @@ from hzo.errors import InputError
 from hzo.execution import as_checks, contained, copied, counting
 from hzo.finite_differences import real_parts
 from hzo.gradients import grad_and_value
+from hzo.tape.surroundings import refuse_transforms
 from hzo.tracing import Chain, call_arguments, module_of
 from hzo.verification.localize import WrongOperation, locate
 from hzo.verification.slopes import Slope, measured_slope
@@ -92,6 +93,7 @@ def check_gradient(
     Raises:
         InputError: nothing to test. Errors of ``hzo.grad_and_value``.
     """
+    refuse_transforms()
     refuse_wrappers(model)
     model = unwrapped(model)  # each process tests its own gradient against its own loss
     module = module_of(model)
