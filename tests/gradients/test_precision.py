@@ -112,3 +112,21 @@ def test_estimates_that_drown_in_rounding_are_no_gradients(tree):
     assert float((estimate - reference).norm() / reference.norm()) < 0.02
     model, x, y = saturated(2.0)
     hzo.backward(model, F.mse_loss, x, y, tree=tree, assume="nothing")
+
+
+def test_parameters_that_are_perturbed_in_half_precision_are_warned_of():
+    """A black box's weights have no rule: their differences are as rough as those of activations."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+
+        def forward(self, x):
+            return (x * self.weight).tanh()
+
+    chain = hzo.trace(hzo.declare(Scaled(), "elementwise"), torch.randn(4, 3).to(torch.bfloat16))
+    with pytest.warns(HzoWarning, match="differences of results in bfloat16"):
+        plan = hzo.plan(chain)
+    assert plan.perturbed
+    assert not any(node.probe for node in plan.nodes)
