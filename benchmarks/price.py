@@ -7,7 +7,7 @@ Interleaved rounds in one process, one thread, float32; medians of processor tim
 whose load is noted. Peak memory is that of tensors, as PyTorch's allocator counts them, in one gradient. ``--process``
 adds what the process takes: for each network and method one of its own, above what it held before its first gradient,
 with a malloc that gives back what is freed (``MALLOC_MMAP_THRESHOLD_=65536``; without, its gaps count as well, which
-depend on the order of sizes: 1.4 times backprop's for the MLP of 16 layers, which holds 1.08 times as much).
+depend on the order of sizes).
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import torch
 
 from hzo.errors import HzoError, InputError
 
-Name = TypeVar("Name", bound=str)
+Choice = TypeVar("Choice")
 
 
 def positive(what: str, value: object, otherwise: str = "") -> float:
@@ -41,16 +41,16 @@ def whole(what: str, value: object, otherwise: str = "") -> int:
     return value
 
 
-def one_of(what: str, value: object, names: Sequence[Name], error: type[HzoError] = InputError) -> Name:
-    """``value``, one of these names.
+def one_of(what: str, value: object, choices: Sequence[Choice], error: type[HzoError] = InputError) -> Choice:
+    """``value``, one of these choices: names, numbers, None.
 
     Args:
         what: the option's name. error: the kind of error, where it is not one of an argument alone.
     """
-    for name in names:
-        if isinstance(value, str) and value == name:
-            return name
-    raise error(f"expected {what} to be one of {', '.join(map(repr, names))}, got {shown(value)}")
+    for choice in choices:
+        if isinstance(value, type(choice)) and not isinstance(value, bool) and value == choice:
+            return choice
+    raise error(f"expected {what} to be one of {', '.join(map(repr, choices))}, got {shown(value)}")
 
 
 def scale_factor(scale: object) -> float:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import NoneType
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from hzo.tape.attributes import Attributes
-from hzo.tape.state import RandomState, everybodys_back_to_now, random_state, set_random_state
+from hzo.tape.state import RandomState, random_state, set_random_state, shared_restorers
 
 
 def devices_of(tensors: Iterable[object]) -> tuple[torch.device, ...]:
@@ -32,10 +31,10 @@ class Snapshot:
 
     random: RandomState
     buffers: tuple[tuple[nn.Module, str, Tensor, Tensor], ...]  # owner, name, the tensor itself, a copy
-    attributes: tuple[tuple[nn.Module, str, Any, Tensor | None], ...]  # owner, name, the value, a copy of a tensor
+    tensors: tuple[tuple[Tensor, Tensor], ...]  # those that modules keep as attributes, and copies
     training: tuple[tuple[nn.Module, bool], ...]
     generators: tuple[Callable[[], object], ...]  # what puts Python's and NumPy's back
-    held: Attributes  # containers, flags, names and generators of the modules
+    held: Attributes  # which attributes modules have, what containers hold, flags, generators
 
 
 def take_snapshot(modules: Iterable[nn.Module], gradients: bool = False) -> Snapshot:
@@ -47,25 +46,23 @@ def take_snapshot(modules: Iterable[nn.Module], gradients: bool = False) -> Snap
         for module in unique
         for name, buffer in module.named_buffers(recurse=False)
     )
-    attributes = tuple(
-        (module, name, value, _copy(value))
+    tensors = tuple(
+        (value, value.detach().clone())
         for module in unique
         if not isinstance(module, torch.jit.ScriptModule)
-        for name, value in vars(module).items()
-        if name != "training" and isinstance(value, (Tensor, bool, int, float, str, NoneType))
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and _can_be_copied(value)
     )
     parameters = (parameter for module in unique for parameter in module.parameters(recurse=False))
     devices = devices_of([*parameters, *(buffer for _, _, buffer, _ in buffers)])
     training = tuple((module, module.training) for module in unique)
     held = Attributes(gradients)
     held.note(unique)
-    return Snapshot(random_state(devices), buffers, attributes, training, (*everybodys_back_to_now(),), held)
+    return Snapshot(random_state(devices), buffers, tensors, training, tuple(shared_restorers()), held)
 
 
-def _copy(value: object) -> Tensor | None:
-    if isinstance(value, Tensor) and value.layout == torch.strided and not (value.is_nested or value.is_meta):
-        return value.detach().clone()
-    return None
+def _can_be_copied(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_meta)
 
 
 @torch.no_grad()
@@ -79,10 +76,9 @@ def restore_snapshot(snapshot: Snapshot) -> None:
         elif not torch.equal(buffer, copy):
             buffer.copy_(copy)
         module._buffers[name] = buffer
-    for module, name, value, before in snapshot.attributes:
-        if before is not None and value.shape == before.shape and not torch.equal(value, before):
-            value.copy_(before)
-        vars(module)[name] = value
+    for tensor, copy in snapshot.tensors:
+        if tensor.shape == copy.shape and not torch.equal(tensor, copy):
+            tensor.copy_(copy)
     for module, training in snapshot.training:
         module.training = training
     set_random_state(snapshot.random)
@@ -105,7 +101,7 @@ def copied(batch: Any) -> Any:
 @contextmanager
 def contained(modules: Iterable[nn.Module], others: Iterable[Any] = ()) -> Iterator[None]:
     """Nothing that runs inside leaves a trace in the modules, in attributes of other objects, or the random state."""
-    back = _back_to_now(modules, others)
+    back = _restorer(modules, others)
     try:
         yield
     finally:
@@ -115,7 +111,7 @@ def contained(modules: Iterable[nn.Module], others: Iterable[Any] = ()) -> Itera
 @contextmanager
 def undone_on_error(modules: Iterable[nn.Module]) -> Iterator[None]:
     """What runs inside takes effect, unless it raises: then everything is as before."""
-    back = _back_to_now(modules)
+    back = _restorer(modules)
     try:
         yield
     except BaseException:
@@ -123,7 +119,7 @@ def undone_on_error(modules: Iterable[nn.Module]) -> Iterator[None]:
         raise
 
 
-def _back_to_now(modules: Iterable[nn.Module], others: Iterable[Any] = ()) -> Callable[[], None]:
+def _restorer(modules: Iterable[nn.Module], others: Iterable[Any] = ()) -> Callable[[], None]:
     modules = [*modules]
     snapshot, attributes = take_snapshot(modules, gradients=True), Attributes()
     attributes.note(others)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
-from hzo._options import positive, shown, whole
+from hzo._options import one_of, positive, shown, whole
 from hzo.errors import InputError
 from hzo.execution import counting
 from hzo.external.autograd import through, through_planned
@@ -155,13 +155,13 @@ def blackbox(
         StepError: the error estimate exceeds ``max_error``, or a step is lost in rounding.
         PlanError: a target that cannot be reached. Parameters and buffers are as before.
     """
-    given = _not_default(locals())
+    options_shown = _shown_options(locals())
     check_smoothing(mu, draws, check_scheme(scheme))
     check_not_modelled(mu, modelled=noise is not None)
     _check_options(timeout, batched, parameters, noise, max_error)
-    _one_of("on_failure", on_failure, ("pass", "raise", "zero"))
-    _one_of("integers", integers, ("floating", "kept"))
-    _one_of("batch_dim", batch_dim, ("found", 0, None))
+    one_of("on_failure", on_failure, ("pass", "raise", "zero"))
+    one_of("integers", integers, ("floating", "kept"))
+    one_of("batch_dim", batch_dim, ("found", 0, None))
     said = (promises,) if isinstance(promises, (str, Local)) else tuple(promises)
     known = (*(("elementwise",) if elementwise else ()), *(p for p in said if p != "inferred"))
     whole_plan = noise is not None or isinstance(f, (Chain, list, tuple))
@@ -237,11 +237,17 @@ def blackbox(
     if noise is not None and noise != "measured":
         options["noise"] = noise
     return BlackBox(
-        stages, options, settings, measured=noise == "measured", inferred="inferred" in said, memory=memory, given=given
+        stages,
+        options,
+        settings,
+        measured=noise == "measured",
+        inferred="inferred" in said,
+        memory=memory,
+        options_shown=options_shown,
     )
 
 
-def _not_default(arguments: Mapping[str, Any]) -> str:
+def _shown_options(arguments: Mapping[str, Any]) -> str:
     """The options of ``blackbox`` that somebody gave, as the box's repr shows them."""
     defaults = {name: option.default for name, option in signature(blackbox).parameters.items()}
     given = {name: arguments[name] for name, default in defaults.items() if arguments[name] is not default}
@@ -298,11 +304,6 @@ def _check_idle(single: bool, given: Mapping[str, bool]) -> None:
             )
 
 
-def _one_of(what: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    if value not in allowed:
-        raise InputError(f"expected {what} to be one of {', '.join(map(repr, allowed))}, got {value!r}")
-
-
 def _check_single(given: Mapping[str, bool]) -> None:
     """Options that a box which is planned as a whole does not have."""
     for option, there in given.items():
@@ -336,11 +337,11 @@ class BlackBox(nn.Module):
         measured: bool,
         inferred: bool,
         memory: int | None,
-        given: str,
+        options_shown: str,
     ) -> None:
         super().__init__()
         self.stages = stages
-        self.given = given
+        self.options_shown = options_shown
         self.options = dict(options)
         self.settings = settings
         self.measured = measured
@@ -353,7 +354,7 @@ class BlackBox(nn.Module):
     def __repr__(self) -> str:
         parts = [part.name if isinstance(part, Guarded) else repr(part) for part in self.stages.children()]
         what = parts[0] if len(parts) == 1 else f"[{', '.join(parts)}]"
-        return f"BlackBox({what}{self.given})"
+        return f"BlackBox({what}{self.options_shown})"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if "torch._dynamo" not in sys.modules:

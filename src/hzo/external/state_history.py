@@ -86,13 +86,12 @@ class StateHistory:
                     yield other
 
     def end_at(self, guard: Guarded) -> None:
-        """Forget who left the state that a part is in now, this box or another."""
+        """Let gradients end at the state that a part is in now, also where another box has left it."""
         now = None
         for other in self._of_others(guard):
             now = now or guard.state.save()
             end = other.ends[0][1]
             other.tensors = {key: t for key, t in other.tensors.items() if not guard.state.same(now, end, key)}
-        self.__dict__ = StateHistory().__dict__
 
     def note_whole(self, this: Any, outputs: Sequence[Tensor]) -> None:
         """A box that is planned as a whole has run."""
@@ -100,7 +99,6 @@ class StateHistory:
         for part, start in this.states.items():
             if part.remembers.end is not None and (moved := part.changed(start, part.remembers.end)[0]):
                 ends.append((part, part.remembers.end, tuple(moved)))
-        self.__dict__ = StateHistory().__dict__
         if ends:  # else nothing holds on to the graph
             self.ends, self.call = ends, this
             self.grad_fn = next((node for t in outputs if (node := grad_fn(t)) is not None), None)

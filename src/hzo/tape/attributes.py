@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from hzo.tape.marks import marks_of
-from hzo.tape.state import back_to_now
+from hzo.tape.state import restorer
 
 _PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size})
 _DICTS = frozenset({dict, OrderedDict, defaultdict, Counter})
@@ -40,7 +40,7 @@ class _Memory(NamedTuple):
         return cls(parameter.untyped_storage(), parameter.storage_offset(), parameter.shape, parameter.stride())
 
     def put_back(self, parameter: Tensor) -> None:
-        """Where the model gave the parameter other memory."""
+        """Give the parameter its memory back, where the model gave it other numbers by ``.data =``."""
         now = _Memory.of(parameter)
         if now.storage.data_ptr() != self.storage.data_ptr() or now[1:] != self[1:]:
             parameter.data = torch.empty(0, dtype=parameter.dtype, device=self.storage.device).set_(*self)
@@ -64,7 +64,7 @@ class Attributes:
         self._gradients = gradients
         self._known: dict[int, Any] = {}  # by id, kept alive
         self._dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
-        self._tables = list(self._dicts)  # of modules: of their tensors, layers, hooks
+        self._tables: list[tuple[dict[Any, Any], dict[Any, Any]]] = []  # of modules: their tensors, layers, hooks
         self._others: list[Callable[[], object]] = []
         self._parameters: list[tuple[nn.Parameter, _Memory | None, Tensor | None, bool]] = []
 
@@ -96,11 +96,10 @@ class Attributes:
         for name, value in held.items():
             if type(value) in _PLAIN:
                 continue
-            if part and name not in _TABLES:
-                continue  # the part of a black box: a device may be open there; its state is the box's to save
             if name in _TABLES:
                 self._tables.append((value, dict(value) if value else _NOTHING))
-            elif name not in _OF_EVERY_MODULE and not name.startswith(_OWN):
+            # In the part of a black box a device may be open; its state is the box's to save.
+            elif not part and name not in _OF_EVERY_MODULE and not name.startswith(_OWN):
                 self._look(value, 2)
         for parameter in held["_parameters"].values():
             if parameter is not None and id(parameter) not in known and not nn.parameter.is_lazy(parameter):
@@ -144,7 +143,7 @@ class Attributes:
             self._others.append(lambda: _refill_set(value, members))
         elif kind is tuple:
             inner = value
-        elif (back := back_to_now(value) or _array_back_to_now(value)) is not None:
+        elif (back := restorer(value) or _array_restorer(value)) is not None:
             self._known[id(value)] = value
             self._others.append(back)
         elif objects and _is_users(kind) and hasattr(value, "__dict__"):
@@ -173,7 +172,7 @@ def _is_users(kind: type) -> bool:
     return kind is types.SimpleNamespace or kind.__module__.partition(".")[0] not in _OF_LIBRARIES
 
 
-def _array_back_to_now(value: Any) -> Callable[[], object] | None:
+def _array_restorer(value: Any) -> Callable[[], object] | None:
     numpy = sys.modules.get("numpy")
     if numpy is None or type(value) is not numpy.ndarray or value.nbytes > _MOST_BYTES or not value.flags.writeable:
         return None

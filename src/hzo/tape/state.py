@@ -34,8 +34,8 @@ def set_random_state(state: RandomState) -> None:
             torch.cuda.set_rng_state(saved, device)
 
 
-def back_to_now(source: Any) -> Callable[[], object] | None:
-    """What puts a source of random numbers back to its present state; None for anything else.
+def restorer(source: Any) -> Callable[[], object] | None:
+    """A function that puts a source of random numbers back to its present state; None for anything else.
 
     Sources are generators of PyTorch, Python (``random.Random``, and the module ``random`` itself) and NumPy.
     """
@@ -54,10 +54,10 @@ def back_to_now(source: Any) -> Callable[[], object] | None:
     return None
 
 
-def everybodys_back_to_now() -> list[Callable[[], object]]:
-    """What puts back the generators of Python and NumPy that all code shares."""
+def shared_restorers() -> list[Callable[[], object]]:
+    """Functions that put the generators of Python and NumPy that all code shares back to their present states."""
     shared = (random, getattr(sys.modules.get("numpy"), "random", None))
-    return [back for source in shared if (back := back_to_now(source)) is not None]
+    return [back for source in shared if (back := restorer(source)) is not None]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hzo.tape.attributes import Attributes
-from hzo.tape.state import everybodys_back_to_now
+from hzo.tape.state import shared_restorers
 
 
 class Undo:
@@ -26,7 +26,7 @@ class Undo:
         self._torch = torch.get_rng_state()
         used = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         self._cuda = torch.cuda.get_rng_state_all() if used else []
-        self._sources = everybodys_back_to_now()
+        self._sources = shared_restorers()
         self._attributes = Attributes()
 
     def remember(self, tensor: Tensor) -> None:
