@@ -1,5 +1,6 @@
 """Pools: what is asked again and what is not, stragglers, answers that are kept, and programs in copies."""
 
+import asyncio
 import importlib.util
 import os
 import signal
@@ -9,6 +10,7 @@ import time
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from threading import Lock
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -205,9 +207,9 @@ def together(monkeypatch):
     """Calls travel together whatever a message costs; yields how many of them went out in each."""
     sizes, submit = [], Pool._submit
 
-    def noting(self, asked, ks, done):
-        sizes.append(len(ks))
-        submit(self, asked, ks, done)
+    def noting(self, asked, messages, done):
+        sizes.extend(map(len, messages))
+        submit(self, asked, messages, done)
 
     monkeypatch.setattr(_Pace, "busy", 1e-12)
     monkeypatch.setattr(_Pace, "enough", 2)
@@ -431,17 +433,214 @@ def test_dask_gives_up():
     assert executor.asked == 1
 
 
-def test_dask_is_told_that_a_part_is_not_pure():
-    """It would hash the part and its arguments for each call, and answer equal questions once."""
-    asked = []
+class DaskFuture(Future):
+    """As dask's: it has a status, and its callback is told as threads' are."""
 
-    class ClientExecutor(ThreadPoolExecutor):
-        __module__ = "distributed.cfexecutor"  # as dask's
+    @property
+    def status(self):
+        if self.cancelled():
+            return "cancelled"
+        if not self.done():
+            return "pending"
+        return "error" if self.exception() else "finished"
 
-        def submit(self, fn, /, *args, pure=True):
-            asked.append(pure)
-            return super().submit(fn, *args)
 
-    with ClientExecutor(2) as executor:
-        assert Pool(executor).ask(abs, [((-1,), {}), ((-1,), {})]) == [1, 1]
-    assert asked == [False, False]
+class Client:
+    """As dask's: it runs what it is told in threads, and notes what that is."""
+
+    __module__ = "distributed.client"
+    status = "running"
+
+    def __init__(self, workers=2):
+        self.threads, self.workers = ThreadPoolExecutor(2), workers
+        self.graphs, self.options, self.gathered = [], [], []
+
+    def submit(self, fn, *args, **options):
+        return self.map(fn, *[[arg] for arg in args], **options)[0]
+
+    def map(self, fn, *iterables, **options):
+        rows = list(zip(*iterables, strict=True))
+        self.graphs.append(len(rows))
+        self.options.append(options)
+        futures = [DaskFuture() for _ in rows]
+        for future, row in zip(futures, rows, strict=True):
+            self.threads.submit(self._run, future, fn, row)
+        return futures
+
+    @staticmethod
+    def _run(future, fn, row):
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            future.set_result(fn(*[arg.result() if isinstance(arg, Future) else arg for arg in row]))
+        except Exception as error:
+            future.set_exception(error)
+
+    def sync(self, function, callback_timeout):
+        return asyncio.run(asyncio.wait_for(function(), callback_timeout))
+
+    async def gather(self, futures, asynchronous):
+        self.gathered.append(len(futures))
+        return [future.result() for future in futures]
+
+    def nthreads(self):
+        return dict.fromkeys(range(self.workers), 1)
+
+    def wait_for_workers(self, count, timeout):
+        if self.workers < count:
+            time.sleep(timeout)
+            raise TimeoutError
+
+    def close(self):
+        self.status = "closed"
+
+
+class ClientExecutor:
+    __module__ = "distributed.cfexecutor"  # as dask's
+
+    def __init__(self):
+        self._client, self._kwargs, self._shutdown = Client(), {"workers": ["a"]}, False
+
+    def submit(self):
+        raise AssertionError("calls go to the client")
+
+    def shutdown(self, wait=True):
+        self._shutdown = True
+
+
+@pytest.fixture
+def dask():
+    """What stands for dask's executor where dask is not installed."""
+    pytest.importorskip("cloudpickle")
+    return ClientExecutor()
+
+
+class TestDask:
+    def test_is_told_of_all_calls_at_once(self, dask):
+        """One graph for the function, and one for as many calls as may wait; none is pure, or equal questions had one
+        answer."""
+        pool = Pool(dask)
+        assert pool.ask(square, CALLS) == [k * k for k in range(20)]
+        assert pool.ask(square, CALLS) == [k * k for k in range(20)]
+        assert dask._client.graphs == [1, 20, 20], "the function is kept"
+        assert pool.ask(abs, [((-1,), {}), ((-1,), {})]) == [1, 1]
+        assert dask._client.graphs == [1, 20, 20, 1, 2], "another function is not that one"
+        assert all(options == {"pure": False, "workers": ["a"]} for options in dask._client.options)
+
+    def test_is_given_more_when_half_of_it_is_done(self, dask, monkeypatch):
+        monkeypatch.setattr("hzo.pools.pool._AT_FIRST", 8)
+        monkeypatch.setattr("hzo.pools.pool._AHEAD", 8)
+        calls = [((k,), {}) for k in range(100)]
+        assert Pool(dask).ask(square, calls) == [k * k for k in range(100)]
+        assert all(count >= 4 for count in dask._client.graphs[1:-1])
+        assert sum(dask._client.graphs[1:]) == 100
+
+    def test_an_executor_that_was_shut_down(self, dask):
+        dask._shutdown = True
+        with pytest.raises(QueryError, match=r"its executor is broken .*cannot schedule new futures after shutdown"):
+            Pool(dask).ask(square, CALLS)
+        made = []
+
+        def make():
+            made.append(ClientExecutor())
+            made[-1]._shutdown = len(made) == 1
+            return made[-1]
+
+        assert Pool(make).ask(square, CALLS) == [k * k for k in range(20)]
+        assert len(made) == 2
+        assert made[1]._client.graphs[0] == 1, "the new one gets the function, too"
+
+    def test_a_client_is_an_executor(self):
+        pytest.importorskip("cloudpickle")
+        client = Client()
+        assert Pool(client).ask(square, CALLS) == [k * k for k in range(20)]
+        assert sum(client.gathered) == 20
+        pool = Pool(lambda: client)
+        assert pool.ask(itself, [((3,), {})]) == [3]
+        pool.close()
+        assert client.status == "closed"
+        with pytest.raises(QueryError, match="cannot schedule new futures after shutdown"):
+            Pool(client).ask(square, CALLS)
+
+    def test_no_worker_starts(self, dask, monkeypatch):
+        """An error within the limit, whoever made the executor; not four times the limit."""
+        monkeypatch.setenv("HZO_CONNECT_SECONDS", "0.2")
+        for executor in (dask, lambda: dask):
+            dask._client.workers, began = 0, time.monotonic()
+            with pytest.raises(QueryError, match=r"dask has had no worker for 0\.2 seconds"):
+                Pool(executor).ask(square, CALLS)
+            assert time.monotonic() - began < 2
+            assert not dask._client.graphs, "and it is asked nothing"
+        monkeypatch.setenv("HZO_CONNECT_SECONDS", "soon")
+        with pytest.raises(InputError, match="HZO_CONNECT_SECONDS to be a number of seconds"):
+            Pool(dask).ask(square, CALLS)
+
+    def test_all_workers_are_gone(self, dask, monkeypatch):
+        """In the middle, and none comes back."""
+        monkeypatch.setenv("HZO_CONNECT_SECONDS", "0.2")
+        monkeypatch.setattr("hzo.pools.dask_pool._LOOK", 0.05)
+        pool, gone = Pool(dask), threading.Event()
+
+        def part(k):
+            dask._client.workers = 0
+            gone.wait(5)
+            return k
+
+        with pytest.raises(QueryError, match=r"dask has had no worker for 0\.2 seconds"):
+            pool.ask(Unsent(part), CALLS)
+        gone.set()
+        dask._client.workers = 2
+        assert pool.ask(square, CALLS) == [k * k for k in range(20)], "they are back"
+
+    def test_a_result_that_is_lost_is_waited_for(self, dask):
+        """Its worker ended before it was fetched: dask computes it again."""
+        client, gather = dask._client, dask._client.gather
+
+        async def losing(futures, asynchronous):
+            client.gather = gather
+            raise KeyError("lost")
+
+        client.gather = losing
+        assert Pool(dask).ask(square, CALLS) == [k * k for k in range(20)]
+        assert client.gather is gather
+
+    def test_what_cannot_be_sent(self, dask):
+        lock = Lock()
+        with pytest.raises(QueryError, match="cannot be sent to a worker"):
+            Pool(dask).ask(lambda k: (k, lock), CALLS)
+        with pytest.raises(QueryError, match="cannot be sent to a worker"):
+            Pool(dask).ask(square, [((lock,), {})])
+        with pytest.raises(QueryError, match="cannot be sent to a worker"):
+            Pool(dask).ask(returns_a_lock, CALLS)
+
+    def test_the_part_is_a_new_one_for_each_call(self, dask):
+        """As with processes: what it keeps is not seen by other calls, which other threads of a worker may run."""
+        assert Pool(dask).ask(Counting(), CALLS) == [1] * 20
+
+
+def itself(k):
+    return k
+
+
+class Unsent:
+    """A function that is the same object wherever it is called."""
+
+    functions: ClassVar[list] = []
+
+    def __init__(self, function):
+        self.functions.append(function)
+
+    def __call__(self, k):
+        return self.functions[-1](k)
+
+
+class Counting:
+    count = 0
+
+    def __call__(self, k):
+        self.count += 1
+        return self.count
+
+
+def returns_a_lock(k):
+    return Lock()

@@ -30,6 +30,7 @@ from time import monotonic, perf_counter, process_time
 from typing import Any
 
 from hzo.errors import InputError, QueryError, QueryTimeoutError
+from hzo.pools.dask_pool import DaskExecutor, on_dask
 
 CallArguments = tuple[tuple[Any, ...], Mapping[str, Any]]
 
@@ -90,16 +91,26 @@ def answers(f: Callable[..., Any], calls: list[CallArguments]) -> list[Answer]:
     return _by_value(f, calls)
 
 
+def _made_written() -> Callable[[bytes, list[bytes]], list[bytes]]:
+    def answers_written(part: bytes, calls: list[bytes]) -> list[bytes]:
+        found = []
+        for call in calls:
+            one = _by_value(pickle.loads(part), [pickle.loads(call)])[0]
+            found.append(pickle.dumps(one))
+            if one[1] is not None:
+                break
+        return found
+
+    return answers_written
+
+
+_written_by_value = _made_written()
+
+
 def answers_written(part: bytes, calls: list[bytes]) -> list[bytes]:
     """Run calls in a process of ``concurrent.futures``, to which PyTorch would not send tensors, but their place in
     memory, where both processes can write. The part is a new one for each."""
-    found = []
-    for call in calls:
-        one = _by_value(pickle.loads(part), [pickle.loads(call)])[0]
-        found.append(pickle.dumps(one))
-        if one[1] is not None:
-            break
-    return found
+    return _written_by_value(part, calls)
 
 
 def _made_twice() -> Callable[..., tuple[Any, Any]]:
@@ -119,7 +130,7 @@ def twice(f: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
     return _twice_by_value(f, *args, **kwargs)
 
 
-_SEND_CODE = {"distributed", "loky", "joblib", "hzo"}  # where such executors are from; hzo's is that on Ray
+_SEND_CODE = {"loky", "joblib", "hzo"}  # where such executors are from; hzo's are those on dask and on Ray
 
 
 class InWorker(Exception):  # noqa: N818  # the cause of an error, not one that is raised
@@ -135,7 +146,7 @@ class _Asked:
 
     f: Callable[..., Any]
     calls: Sequence[CallArguments]
-    run: Callable[..., Any] | None = None
+    run: Any = None  # what an executor is given to call, or where dask keeps it
     results: dict[int, Any] = field(default_factory=dict)
     tries: dict[int, int] = field(default_factory=dict)
     waiting: list[int] = field(default_factory=list)
@@ -150,17 +161,15 @@ class _Pace:
 
     busy = 0.25  # of this process's time that may go into messages before calls travel together
     longest = 1.0  # seconds that calls of one message may take: what is lost with a worker, and progress is seen
-    enough = 16  # messages to judge by
+    enough = 8  # messages to judge by: what a forward pass and its tests send is enough
+    many = 256  # messages after which older ones count half
 
     def __init__(self) -> None:
         self.workers: set[tuple[str, int, int]] = set()  # that have been seen
         self.call = self.message = 0.0  # seconds of a call in a worker, and of this process's processors for a message
         self.apart = False  # whether calls go one by one, come what may
         self._at = 0.0
-        self._forget()
-
-    def _forget(self) -> None:
-        self._sent, self._received, self._calls, self._seconds, self._spent = 0, 0, 0, 0.0, 0.0
+        self._sent = self._received = self._calls = self._seconds = self._spent = 0.0
 
     def begin(self) -> None:
         """Calls are about to be sent: what this process did until now was something else."""
@@ -183,7 +192,9 @@ class _Pace:
             self.call = max(self._seconds / self._calls, 1e-9)
             # What goes out and what comes back cost about the same, and they are not as many in so short a time.
             self.message = 2 * self._spent / (self._sent + self._received)
-            self._forget()
+        if self._received >= self.many:
+            self._sent, self._received, self._calls = self._sent / 2, self._received / 2, self._calls / 2
+            self._seconds, self._spent = self._seconds / 2, self._spent / 2
 
     def together(self, waiting: int, workers: int) -> int:
         """How many of the calls that wait go into the next message.
@@ -219,7 +230,7 @@ class Pool:
     ) -> None:
         self.make: Callable[[], Any] | None = None
         if hasattr(executor, "submit") and not isinstance(executor, type):
-            self._executor: Any = executor
+            self._executor: Any = on_dask(executor)
         elif callable(executor):
             self.make, self._executor = executor, None
         else:
@@ -289,40 +300,53 @@ class Pool:
         return type(self._executor).__module__.split(".")[0] in _SEND_CODE
 
     def _submit_waiting(self, asked: _Asked, done: SimpleQueue[Future[Any]], *, alone: bool) -> None:
-        while asked.waiting:
-            workers = getattr(self._executor, "_max_workers", 0)
-            ahead = _AHEAD if self._pace.call or alone else _AT_FIRST
-            if len(asked.running) >= max(ahead, 2 * workers):
-                return
+        workers = getattr(self._executor, "_max_workers", 0)
+        ahead = max(_AHEAD if self._pace.call or alone else _AT_FIRST, 2 * workers)
+        messages: list[tuple[int, ...]] = []
+        # dask takes many messages for little more than one: it is given some when half of them are done.
+        room = ahead - len(asked.running)
+        if isinstance(self._executor, DaskExecutor) and asked.running and room < ahead // 2:
+            return
+        while asked.waiting and len(messages) < room:
             count = 1 if alone or not self.elsewhere else self._pace.together(len(asked.waiting), workers)
             ks = [asked.waiting.pop()]
             # What was lost goes by itself: one of several may be what kills its worker.
             while len(ks) < count and not any(k in asked.tries for k in (ks[0], asked.waiting[-1])):
                 ks.append(asked.waiting.pop())
-            self._submit(asked, tuple(ks), done)
+            messages.append(tuple(ks))
+        self._submit(asked, messages, done)
 
-    def _submit(self, asked: _Asked, ks: tuple[int, ...], done: SimpleQueue[Future[Any]]) -> None:
-        while True:
+    def _submit(self, asked: _Asked, messages: Sequence[tuple[int, ...]], done: SimpleQueue[Future[Any]]) -> None:
+        left = list(messages)
+        while left:
+            now = left[:1]  # one by one: where one of them fails, those before it are under way
             try:
                 executor = self._working(asked)
-                assert asked.run is not None
-                written = isinstance(executor, ProcessPoolExecutor)
-                given = [_written(asked.calls[k]) if written else asked.calls[k] for k in ks]
-                future: Future[Any] = executor.submit(asked.run, given, **_options(executor))
-                break
+                on_dask = isinstance(executor, DaskExecutor)
+                now = left if on_dask else now
+                written = on_dask or isinstance(executor, ProcessPoolExecutor)
+                given = [
+                    [_written(asked.calls[k], code=on_dask) if written else asked.calls[k] for k in ks] for ks in now
+                ]
+                futures: list[Future[Any]] = (
+                    executor.submit_all(asked.run, given) if on_dask else [executor.submit(asked.run, given[0])]
+                )
             except (BrokenExecutor, CancelledError, OSError, RuntimeError) as error:  # RuntimeError: it was shut down
                 if isinstance(error, QueryError):
                     raise
-                self._lost(asked, ks, error, broken=True)
-        self._pace.sent()
-        asked.running[future] = ks
-        future.add_done_callback(done.put)
+                self._lost(asked, [k for ks in now for k in ks], error, broken=True)
+                continue
+            for ks, future in zip(now, futures, strict=True):
+                self._pace.sent()
+                asked.running[future] = ks
+                future.add_done_callback(done.put)
+            left = left[len(now) :]
 
     def _working(self, asked: _Asked) -> Any:
         if self._executor is None:
             assert self.make is not None
             try:
-                self._executor = self.make()
+                self._executor = on_dask(self.make())
             except Exception as error:
                 raise QueryError(
                     f"its executor could not be started ({_said(error)}); call the function given as executor= by "
@@ -331,6 +355,8 @@ class Pool:
         if asked.run is None:  # one object for all calls: executors keep what they have written down of it
             if isinstance(self._executor, ProcessPoolExecutor):
                 asked.run = partial(answers_written, _written(asked.f))
+            elif isinstance(self._executor, DaskExecutor):
+                asked.run = self._executor.kept(partial(_written_by_value, _written(asked.f, code=True)))
             else:
                 asked.run = partial(_by_value if self._sends_code() else answers, asked.f)
         return self._executor
@@ -345,6 +371,8 @@ class Pool:
             answered: list[Answer] = [pickle.loads(one) if isinstance(one, bytes) else one for one in found]
         except _NOT_SENT as trouble:
             raise _not_sent(trouble) from trouble
+        except QueryError:  # of the executor, which has given up
+            raise
         except (Exception, CancelledError) as trouble:
             if type(trouble).__name__ == "KilledWorker":  # dask has asked several workers itself, and gave up
                 raise QueryError(
@@ -367,7 +395,7 @@ class Pool:
             self._pace.apart = True
             asked.waiting.extend(reversed(ks[len(answered) :]))
 
-    def _lost(self, asked: _Asked, ks: tuple[int, ...], error: BaseException, *, broken: bool) -> None:
+    def _lost(self, asked: _Asked, ks: Sequence[int], error: BaseException, *, broken: bool) -> None:
         """Calls were lost: replace what is broken, or give up."""
         self.lost += len(ks)
         for k in ks:
@@ -387,7 +415,7 @@ class Pool:
             ) from error
         if self._executor is not None and not _works(self._executor):
             _shut_down(self._executor)
-            self._executor = None
+            self._executor = asked.run = None
 
     # -- time ---
 
@@ -414,7 +442,7 @@ class Pool:
             for future, ks in list(asked.running.items()):
                 if now - asked.began.get(future, now if self._tells else asked.heard) > limit and copies.count(ks) == 1:
                     self.hedged += 1
-                    self._submit(asked, ks, done)
+                    self._submit(asked, [ks], done)
 
     def close(self) -> None:
         """Shut down what was made here; an executor that was given is its owner's."""
@@ -438,15 +466,12 @@ def _arrived(done: SimpleQueue[Future[Any]], tick: float | None) -> Iterator[Fut
             yield done.get_nowait()
 
 
-def _options(executor: Any) -> dict[str, Any]:
-    """Options of a submission. dask takes functions to be pure: it would write down and hash the part and its arguments
-    for each call, and give two equal questions one answer."""
-    return {"pure": False} if type(executor).__module__.startswith("distributed.") else {}
-
-
-def _written(what: Any) -> bytes:
+def _written(what: Any, *, code: bool = False) -> bytes:
+    """Args: code: the worker is not a copy of this process: what a script or a notebook defines is sent as code."""
     try:
-        return pickle.dumps(what)
+        plain = pickle.dumps(what)
+        if not code or b"__main__" not in plain:
+            return plain
     except Exception as error:  # of whatever kind, as an object's own __reduce__ raises it
         if importlib.util.find_spec("cloudpickle") is None:
             raise _not_sent(error) from error
