@@ -26,6 +26,7 @@ from hzo_lab.training import train as train_to_the_end
 OUT: dict[Scale, Path] = {
     "smoke": Path("runs/reproduction-smoke"),  # a quick look does not replace results of record
     "cpu": Path("results/reproduction"),
+    "long": Path("results/reproduction/long"),
     "gpu": Path("results/reproduction"),
 }
 COLORS = {"holds": "green", "holds in part": "yellow", "does not hold": "red"}
@@ -40,14 +41,19 @@ def reproduce_command(
             autocompletion=among((*registry.names(), "all", "list")),
         ),
     ] = "list",
-    scale: Annotated[str, typer.Option(help=f"{one_of(SCALES)}: seconds; up to hours on two cores; a GPU.")] = "smoke",
+    scale: Annotated[
+        str, typer.Option(help=f"{one_of(SCALES)}: seconds; hours on two cores; a night on two cores; a GPU.")
+    ] = "smoke",
     data_dir: Annotated[
         Path | None,
         typer.Option(help="Folder that holds cifar-10-batches-py and a tree train/, val/ of ten ImageNet classes."),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Where records, and runs in training, go. Default: results/reproduction; smoke: in runs/."),
+        typer.Option(
+            help="Where records, and runs in training, go. Default: results/reproduction; long: its folder long; "
+            "smoke: in runs/."
+        ),
     ] = None,
     seeds: Annotated[str | None, typer.Option(help="Whole numbers, with commas between. Default: each's own.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads of the CPU.")] = 1,

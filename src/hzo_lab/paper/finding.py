@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from hzo_lab.training import Result, Run
 from hzo_lab.training import train as train_to_the_end
 
-Scale = Literal["smoke", "cpu", "gpu"]
-SCALES: tuple[Scale, ...] = ("smoke", "cpu", "gpu")
+Scale = Literal["smoke", "cpu", "long", "gpu"]
+SCALES: tuple[Scale, ...] = ("smoke", "cpu", "long", "gpu")
 Verdict = Literal["holds", "holds in part", "does not hold"]
 Row = dict[str, Any]
 
@@ -25,7 +25,8 @@ class Setting:
     """How large, on what, and where.
 
     Attributes:
-        scale: "smoke" (seconds), "cpu" (two cores, up to hours) or "gpu".
+        scale: "smoke" (seconds), "cpu" (two cores, up to hours), "long" (two cores, trainings of a night, the rest
+            as "cpu") or "gpu".
         data_dir: the folder that holds CIFAR-10 and the ImageNet classes; None: what needs none.
         out: where records go; run directories lie in ``out/runs``.
         chosen: seeds asked for; None leaves them to the claim.
