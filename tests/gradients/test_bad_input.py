@@ -256,6 +256,8 @@ def test_step_lost_in_rounding(unit):
 
 def test_step_in_which_all_values_are_lost(unit):
     unit.refuses(StepError, r"a step of 1e\+30 leaves nothing of values of up to", assume="nothing", step=1e30)
+    lost = r"a smoothing width mu of 1e\+30 leaves nothing .* or None, which takes none"
+    unit.refuses(StepError, lost, assume="nothing", mu=1e30, draws=2)
     with pytest.raises(StepError, match="leaves nothing of values"):
         hzo.estimate_vjp(torch.sin, unit.x, torch.ones_like(unit.x), step=1e20)
     # Beside zeros alone no step is too large: it says what the scale is.

@@ -104,14 +104,15 @@ def check_step(step: float | None) -> float | None:
     return None if step is None else positive("step", step, "step=None chooses one from dtype and scale")
 
 
-def check_values_survive(tensor: Tensor, step: float, where: str) -> None:
-    """Raise StepError where a step is so large that rounding leaves nothing of any value that it is added to."""
+def check_values_survive(tensor: Tensor, step: float, where: str, what: str = "step") -> None:
+    """Raise StepError where a step, or what else is added, is so large that rounding leaves nothing of any value that it
+    is added to."""
     largest = float(tensor.masked_fill(immovable(tensor), 0).abs().max()) if tensor.numel() else 0.0
     numbers = torch.finfo(tensor.dtype)
     if step < numbers.max and 0 < largest < step * numbers.eps / 4:
         raise StepError(
-            f"a step of {step:.3g} leaves nothing of values of up to {largest:.3g} of {where} in {tensor.dtype}; give "
-            "a smaller one, or None, which chooses one"
+            f"a {what} of {step:.3g} leaves nothing of values of up to {largest:.3g} of {where} in {tensor.dtype}; "
+            f"give a smaller one, or None, which {'chooses one' if what == 'step' else 'takes none'}"
         )
 
 

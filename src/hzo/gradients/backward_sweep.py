@@ -15,6 +15,7 @@ from hzo.finite_differences import (
     Probe,
     RunCopies,
     accumulation_dtype,
+    check_values_survive,
     directions_per_chunk,
     narrowest,
     over_signs,
@@ -197,7 +198,9 @@ def _by_differences(
     values, outputs = graph.values, list(at_source)
     value = values[node.value]
     rows = value.rows(activations.tensor(node.value), batch).repeat(repeats, 1)
+    where = f"the activation at {graph.describe(node.target)}"
     if state.plan.mu is not None:
+        check_values_survive(rows, state.plan.mu, where, "smoothing width mu")
         rows = _smoothing(state.plan.mu, rows, _seed(state, node, start))
 
     def run(perturbed: Tensor, copies: int) -> list[Tensor]:
@@ -210,7 +213,6 @@ def _by_differences(
         probe = replace(probe, coloring=probe.coloring.for_outputs([node.outputs.index(v) for v in outputs]), draws=1)
     cotangents = [values[v].rows(at_source[v], batch).repeat(repeats, 1) for v in outputs]
     base = None if base is None else [t.repeat(repeats, 1) for t in base]
-    where = f"the activation at {graph.describe(node.target)}"
     precision = narrowest(
         [value.dtype, *(values[v].dtype for k in node.operations for v in graph.operations[k].writes)]
     )
