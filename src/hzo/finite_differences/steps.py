@@ -105,8 +105,8 @@ def check_step(step: float | None) -> float | None:
 
 
 def check_values_survive(tensor: Tensor, step: float, where: str, what: str = "step") -> None:
-    """Raise StepError where a step, or what else is added, is so large that rounding leaves nothing of any value that it
-    is added to."""
+    """Raise StepError where a step, or what else is added, is so large that rounding leaves nothing of any value that
+    it is added to."""
     largest = float(tensor.masked_fill(immovable(tensor), 0).abs().max()) if tensor.numel() else 0.0
     numbers = torch.finfo(tensor.dtype)
     if step < numbers.max and 0 < largest < step * numbers.eps / 4:
