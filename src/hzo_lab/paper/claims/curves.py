@@ -191,8 +191,11 @@ def plot(runs: Runs) -> Figure:
     grid = figure.subplots(len(shown), 4, squeeze=False)
     for panels, (arm, by_method) in zip(grid, shown.items(), strict=True):
         draw(panels, arm, by_method)
-    handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    named: dict[str, Any] = {}  # an arm may lack a method
+    for panels in grid:
+        handles, labels = panels[0].get_legend_handles_labels()
+        named |= dict(zip(labels, handles, strict=True))
+    figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=2)
     return figure
 
 
