@@ -472,3 +472,76 @@ class TestTwoBoxesOfOneState:
         scale.detach_state()
         (found,) = torch.autograd.grad(scale(2 * x).sum(), x)
         assert torch.allclose(found, -2 * x * torch.sin(2 * x * x), rtol=TOLERANCE)
+
+
+PLANT = {"v": 0.0}
+level = 0.0
+
+
+def push_global(x):
+    global level  # noqa: PLW0603
+    level = level + x
+    return torch.sin(level)
+
+
+def scale_global(x):
+    global level  # noqa: PLW0603
+    level = level * x
+    return torch.cos(level)
+
+
+def reset_global():
+    global level  # noqa: PLW0603
+    level = torch.zeros(5, 4, dtype=torch.float64)
+
+
+def push_dict(x):
+    PLANT["v"] = PLANT["v"] + x
+    return torch.sin(PLANT["v"])
+
+
+def scale_dict(x):
+    PLANT["v"] = PLANT["v"] * x
+    return torch.cos(PLANT["v"])
+
+
+def reset_dict():
+    PLANT["v"] = torch.zeros(5, 4, dtype=torch.float64)
+
+
+def closed_over():
+    v = torch.zeros(5, 4, dtype=torch.float64)
+
+    def push(x):
+        nonlocal v
+        v = v + x
+        return torch.sin(v)
+
+    def scale(x):
+        nonlocal v
+        v = v * x
+        return torch.cos(v)
+
+    def reset():
+        nonlocal v
+        v = torch.zeros(5, 4, dtype=torch.float64)
+
+    return push, scale, reset
+
+
+VARIABLES = {
+    "a global variable": lambda: (push_global, scale_global, reset_global),
+    "a global dict": lambda: (push_dict, scale_dict, reset_dict),
+    "a variable that both close over": closed_over,
+}
+
+
+@pytest.mark.parametrize("name", VARIABLES)
+def test_two_boxes_of_one_variable(name):
+    push, scale, reset = VARIABLES[name]()
+    x, total = normal(5, 4).requires_grad_(), TestTwoBoxesOfOneState.total
+    reset()
+    (reference,) = torch.autograd.grad(total(push, scale, x), x)
+    reset()
+    (found,) = torch.autograd.grad(total(hzo.blackbox(push), hzo.blackbox(scale), x), x)
+    assert float((found - reference).norm()) <= TOLERANCE * float(reference.norm())

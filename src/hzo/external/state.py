@@ -318,7 +318,9 @@ class FoundState:
                         names.add(name)
                     elif name not in _OF_TORCH and _holds(value):
                         shared.update([place] if place is not None else [])
-                        slots[(id(owner), k, name)] = _slot(space, name, value)
+                        # A variable is the same whichever function, and whichever box, looks at it.
+                        key = (id(owner), k, name) if place is None else (("variable", place), 0, name)
+                        slots[key] = _slot(space, name, value)
                         names.add(name)
                 spaces.append((space, frozenset(names)))
         return Saved(slots, tuple(spaces))
