@@ -66,6 +66,23 @@ class TestFirstDerivatives:
         close(vjp(hzo.blackbox(f, **options), x)[1](g)[0], vjp(f, x)[1](g)[0])
 
 
+@pytest.mark.parametrize("options", [{}, {"step": 1e-5}, {"batched": False}])
+def test_vectorized_jacobians(options):
+    """Autograd's own vectorization, in either direction, knows no rule of a Function's."""
+    f = torch.nn.Sequential(nn.Linear(3, 2), nn.Tanh()).double().requires_grad_(False)
+    box, x = hzo.blackbox(f, **options), normal(4, 3)
+    exact = torch.autograd.functional.jacobian(f, x)
+    for strategy in ("reverse-mode", "forward-mode"):
+        close(torch.autograd.functional.jacobian(box, x, vectorize=True, strategy=strategy), exact)
+    several = hzo.blackbox(lambda a, b: (f(a) * b, a.sum(1)), **options)
+    both = (x, normal(4, 2))
+    exact = torch.autograd.functional.jacobian(lambda a, b: (f(a) * b, a.sum(1)), both)
+    found = torch.autograd.functional.jacobian(several, both, vectorize=True, strategy="forward-mode")
+    for of_output, exactly in zip(found, exact, strict=True):
+        for one, other in zip(of_output, exactly, strict=True):
+            close(one, other) if other.any() else close(one + 1, other + 1)
+
+
 def test_several_cotangents_cost_as_much_as_one():
     box, x = hzo.blackbox(physics), normal(5, 4)
     with hzo.count_queries() as count:

@@ -91,10 +91,17 @@ class _Part(torch.autograd.Function):
         call, leaves = ctx.call, ctx.saved_tensors
         wanted = tuple(k for k, t in enumerate(tangents) if t is not None)
         spec = _Spec(call, len(leaves), wanted, ())
-        found: tuple[Tensor | None, ...] = _Jvp.apply(  # type: ignore[no-untyped-call]
-            spec, *_once(call, leaves), *(tangents[k] for k in wanted)
+        point, vectors = _once(call, leaves), [tangents[k] for k in wanted]
+        level = _engine_batch(vectors)  # type: ignore[arg-type]
+        found: tuple[Tensor | None, ...]
+        if level is None:
+            found = _Jvp.apply(spec, *point, *vectors)  # type: ignore[no-untyped-call]
+            return found
+        unbatched = _without_level(vectors, level)  # type: ignore[arg-type]
+        found = _Jvp.apply(  # type: ignore[no-untyped-call]
+            replace(spec, many=len(unbatched[0])), *point, *unbatched
         )
-        return found
+        return tuple(None if t is None else torch._add_batch_dim(t, 0, level) for t in found)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], call: BoxCall, *leaves: Tensor) -> tuple[tuple[Tensor, ...], Any]:
