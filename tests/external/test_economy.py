@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import hzo
+from hzo.external.guard import Guarded
 from support.boxes import TOLERANCE
 from support.oracles import normal
 
@@ -187,8 +189,8 @@ class Whole(nn.Module):
         super().__init__()
         self.f = f
 
-    def forward(self, x):
-        return self.f(x)
+    def forward(self, *args):
+        return self.f(*args)
 
 
 def test_a_plan_of_a_chain_leaves_no_trace():
@@ -203,3 +205,77 @@ def test_a_plan_of_a_chain_leaves_no_trace():
     part = Neuron()
     hzo.blackbox([part, torch.tanh], promises="inferred").plan_for(normal(3, 2))
     assert part.calls == 0.0
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(4).double())
+
+    def forward(self, x):
+        return (x * self.w).sin(), (x * self.w).sum()
+
+
+class Counter:
+    """A state beside a result for each sample."""
+
+    def __init__(self):
+        self.s = torch.zeros(3, 4).double()
+
+    def __call__(self, x):
+        self.s = 0.5 * self.s + x
+        return self.s.sin()
+
+
+X, T, C = normal(3, 4), normal(4), torch.complex(normal(3, 4), normal(3, 4))
+# A part (or what makes one), its options and its arguments.
+SIGNATURES = {
+    "one for each sample": (torch.sin, {}, (X,)),
+    "and one for all": (lambda x: (x.sin(), x.sum()), {}, (X,)),
+    "and one for all that does not depend on it": (lambda x: (x.sin(), torch.ones(()).double()), {}, (X,)),
+    "only one for all": (lambda x: x.sin().sum(), {}, (X,)),
+    "one for all, elementwise beside it": (lambda x: x.sin() + 0 * x, {"elementwise": True}, (X,)),
+    "and a whole number": (lambda x: (x.sin(), (x > 0).long()), {}, (X,)),
+    "and an index": (lambda x: (x.sin(), x.argmax()), {"integers": "kept"}, (X,)),
+    "an index for each sample": (lambda x: (x.sin(), x.argmax(1)), {"integers": "kept"}, (X,)),
+    "a shared tensor": (lambda x, t: (x * t).sin(), {}, (X, T)),
+    "a shared tensor, and one for all": (lambda x, t: ((x * t).sin(), t.square().sum()), {}, (X, T)),
+    "a dict of both": (lambda x: {"y": x.sin(), "norm": x.norm()}, {}, (X,)),
+    "no batch": (lambda t: t.sin().sum(), {"batch_dim": None}, (T,)),
+    "complex": (lambda z: z * z, {}, (C,)),
+    "complex, and one for all": (lambda z: (z * z, z.abs().square().sum()), {}, (C,)),
+    "parameters": (Scaled, {}, (X,)),
+    "forward": (lambda x: (x.sin(), x.sum()), {"scheme": "forward"}, (X,)),
+    "smoothed": (lambda x: (x.sin(), x.sum()), {"mu": 0.1, "draws": 3}, (X,)),
+    "one batch at a time": (lambda x: (x.sin(), x.sum()), {"batched": False}, (X,)),
+    "two samples at a time": (torch.sin, {"batched": 2}, (X,)),
+    "local, and one for all": (lambda x: (x.sin(), x.sum()), {"promises": hzo.Local(1, 0, 0)}, (X,)),
+    "a state": (Counter, {}, (X,)),
+    "bounds": (lambda x: (x.sin(), x.sum()), {"bounds": (-5, 5)}, (X,)),
+    "kept": (lambda x: (x.sin(), x.sum()), {"on_failure": "zero"}, (X,)),
+}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_plans_count_what_is_asked(name, monkeypatch):
+    part, options, given = SIGNATURES[name]
+    box, calls, ask = hzo.blackbox(part() if isinstance(part, type) else part, **options), [], Guarded._one
+
+    def counted(self, *arguments):
+        calls.append(self)
+        return ask(self, *arguments)
+
+    monkeypatch.setattr(Guarded, "_one", counted)
+
+    def step():
+        out = box(*(t.clone().requires_grad_() for t in given))
+        outputs = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.requires_grad]
+        box.detach_state()
+        calls.clear()
+        with hzo.count_queries() as count:
+            torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
+        return count.queries, len(calls)
+
+    step()
+    plan = box.plan_for(*given)
+    assert step() == (plan.queries, plan.calls)

@@ -223,6 +223,40 @@ class TestDoubt:
             found = gradient(hzo.blackbox(torch.round), normal(16, 4))
         assert not found.any()
 
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    @pytest.mark.parametrize("f", [lambda z: (1e9 * z).sin(), lambda z: (1e9 * z).tanh(), torch.sign])
+    @pytest.mark.parametrize("x", [torch.zeros(8, 3), torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0]])])
+    def test_zeros_have_no_unit(self, f, x, dtype):
+        """An odd function: second differences at zero are zero, too, and what is wrong shows in shorter steps."""
+        with pytest.warns(
+            InaccurateGradientWarning, match=r"\d elements that are zero, which says nothing of their unit"
+        ):
+            gradient(hzo.blackbox(lambda z: f(z[:, 1:])), x.to(dtype))
+        with pytest.raises(StepError, match=r"Say how far to step: step= .*max_error=0\.05 does not allow it"):
+            gradient(hzo.blackbox(lambda z: f(z[:, 1:]), max_error=0.05), x.to(dtype))
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    def test_zeros_of_smooth_parts_are_not_doubted(self, dtype):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for f in (torch.sin, torch.exp, lambda z: 1e3 + z, lambda z: (z + 1).square(), lambda z: z**3 + z):
+                box, x = hzo.blackbox(f), torch.zeros(4, 3, dtype=dtype)
+                with hzo.count_queries() as first:
+                    gradient(hzo.blackbox(f), torch.ones_like(x))
+                counts = []
+                for _ in range(2):
+                    with hzo.count_queries() as count:
+                        gradient(box, x)
+                    counts.append(count.check_evaluations)
+                assert counts == [first.check_evaluations + 4 * len(x), 0]
+
+    def test_a_step_is_the_users(self):
+        x = torch.zeros(4, 3, dtype=torch.float64)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = gradient(hzo.blackbox(lambda z: (1e9 * z).sin(), step=1e-14), x)
+        assert error(found, torch.full_like(x, 1e9)) <= 1e-5
+
     def test_is_said_once(self):
         box, x = hzo.blackbox(lambda z: z.half().sin().double()), normal(16, 4)
         with pytest.warns(InaccurateGradientWarning):

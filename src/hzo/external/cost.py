@@ -11,7 +11,9 @@ from torch import Tensor
 
 from hzo.execution import counting
 from hzo.external.call import BoxCall, divided
+from hzo.external.products import settings_of, that_move
 from hzo.external.promises import evaluations_of_test
+from hzo.external.queries import BoxSweep
 from hzo.external.sites import Site, SiteMethod, method_of, site_of
 from hzo.plans import Plan
 
@@ -104,7 +106,11 @@ class ChainPlan:
 
 
 def plan_of_call(call: BoxCall, leaves: Sequence[Tensor], wanted: Sequence[bool]) -> BoxPlan:
-    """Run the part once, as a check, and say what its backward pass would ask for the leaves that are wanted."""
+    """Run the part once, as a check, and say what its backward pass would ask for the leaves that are wanted.
+
+    All that comes out and can carry a cotangent has one. Runs the part once more where something comes out that belongs
+    to the batch as a whole, as the backward pass does, to see whether it depends on the arguments at all.
+    """
     guard = call.guard
     now = guard.state.save()
     with counting.as_checks():
@@ -114,17 +120,22 @@ def plan_of_call(call: BoxCall, leaves: Sequence[Tensor], wanted: Sequence[bool]
             call.evaluate(leaves)
         seconds = perf_counter() - began
     guard.state.load(now, counters=False)
-    outputs = list(range(len(call.base)))
-    if any(call.layout.outputs):
-        outputs = [o for o in outputs if call.layout.outputs[o]]
+    outputs = [o for o in range(len(call.result_positions)) if call.made[o].is_floating_point or call.complex[o]]
     fixed = guard.batched if type(guard.batched) is int else call.layout.batch
     once = -(-call.layout.batch // fixed) * _pieces(call, 1)
-    sites, calls, tests = [], 0, 1  # that it repeats
+    moving, tests = outputs, 0 if guard.noisy else 1  # that it repeats
+    if call.layout.batched and not all(call.layout.outputs[o] for o in outputs):
+        sweep = BoxSweep(call, leaves, outputs)
+        with counting.as_checks(), call.queries(leaves):
+            moving = that_move(call, sweep, *settings_of(call, leaves))
+        tests += 1
+    sites, calls = [], 0
     for k, flag in enumerate(wanted):
-        if not flag:
+        read = moving if k < call.count else outputs
+        if not flag or not leaves[k].numel() or not read:
             continue
-        site = site_of(call, leaves, k, outputs)
-        method = method_of(call, site, outputs, call.sample_shapes(outputs, site.apart))
+        site = site_of(call, leaves, k, read)
+        method = method_of(call, site, read, call.sample_shapes(read, site.apart))
         draws = call.settings.draws if call.settings.mu is not None else 1
         sites.append(
             SitePlan(call.names[k], site.elements, _words(method), method.directions * draws, method.queries * draws)

@@ -62,10 +62,10 @@ def box_vjp(
             call.check_repeats(leaves)
         remembered = {k: _that_read(call, sweep, k) for k in counted if k >= call.count + len(call.parameters)}
         counted = [k for k in counted if remembered.get(k, True)]
-        steps, bounds = _settings_of(call, leaves)
+        steps, bounds = settings_of(call, leaves)
         _measure(call, sweep, counted, steps, bounds)
         found: list[list[Tensor | None]] = [[None for _ in leaves] for _ in many]
-        moving = _that_move(call, sweep, steps, bounds) if any(not sweep._apart(o) for o in outputs) else outputs
+        moving = that_move(call, sweep, steps, bounds) if any(not sweep._apart(o) for o in outputs) else outputs
         for k in counted:
             sweep.outputs = remembered.get(k, moving if k < call.count else outputs)
             if not sweep.outputs:
@@ -84,7 +84,7 @@ def _moves(g: Tensor | None) -> bool:
     return g is not None and bool(g.any())
 
 
-def _settings_of(call: BoxCall, leaves: Sequence[Tensor]) -> tuple[list[Any], list[tuple[Any, Any]]]:
+def settings_of(call: BoxCall, leaves: Sequence[Tensor]) -> tuple[list[Any], list[tuple[Any, Any]]]:
     """Steps and bounds of the leaves; those of parameters and of state are found, unless one step is for all."""
     count = call.count
     shapes = [
@@ -212,6 +212,8 @@ def _vjp_at(
     places = _far(sweep, site, rows, bounds) if method.alike else sweep.stencil(site, rows, step, bounds)
     cautious = None
     own = step is None and sweep.call.settings.mu is None and not method.alike
+    if own:
+        _check_unit(sweep, site, rows, places)
     if own and method.how in ("coordinate", "elementwise"):
         coarse = coarse_steps(rows, sweep.call.settings.scheme, sweep.precision(site))
         cautious = (places.upper - places.lower).abs() * 2 < coarse.to(rows.dtype)
@@ -231,6 +233,53 @@ def _vjp_at(
     ranges = None if method.how == "elementwise" else _ranges(still.any(0))
     longer, _ = _weighted(sweep, site, method, rows, cotangents, again, moved_base, ranges=ranges)
     return [torch.where(still, b, a) for a, b in zip(found, longer, strict=True)]
+
+
+_SHORTER = 8.0  # than the step of queries
+
+
+def _check_unit(sweep: BoxSweep, site: Site, rows: Tensor, places: Stencil) -> None:
+    """Zeros say nothing of the unit in which an element is counted: do they stand where the part moves by their step?
+
+    All elements that are zero in every sample go up and down by their steps, then by an eighth of these. Of a part that
+    is smooth on the scale of a step differences shrink as steps do; where they shrink less, the slope is that of a
+    place far away. Tried the first time that an input has such elements; costs four evaluations, as checks.
+
+    Raises:
+        StepError: the error exceeds ``max_error``; else it is warned of.
+    """
+    call = sweep.call
+    key = ("unit", call.names[site.index], site.shape)
+    p, q = places.upper - rows, rows - places.lower
+    zero = ((rows == 0) & ((p - q).abs() <= 1e-3 * p.abs())).all(0)  # beside a bound there is one side only
+    if not bool(zero.any()) or key in call.known or sweep.call.settings.scheme == "forward":
+        return
+    call.known[key] = True
+    sign = torch.randint(0, 2, rows.shape, generator=torch.Generator().manual_seed(site.index)) * 2 - 1
+    moved = torch.where(zero, p * sign.to(p), torch.zeros_like(p))
+
+    def gap(share: float) -> list[Tensor]:
+        above, below = (sweep.run(site, (rows + way * share * moved).unsqueeze(0)) for way in (1, -1))
+        return [a[0].double() - b[0].double() for a, b in zip(above, below, strict=True)]
+
+    with counting.as_checks(), counting.doing(f"the test whether a step suits the zeros of {site.name}"):
+        long, short = gap(1), gap(1 / _SHORTER)
+    rounding = sum(
+        float((8 * torch.finfo(b.dtype).eps * b.double().nan_to_num(0, 0, 0)).square().sum()) for b in sweep.base(site)
+    )
+    one, two = (sum(float(t.square().sum()) for t in parts) ** 0.5 for parts in (long, short))
+    error = 1 - one / (_SHORTER * (two - rounding**0.5)) if two > rounding**0.5 else 0.0
+    limit = call.settings.max_error
+    if error <= (SUSPECT if limit is None else limit):
+        return
+    text = (
+        f"the gradient of {call.guard} is inaccurate: {site.name} has {int(zero.sum())} elements that are zero, which "
+        f"says nothing of their unit, and within the steps of {float(p[:, zero].max()):.3g} that were taken the "
+        f"derivative changes by about {error:.0%}. Say how far to step: step= (a number, or one for each element)"
+    )
+    if limit is not None:
+        raise StepError(f"{text}; max_error={limit:g} does not allow it")
+    warnings.warn(text, InaccurateGradientWarning, stacklevel=2)
 
 
 def _ranges(chosen: Tensor) -> list[tuple[int, int]]:
@@ -410,7 +459,7 @@ def _that_read(call: BoxCall, sweep: BoxSweep, k: int) -> list[int]:
     return [] if all(same) else [o for o in sweep.outputs if sweep._apart(o) or not same[o]]
 
 
-def _that_move(call: BoxCall, sweep: BoxSweep, steps: Sequence[Any], bounds: Sequence[tuple[Any, Any]]) -> list[int]:
+def that_move(call: BoxCall, sweep: BoxSweep, steps: Sequence[Any], bounds: Sequence[tuple[Any, Any]]) -> list[int]:
     """Outputs without those that belong to all samples and do not depend on the arguments: a clock, a counter of steps.
 
     Else every element of every sample would have to be moved by itself to learn that nothing comes of it.
@@ -501,7 +550,7 @@ def jvp(call: BoxCall, leaves: Sequence[Tensor], many: Sequence[Sequence[Tensor 
     outputs = list(range(len(call.base)))
     sweep = BoxSweep(call, leaves, outputs)
     found = []
-    steps, bounds = _settings_of(call, leaves)
+    steps, bounds = settings_of(call, leaves)
     with call.queries(leaves):
         if not call.guard.noisy:
             call.check_repeats(leaves)
