@@ -34,10 +34,10 @@ def bent(z):
 
 # promises: a part that keeps them, one that does not, evaluations of a batch that the test costs, the input.
 CASES = {
-    "elementwise": (torch.tanh, lambda z: z + 1e-2 * z.roll(1, 1), 1, normal(6, 8)),
-    "elementwise of complex numbers": (torch.exp, lambda z: z * z.roll(1, 1), 1, torch.complex(*normal(2, 6, 8))),
-    "local": (lambda z: torch.tanh(z + shifted(z, 1)), lambda z: torch.tanh(z + z.roll(3, 1)), 1, normal(6, 8)),
-    "tokens": (lambda z: torch.tanh(z @ W), lambda z: torch.softmax(z, 1), 1, normal(6, 3, 4)),
+    "elementwise": (torch.tanh, lambda z: z + 1e-2 * z.roll(1, 1), 2, normal(6, 8)),
+    "elementwise of complex numbers": (torch.exp, lambda z: z * z.roll(1, 1), 2, torch.complex(*normal(2, 6, 8))),
+    "local": (lambda z: torch.tanh(z + shifted(z, 1)), lambda z: torch.tanh(z + z.roll(3, 1)), 2, normal(6, 8)),
+    "tokens": (lambda z: torch.tanh(z @ W), lambda z: torch.softmax(z, 1), 2, normal(6, 3, 4)),
     "affine": (lambda z: z @ A.T + 1, lambda z: (z @ A.T).relu(), 1, normal(6, 8)),
     "affine, one sample": (lambda z: z @ A.T + 1, lambda z: z.square() @ A.T, 2, normal(1, 8)),
     "affine, another one for each sample": (lambda z: z @ A.T, lambda z: z * z.mean(1, keepdim=True), 1, normal(6, 8)),
@@ -92,6 +92,151 @@ def test_a_promise_is_tried_once():
             box(x).sum().backward()
         counts.append(count.check_evaluations)
     assert counts[0] > counts[1] == 0
+
+
+WEAK = {  # what a part adds to a local one, a hundredth of it
+    "mean": lambda z: z.mean(1, keepdim=True),
+    "sum": lambda z: z.sum(1, keepdim=True),
+    "from the other side": lambda z: z.roll(32, 1),
+    "what ran before": lambda z: z.cumsum(1),
+    "from the first half": lambda z: torch.cat([torch.zeros_like(z[:, :32]), z[:, :32]], 1),
+}
+
+
+class TestWeakAndFar:
+    """A promise of locality, and a weak dependence on what is far away."""
+
+    @pytest.mark.parametrize("name", WEAK)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("batch", [1, 8])
+    def test_is_found(self, name, dtype, batch):
+        x = normal(batch, 64).to(dtype).requires_grad_()
+        box = hzo.blackbox(lambda z: torch.sin(z) + 1e-2 * WEAK[name](z), promises=hzo.Local(1, -1, 1))
+        with pytest.raises(StructureError, match=r"promised to be local .* changed by"):
+            box(x).sum().backward()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_one_pair_of_elements_in_a_batch(self, dtype):
+        x = normal(32, 64).to(dtype).requires_grad_()
+        box = hzo.blackbox(lambda z: torch.sin(z) + 1e-2 * F.pad(z[:, :1], (63, 0)), promises=hzo.Local(1, -1, 1))
+        with pytest.raises(StructureError, match="promised to be local"):
+            box(x).sum().backward()
+
+    def test_a_part_that_runs_nowhere_else_is_not_asked_to(self):
+        """Values of other samples may be none that the part takes beside its own."""
+
+        def part(z):
+            if float((z[:, 1:] - z[:, :-1]).abs().max()) > 0.5:
+                raise ValueError("not continuous")
+            return torch.sin(z)
+
+        x = (torch.linspace(0, 1, 64, dtype=torch.float64) + torch.arange(4.0)[:, None]).requires_grad_()
+        hzo.blackbox(part, promises=hzo.Local(1, -1, 1))(x).sum().backward()
+        assert torch.allclose(x.grad, x.cos(), rtol=TOLERANCE)
+
+
+class Part(torch.nn.Module):
+    """A function, with noise of a thousandth or none."""
+
+    def __init__(self, f, noise=0.0):
+        super().__init__()
+        self.f, self.noise = f, noise
+
+    def forward(self, z):
+        out = self.f(z)
+        return out + self.noise * torch.randn_like(out) if self.noise else out
+
+
+KINDS = [name for name in CASES if "complex" not in name and "padded" not in name]
+
+
+class TestPlannedAsAWhole:
+    """Promises of the parts of a list, and of a noisy part."""
+
+    def step(self, box, x):
+        z = x.clone().requires_grad_()
+        with hzo.count_queries() as count:
+            box(z).square().sum().backward()
+        return z.grad, count.check_evaluations
+
+    @pytest.mark.parametrize("name", KINDS)
+    def test_of_a_part_of_a_list(self, name):
+        kept, broken, _, x = CASES[name]
+        box = hzo.blackbox([hzo.declare(Part(kept), promises(name)), torch.sin])
+        found = self.step(box, x)[0]
+        assert torch.allclose(found, self.step(lambda z: kept(z).sin(), x)[0], rtol=1e-4, atol=1e-5)
+        assert self.step(box, x)[1] <= 5 * len(x)  # what rules measure; promises were tried before
+        with pytest.raises(StructureError, match=r"black box Part was promised to be .* and is not: .*check_promises="):
+            self.step(hzo.blackbox([hzo.declare(Part(broken), promises(name)), torch.sin]), x)
+        trusting = hzo.blackbox([hzo.declare(Part(broken), promises(name)), torch.sin], check_promises=False)
+        if name == "reindexing":  # there are no such places
+            with pytest.raises(
+                StructureError, match="promised to be reindexing, and is not: given the numbers of places"
+            ):
+                self.step(trusting, x)
+        else:
+            self.step(trusting, x)
+
+    @pytest.mark.parametrize("name", ["elementwise", "affine"])
+    def test_of_a_noisy_part(self, name):
+        kept, broken, _, x = CASES[name]
+        options = {"noise": hzo.Noise(process=1e-3), "target_cosine": 0.9, "promises": promises(name), "step": 0.3}
+        for seed in range(20):
+            torch.manual_seed(seed)
+            self.step(hzo.blackbox(Part(kept, 1e-3), **options), x)
+        with pytest.raises(StructureError, match=r"black box Part was promised to be .* and is not"):
+            self.step(hzo.blackbox(Part(broken, 1e-3), **options), x)
+
+    @pytest.mark.parametrize("name", ["local", "tokens"])
+    def test_no_plan_relies_on_locality_of_a_noisy_part(self, name):
+        _, broken, _, x = CASES[name]
+        box = hzo.blackbox(Part(broken, 1e-3), noise=hzo.Noise(process=1e-3), promises=promises(name), step=0.1)
+        found, exact = self.step(box, x)[0], self.step(broken, x)[0]
+        assert F.cosine_similarity(found.flatten(), exact.flatten(), 0) > 0.95
+
+    def test_what_was_inferred_is_tried_every_time(self):
+        def part(z):
+            return torch.tanh(z) + (0.01 * z.roll(1, 1) if float(z[:, 0].min()) > 50 else 0)
+
+        box, x = hzo.blackbox([part, torch.sin], promises="inferred"), TestInferredAtTheFirstInput.X.clone()
+        self.step(box, x)
+        assert self.step(box, x)[1] >= len(x)
+        x[:, 0] = 60.0
+        with pytest.raises(StructureError, match="seemed to be elementwise at the first input"):
+            self.step(box, x)
+
+
+BOUNDED = {
+    "elementwise": (torch.sin, ("elementwise",)),
+    "affine": (lambda z: z @ M + 1, ("affine",)),
+    "local": (lambda z: torch.sin(z + shifted(z, 1)), (hzo.Local(1, -1, 0),)),
+    "saturates beyond the numbers given": (lambda z: (z @ M).clamp(max=0.5), ()),
+}
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+@pytest.mark.parametrize("bounds", [(0, 1), (0, None), (None, 1), (torch.zeros(8), 1.0), {"z": (0, 1)}])
+def test_what_is_inferred_stays_inside_bounds(name, bounds):
+    f, expected = BOUNDED[name]
+    low, high = bounds["z"] if isinstance(bounds, dict) else bounds
+
+    def part(z):
+        assert low is None or bool((z >= 0).all())
+        assert high is None or bool((z <= 1).all())
+        return f(z)
+
+    box, x = hzo.blackbox(part, promises="inferred", bounds=bounds), (0.1 + 0.8 * torch.rand(6, 8)).double()
+    z = x.clone().requires_grad_()
+    box(z).square().sum().backward()
+    assert torch.allclose(z.grad, _exact(f, x), rtol=1e-5, atol=1e-6)
+    if name != "saturates beyond the numbers given" or high is not None:
+        assert tuple(hzo.tracing.declared(box._guard) or ()) == expected
+
+
+def _exact(f, x):
+    z = x.clone().requires_grad_()
+    f(z).square().sum().backward()
+    return z.grad
 
 
 class TestInferredAtTheFirstInput:

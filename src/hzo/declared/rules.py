@@ -17,6 +17,7 @@ from torch import Tensor
 from hzo.declared import impulses
 from hzo.declared.common import Adjoint, DeclaredCall, Shape, impulse_size, is_only_input
 from hzo.declared.impulses import Geometry
+from hzo.errors import StructureError
 from hzo.tracing import Graph, GraphOperation, Local, Promise, declared, local_along
 
 _CHUNK = 512  # impulses in one call
@@ -140,6 +141,11 @@ def _copied(call: DeclaredCall, _: int) -> Tensor:
     dtype = operand.dtype if countable else torch.float64
     numbers = torch.arange(1, operand.numel() + 1, dtype=dtype, device=operand.device).view(operand.shape)
     origin = call.copied(numbers).reshape(-1).long()
+    if origin.numel() and not bool(((origin >= 0) & (origin <= operand.numel())).all()):
+        raise StructureError(
+            f"{call.op.name} was promised to be reindexing, and is not: given the numbers of places it returned "
+            "others. Promise less (hzo.infer_structure(module, x) proposes what holds), or nothing"
+        )
     found = torch.zeros(operand.numel() + 1, dtype=call.dtype, device=operand.device)
     return found.index_add_(0, origin, call.cotangent.reshape(-1))[1:].view(operand.shape)
 

@@ -242,6 +242,7 @@ def blackbox(
         settings,
         measured=noise == "measured",
         inferred="inferred" in said,
+        check_promises=check_promises,
         memory=memory,
         options_shown=options_shown,
     )
@@ -336,6 +337,7 @@ class BlackBox(nn.Module):
         *,
         measured: bool,
         inferred: bool,
+        check_promises: bool,
         memory: int | None,
         options_shown: str,
     ) -> None:
@@ -345,7 +347,8 @@ class BlackBox(nn.Module):
         self.options = dict(options)
         self.settings = settings
         self.measured = measured
-        self.inferred = inferred
+        self.inferred = self.inferring = inferred
+        self.check_promises = check_promises
         self.memory = memory
         self.failed: Tensor | None = None
         self._known: dict[Any, Any] = {}
@@ -473,6 +476,8 @@ class BlackBox(nn.Module):
             self.memory,
             tuple(requires_grad(t) for t in inputs),
             tuple(parameters),
+            check_promises=self.check_promises,
+            inferred=self.inferring,
         )
         self._history.refuse([part for part in self.stages.modules() if isinstance(part, Guarded)])
         outputs = through_planned(this, inputs, tuple(parameters.values()))
@@ -536,20 +541,31 @@ class BlackBox(nn.Module):
         # A chain that is traced through the box has no forward pass of the box's own.
         expect(self.stages, None if counting.being_done() == counting.TRIAL_RUN else samples)
         if self.inferred:
-            self._infer(tensors)
+            self._infer(tensors, self._limits(args, kwargs))
             self.inferred = False
 
-    def _infer(self, tensors: Sequence[Tensor]) -> None:
+    def _infer(self, tensors: Sequence[Tensor], limits: tuple[Any, Any]) -> None:
         """Declare of every part what seems to hold of it where it stands."""
         given: Any = tuple(tensors)
         parts = list(self.stages.children())
         with torch.no_grad(), counting.as_checks(), counting.doing("the test of what may be promised"):
             for k, part in enumerate(parts):
                 if isinstance(part, Guarded) and (len(parts) == 1 or (len(given) == 1 and given[0].dim() > 1)):
-                    declare(part, *(declared(part) or ()), *_inferred(part, given), step=declared_step(part))
+                    found = _inferred(part, given, limits)
+                    declare(part, *(declared(part) or ()), *found, step=declared_step(part))
                 if k + 1 < len(parts):
                     result = part(*given)
                     given = result if isinstance(result, tuple) else (result,)
+
+    def _limits(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+        """The bounds of its one input, (low, high), each a tensor that expands to a sample, or None."""
+        leaves = flatten((tuple(args), dict(kwargs)))[0]
+        places = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        if self.settings is None or self.settings.bounds.given is None or len(places) != 1:
+            return None, None
+        x, name = leaves[places[0]], argument_names(self._guard.callable, tuple(args), dict(kwargs))[places[0]]
+        ((low, high),) = self.settings.bounds.of([name], [tuple(x.shape[1:])])
+        return tuple(None if bound is None else torch.as_tensor(bound).to(x.detach()) for bound in (low, high))  # type: ignore[return-value]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_known": {}, "_history": StateHistory(), "failed": None}
@@ -569,13 +585,50 @@ def _transformed(tensors: Sequence[Tensor]) -> bool:
     return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)  # type: ignore[no-untyped-call]
 
 
-def _inferred(part: Guarded, inputs: Sequence[Tensor]) -> list[Promise]:
+def _inferred(part: Guarded, inputs: Sequence[Tensor], limits: tuple[Any, Any]) -> list[Promise]:
     """What holds near the input and far from it: a part that saturates looks affine where it does not."""
     if len(inputs) != 1:
         raise InputError("promises are inferred of parts with one input; declare those of this one: promises=(…)")
     x = inputs[0].detach()
+    if limits != (None, None):
+        return _inferred_inside(part, x, *limits)
     found = [infer_structure(part, scale * x) for scale in (1, 10, 1000)]
     return [promise for promise in found[0] if all(promise in list(others) for others in found[1:])]
+
+
+_REACH = 32.0  # standard deviations that the experiments of infer_structure may go
+
+
+def _inferred_inside(part: Guarded, x: Tensor, low: Tensor | None, high: Tensor | None) -> list[Promise]:
+    """What holds inside bounds: numbers are mapped into them, by one affine map for all, which leaves structure alone.
+
+    In the whole room, and with moves ten times as long, of which those that would leave it end at a bound: nothing
+    affine is left then, but elements are as far apart as they were. What is symmetric is not asked for: no later test
+    of it stays inside.
+    """
+    lowest = float(x.min() if low is None else low.max())
+    highest = float(x.max() if high is None else high.min())
+    room = (highest - lowest) / 2
+    if room <= 0:
+        return []
+    share = room / (float(x.abs().max()) + _REACH * float(x.std(correction=0)) or 1.0)
+    found = [infer_structure(_Inside(part, low, high, (lowest + highest) / 2, share * times), x) for times in (1, 10)]
+    apart = [promise for promise in found[1] if promise in ("elementwise", "tokens") or isinstance(promise, Local)]
+    return [promise for promise in found[0] if promise in apart or promise in ("affine", "stationary")]
+
+
+class _Inside(nn.Module):
+    """A part behind the map ``middle + share · x``, which ends at the bounds."""
+
+    def __init__(self, part: nn.Module, low: Tensor | None, high: Tensor | None, middle: float, share: float) -> None:
+        super().__init__()
+        self.part, self.low, self.high, self.middle, self.share = part, low, high, middle, share
+
+    def forward(self, x: Tensor) -> Tensor:
+        moved = self.middle + self.share * x
+        moved = moved if self.low is None else torch.maximum(moved, self.low)
+        result: Tensor = self.part(moved if self.high is None else torch.minimum(moved, self.high))
+        return result
 
 
 def _without_tensor(given: Sequence[Any]) -> InputError:

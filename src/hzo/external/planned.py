@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from hzo.errors import InaccurateGradientWarning, NondeterministicError
 from hzo.execution import Activations, contained, counting, run_again, undone_on_error, with_parameters
 from hzo.external.guard import Guarded, expect
+from hzo.external.promised import check_parts
 from hzo.external.state import Saved
 from hzo.finite_differences import accumulation_dtype, scale_of
 from hzo.gradients import Sweep, at_the_end, base_pass, plan_of, sweep_plan, traced_for
@@ -29,6 +30,8 @@ from hzo.tracing.recorder import close
 
 _measured: WeakKeyDictionary[Chain, Plan] = WeakKeyDictionary()
 """Plans of chains whose noise was measured."""
+_promised: WeakKeyDictionary[Chain, int] = WeakKeyDictionary()
+"""How many times what is promised of the parts of a chain was tried."""
 _tried: WeakSet[Chain] = WeakSet()
 """Chains of which it was tried how straight they are over the steps of their plan."""
 
@@ -58,6 +61,7 @@ class PlannedCall:
         chain, activations: what was traced, and what its base pass left. structure: of the output. seed: of smoothing.
         autocast: device, and the dtype that autocast computed in there, if it did. training: modes of the modules.
         states: those that parts with a state began with. consumed: a backward pass has been through it.
+        check_promises: try what is promised of the parts, once. inferred: promises are hzo's own, and tried every time.
     """
 
     stages: nn.Module
@@ -76,6 +80,8 @@ class PlannedCall:
     training: dict[nn.Module, bool] = field(default_factory=dict)
     states: dict[Guarded, Saved] = field(default_factory=dict)
     consumed: bool = False
+    check_promises: bool = True
+    inferred: bool = False
 
     @property
     def repeats(self) -> bool:
@@ -147,6 +153,7 @@ def _backward(this: PlannedCall, cotangents: Sequence[Tensor | None]) -> list[Te
             elif this.options.get("step") is None and this.chain not in _tried:
                 _check_straight(this, plan)
                 _tried.add(this.chain)
+            _check_promises(this, activations)
             return sweep_plan(
                 graph, plan, schedule(graph, plan), activations, at_end, memory=this.memory, seed=this.seed
             )
@@ -217,6 +224,15 @@ def _check_same(this: PlannedCall) -> None:
     for op in graph.operations:
         if not all(close(first.tensor(v), again.tensor(v)) for v in op.writes):
             raise _two_results(op.name)
+
+
+def _check_promises(this: PlannedCall, activations: Activations) -> None:
+    """What is promised of the parts, tried the first time that a chain is swept; what was inferred, each time."""
+    before = _promised.get(this.chain, 0)
+    if not this.check_promises or this.options["assume"] == "nothing" or (before and not this.inferred):
+        return
+    check_parts(this.chain.traced, activations, noisy=not this.repeats, inferred=this.inferred, seed=before)
+    _promised[this.chain] = before + 1
 
 
 def _check_straight(this: PlannedCall, plan: Plan) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,10 +27,14 @@ def check_promise(
 ) -> None:
     """Try what a method takes for granted, at the first use of it in a box; at every use where hzo inferred it.
 
-    Elementwise, local: some elements are moved as queries move them, and outputs that do not depend on them must stay.
-    Affine: halfway between two samples, the output is halfway. Symmetric: ⟨u, J v⟩ = ⟨v, J u⟩ for random u and v.
+    Elementwise, local: some elements are moved as queries move them, and outputs that do not depend on them must stay;
+    of what the user promised the others then, too, as far as to the values of another sample, where the part takes
+    these: what is far and weak shows there. Affine: halfway between two samples, the output is halfway. Symmetric:
+    ⟨u, J v⟩ = ⟨v, J u⟩ for random u and v.
 
-    Elements and directions are random, and others each time.
+    Elements and directions are random, and others each time. What all elements of a part have in common (a mean, a sum)
+    is seen down to about a thousandth of a difference in float32; a single pair of them far apart by chance, the larger
+    the batch.
 
     Cost: ``evaluations_of_test`` of the batch.
 
@@ -47,7 +53,9 @@ def check_promise(
         if method.how in ("elementwise", "colored"):
             upper = sweep.stencil(site, rows, step, bounds).upper
             apart = _elementwise if method.how == "elementwise" else _local
-            apart(sweep, site, rows, upper, generator)
+            kept = apart(sweep, site, rows, upper, generator)
+            if kept is not None and not call.settings.inferred:
+                _far_apart(sweep, site, rows, upper, bounds, kept)
         elif method.how == "symmetric" and bounds == (None, None):  # random directions lead out of them
             _symmetric(sweep, site, rows, generator)
     call.known[key] = before + 1
@@ -59,12 +67,15 @@ def tried(call: BoxCall, method: SiteMethod) -> bool:
 
 
 def evaluations_of_test(call: BoxCall, site: Site, method: SiteMethod) -> int:
-    """Evaluations of the batch, at most, that ``check_promise`` takes: 1; affine, a sample alone 2; symmetric 5."""
+    """Evaluations of the batch, at most, that ``check_promise`` takes.
+
+    One; two where the user promised that elements are apart, and of an affine part with one sample; symmetric five.
+    """
     if not tried(call, method):
         return 0
     affine = (1 if site.rows > 1 else 2) if method.alike else 0
     apart = method.how == "colored" or (method.how == "elementwise" and site.elements > site.pairs)
-    return affine + apart + (5 if method.how == "symmetric" else 0)
+    return affine + apart * (1 if call.settings.inferred else 2) + (5 if method.how == "symmetric" else 0)
 
 
 def check_copies(sweep: BoxSweep, site: Site, rows: Tensor, places: Tensor) -> None:
@@ -90,46 +101,97 @@ def _asked(sweep: BoxSweep, site: Site, moved: Tensor) -> list[Tensor]:
     return [found[o].reshape(site.rows, -1) for o in sweep.outputs]
 
 
-def _elementwise(sweep: BoxSweep, site: Site, rows: Tensor, upper: Tensor, generator: torch.Generator) -> None:
+@dataclass(frozen=True)
+class _Apart:
+    """Elements of which some are moved, and what must stay then.
+
+    Attributes:
+        promise: in words. moved: (rows, n), the elements. stay: (rows, m) for each output, where those are moved.
+        others: the same where all the others are moved.
+    """
+
+    promise: str
+    moved: Tensor
+    stay: list[Tensor]
+    others: list[Tensor]
+
+
+def _elementwise(sweep: BoxSweep, site: Site, rows: Tensor, upper: Tensor, generator: torch.Generator) -> _Apart | None:
     elements = rows.shape[1] // site.pairs
     if elements == 1:
-        return
+        return None
     here = torch.rand(len(rows), elements, generator=generator) < 0.5
     here[:, 0], here[:, -1] = True, False  # some of each, in every sample
     order = torch.rand(len(rows), elements, generator=generator).argsort(1)
     here = here.gather(1, order)
-    moved = torch.where(here.repeat_interleave(site.pairs, 1).to(rows.device), upper, rows)
-    for base, found in zip(_base(sweep, site), _asked(sweep, site, moved), strict=True):
-        stays = ~here.repeat_interleave(base.shape[1] // elements, 1).to(base.device)
-        _must_stay(sweep, site, "elementwise", base, found, stays)
+    base = _base(sweep, site)
+    came = [here.repeat_interleave(b.shape[1] // elements, 1).to(b.device) for b in base]
+    apart = _Apart("elementwise", here.repeat_interleave(site.pairs, 1).to(rows.device), [~mask for mask in came], came)
+    _move_some(sweep, site, rows, upper, apart)
+    return apart
 
 
-def _local(sweep: BoxSweep, site: Site, rows: Tensor, upper: Tensor, generator: torch.Generator) -> None:
+def _local(sweep: BoxSweep, site: Site, rows: Tensor, upper: Tensor, generator: torch.Generator) -> _Apart:
+    """A run of places along one axis, another one in each sample: what is far from it must stay."""
     call = sweep.call
     shapes = call.sample_shapes(sweep.outputs, site.apart)
-    promised = f"local ({', '.join(map(str, declared(call.guard) or ()))})"
-    patterns = [call.settings.pattern(site.shape, shape) for shape in shapes]
-    chosen = torch.randint(rows.shape[1], (min(_AT_ONCE, len(rows)),), generator=generator)
-    of_row = chosen.repeat(-(-len(rows) // len(chosen)))[: len(rows)]
-    moved, at = rows.clone(), of_row.to(rows.device).unsqueeze(1)
-    moved.scatter_(1, at, upper.gather(1, at))
-    for base, found, pattern in zip(_base(sweep, site), _asked(sweep, site, moved), patterns, strict=True):
-        assert pattern is not None
-        reached = torch.stack([_reached(pattern, int(k)) for k in chosen]).to(base.device)
-        stays = ~reached.repeat(-(-len(rows) // len(chosen)), 1)[: len(rows)]
-        _must_stay(sweep, site, promised, base, found, stays)
+    found = [call.settings.pattern(site.shape, shape) for shape in shapes]
+    patterns = [pattern for pattern in found if pattern is not None]
+    masks = [run_of_places(patterns, generator) for _ in range(min(_AT_ONCE, len(rows)))]
+
+    def of_rows(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.stack(list(tensors)).repeat(-(-len(rows) // len(masks)), 1)[: len(rows)].to(rows.device)
+
+    apart = _Apart(
+        f"local ({', '.join(map(str, declared(call.guard) or ()))})",
+        of_rows([mask for mask, _, _ in masks]),
+        [of_rows([stay[k] for _, stay, _ in masks]) for k in range(len(patterns))],
+        [of_rows([others[k] for _, _, others in masks]) for k in range(len(patterns))],
+    )
+    _move_some(sweep, site, rows, upper, apart)
+    return apart
 
 
-def _reached(pattern: Pattern, element: int) -> Tensor:
-    """Outputs of a sample that may depend on one element of it, as a mask (m,)."""
-    index = torch.unravel_index(torch.tensor(element), tuple(pattern.value))
-    mask: Tensor | None = None
-    for axis, link in enumerate(pattern.links):
-        if link:
-            along = properties.reached(pattern, axis, int(index[axis]))
-            mask = along if mask is None else mask & along
-    assert mask is not None
-    return mask
+def run_of_places(patterns: Sequence[Pattern], generator: torch.Generator) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Some neighbours along an axis as a mask (n,), and for each output those (m,) that may not depend on them, and on
+    all others."""
+    value = patterns[0].value
+    axes = [axis for axis, link in enumerate(patterns[0].links) if link and value[axis] > 1]
+    axis = axes[int(torch.randint(len(axes), (), generator=generator))]
+    size = value[axis]
+    first, length = (int(torch.randint(k, (), generator=generator)) for k in (size, size - 1))
+    chosen = {(first + k) % size for k in range(length + 1)}
+    bits = sum(1 << k for k in chosen)
+    index = torch.zeros(size, dtype=torch.bool)
+    index[list(chosen)] = True
+    mask = index.view(*(-1 if k == axis else 1 for k in range(len(value)))).expand(tuple(value)).flatten()
+    every = (1 << size) - 1
+    stay, others = ([~properties.reached_by(p, axis, b) for p in patterns] for b in (bits, every ^ bits))
+    return mask, stay, others
+
+
+def _move_some(sweep: BoxSweep, site: Site, rows: Tensor, upper: Tensor, apart: _Apart) -> None:
+    moved = torch.where(apart.moved, upper, rows)
+    for base, found, stays in zip(_base(sweep, site), _asked(sweep, site, moved), apart.stay, strict=True):
+        _must_stay(sweep, site, apart.promise, base, found, stays.to(base.device))
+
+
+def _far_apart(
+    sweep: BoxSweep, site: Site, rows: Tensor, upper: Tensor, bounds: tuple[Any, Any], apart: _Apart
+) -> None:
+    """All that was not moved before, as far as other samples are: a weak dependence does not drown in rounding."""
+    other = rows.roll(1, 0)
+    if torch.equal(other, rows):  # one sample: half of each number, which keeps its sign and what it stands for
+        other = torch.where(rows == 0, upper, rows / 2)
+    low, high = (None if b is None else sweep.expanded(site, b, rows).to(rows.dtype) for b in bounds)
+    other = other if low is None else torch.maximum(other, low)
+    other = other if high is None else torch.minimum(other, high)
+    try:
+        found = _asked(sweep, site, torch.where(apart.moved, rows, other))
+    except HzoError:  # it does not run there
+        return
+    for base, result, stays in zip(_base(sweep, site), found, apart.others, strict=True):
+        _must_stay(sweep, site, apart.promise, base, result, stays.to(base.device))
 
 
 def _must_stay(sweep: BoxSweep, site: Site, promise: str, base: Tensor, found: Tensor, stays: Tensor) -> None:

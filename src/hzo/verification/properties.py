@@ -191,9 +191,14 @@ def _slab(shape: Sequence[int], axis: int, index: int) -> Tensor:
 
 def reached(pattern: Pattern, axis: int, index: int) -> Tensor:
     """Outputs that may depend on what has this index along an axis, as a mask (m,)."""
+    return reached_by(pattern, axis, 1 << index)
+
+
+def reached_by(pattern: Pattern, axis: int, places: int) -> Tensor:
+    """Outputs that may depend on what has one of several indices along an axis, the bits of a number, as (m,)."""
     mask = torch.ones(pattern.output, dtype=torch.bool)
     for b, matrix in pattern.links[axis].items():
-        allowed = torch.tensor([bool(row >> index & 1) for row in matrix])
+        allowed = torch.tensor([bool(row & places) for row in matrix])
         mask &= allowed.view(*(-1 if k == b else 1 for k in range(len(pattern.output))))
     return mask.flatten()
 
