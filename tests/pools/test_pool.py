@@ -226,7 +226,7 @@ class TestShortCallsTravelTogether:
         assert pace.together(1000, 16) == 1
         pace.call, pace.message = 0.05, 0.003  # 16 workers end 320 calls a second, at 3 ms each: 96 % of the time
         assert pace.together(1000, 16) == 4
-        assert [pace.together(waiting, 16) for waiting in (128, 127, 64, 63, 1)] == [4, 3, 2, 1, 1]
+        assert [pace.together(waiting, 16) for waiting in (128, 127, 64, 17, 16, 1)] == [4, 3, 2, 2, 1, 1]
         assert pace.together(1000, 4) == 1
         pace.call = 0.4
         assert pace.together(10**6, 1000) == 2

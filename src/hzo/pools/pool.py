@@ -201,13 +201,15 @@ class _Pace:
 
         One, unless this process would be busy with messages for a quarter of the time in which the workers do them. No
         more than half of a worker's even share of what waits: messages become shorter towards the end, and workers end
-        together (factoring; Hummel, Schonberg and Flynn, 1992).
+        together (factoring; Hummel, Schonberg and Flynn, 1992). Down to half of what is wanted while every worker gets
+        one: below that messages would keep them longer than the last of them waits for the others.
         """
         if not self.call or self.apart:
             return 1
         workers = max(workers, len(self.workers))
         wanted = ceil(self.message * workers / self.call / self.busy)
-        return max(1, min(wanted, waiting // (2 * workers), int(self.longest / self.call)))
+        share = max(waiting // (2 * workers), min(ceil(wanted / 2), ceil(waiting / workers)))
+        return max(1, min(wanted, share, int(self.longest / self.call)))
 
 
 class Pool:
