@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -93,6 +94,49 @@ def test_workers_need_no_torch(name, request):
     box = hzo.blackbox(parts.has_torch, numpy=True, executor=make)
     assert not box(x).any()
     box.close()
+
+
+class TestThatDoesNotStart:
+    """An error that says so within the limit, and no hang."""
+
+    @pytest.fixture
+    def limit(self, monkeypatch):
+        monkeypatch.setenv("HZO_CONNECT_SECONDS", "3")
+
+    @pytest.mark.usefixtures("on_ray", "limit")
+    def test_actors_that_ask_for_what_is_not_there(self):
+        with pytest.raises(QueryError, match="none of Ray's actors has answered for 3 seconds"):
+            gradient(parts.work, executor=lambda: hzo.ray_executor(2, num_cpus=1000))
+        with pytest.raises(QueryError, match="none of Ray's actors has answered for 3 seconds"):
+            hzo.ray_executor(2, num_cpus=1000)
+
+    @pytest.mark.usefixtures("on_ray")
+    def test_actors_that_do_not_come_back(self):
+        """They die in a call, and nothing starts them anew."""
+        executor = hzo.ray_executor(1, max_restarts=0)
+        with pytest.raises(QueryError, match="its worker was lost 4 times"):
+            gradient(parts.kills, executor=executor)
+        executor.shutdown()
+
+    @pytest.mark.usefixtures("limit")
+    def test_dask_without_workers(self):
+        with (
+            Client(n_workers=0, dashboard_address=None) as client,
+            pytest.raises(QueryError, match="dask has had no worker for 3 seconds"),
+        ):
+            gradient(parts.work, executor=client)
+
+    def test_dask_whose_workers_go(self, monkeypatch):
+        monkeypatch.setattr("hzo.pools.dask_pool._LOOK", 0.5)
+        with Client(n_workers=1, threads_per_worker=1, dashboard_address=None) as client:
+            threading.Timer(1.0, client.cluster.scale, (0,)).start()
+            monkeypatch.setattr("hzo.pools.dask_pool.start_limit", lambda: 3.0)
+            with pytest.raises(QueryError, match="dask has had no worker for 3 seconds"):
+                gradient(parts.hangs, executor=client)
+
+    def test_dask_that_nobody_can_reach(self):
+        with pytest.raises(QueryError, match=r"its executor could not be started .*Timed out"):
+            gradient(parts.work, executor=lambda: Client("tcp://127.0.0.1:9", timeout="1s"))
 
 
 def test_calls_that_hang(make):  # after the others, whose calls would wait for what hangs in dask's workers

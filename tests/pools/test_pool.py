@@ -494,6 +494,9 @@ class Client:
     def close(self):
         self.status = "closed"
 
+    def _shutdown(self):
+        """A method of dask's client; of its executor it is a flag."""
+
 
 class ClientExecutor:
     __module__ = "distributed.cfexecutor"  # as dask's

@@ -117,7 +117,8 @@ class DaskExecutor(Executor):
     # -- workers ---
 
     def _be_ready(self) -> None:
-        if getattr(self._owner, "_shutdown", False) or self._client.status in ("closed", "closing"):
+        ended = self._owner is not self._client and getattr(self._owner, "_shutdown", False)
+        if ended or self._client.status in ("closed", "closing"):
             raise RuntimeError("cannot schedule new futures after shutdown")
         if self._max_workers:
             return

@@ -349,6 +349,8 @@ class Pool:
             assert self.make is not None
             try:
                 self._executor = on_dask(self.make())
+            except QueryError:
+                raise
             except Exception as error:
                 raise QueryError(
                     f"its executor could not be started ({_said(error)}); call the function given as executor= by "

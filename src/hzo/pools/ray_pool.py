@@ -10,7 +10,8 @@ from hashlib import sha256
 from typing import Any
 
 from hzo._options import whole
-from hzo.errors import InputError
+from hzo.errors import InputError, QueryError
+from hzo.pools.start_limit import start_limit
 
 
 def ray_executor(workers: int, **options: Any) -> Executor:
@@ -31,6 +32,8 @@ def ray_executor(workers: int, **options: Any) -> Executor:
 
     Raises:
         InputError: Ray is not installed; a number of workers that is none.
+        QueryError: no actor answers within ``HZO_CONNECT_SECONDS`` (60). The same comes of a call where all have died
+            and none is back after as long.
     """
     try:
         import ray  # noqa: PLC0415  # not needed by anything else
@@ -67,6 +70,33 @@ class _RayExecutor(Executor):
         self._lock = threading.Lock()
         self._sent: dict[str, Any] = {}  # by the content of a function, where Ray keeps it
         self._closed = False
+        self._lost = 0  # actors that have died, and not answered since
+        self._alone: threading.Timer | None = None  # gives up where none comes back
+        self._await_one()
+
+    def _await_one(self) -> None:
+        """One actor answers: others may start later, or wait for machines."""
+        limit = start_limit()
+        asked = [actor.awake.remote() for actor in self._actors]
+        found, _ = self._ray.wait(asked, num_returns=1, timeout=limit)
+        try:
+            if not found:
+                raise self._no_actors(limit)
+            self._ray.get(found[0])
+        except QueryError:
+            self.shutdown()
+            raise
+        except Exception as error:  # of whatever kind Ray has
+            self.shutdown()
+            raise QueryError(f"Ray's actors do not start ({str(error).strip().splitlines()[0]})") from error
+
+    @staticmethod
+    def _no_actors(limit: float) -> QueryError:
+        return QueryError(
+            f"none of Ray's actors has answered for {limit:g} seconds: they do not start, or what they ask for "
+            "(num_cpus=, resources=) is not there; `ray status` and the logs of their workers tell which. "
+            "HZO_CONNECT_SECONDS allows more"
+        )
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Run a call in the next actor that is free."""
@@ -114,13 +144,41 @@ class _RayExecutor(Executor):
             self._release(actor)
         else:  # it is started anew, and would lose all calls that it got until then
             try:
-                actor.awake.remote().future().add_done_callback(lambda _: self._release(actor))
+                awake = actor.awake.remote().future()
             except Exception:  # of whatever kind Ray has
                 self._release(actor)
+            else:
+                self._wait_for(actor, awake)
         if found is None:
             future.set_result(done.result())
         else:
             future.set_exception(found)
+
+    def _wait_for(self, actor: Any, awake: Future[Any]) -> None:
+        with self._lock:
+            self._lost += 1
+            if self._lost == self._max_workers and not self._closed:
+                self._alone = threading.Timer(start_limit(), self._give_up)
+                self._alone.daemon = True
+                self._alone.start()
+
+        def back(_: Future[Any]) -> None:
+            with self._lock:
+                self._lost -= 1
+                if self._alone is not None:
+                    self._alone.cancel()
+                    self._alone = None
+            self._release(actor)
+
+        awake.add_done_callback(back)
+
+    def _give_up(self) -> None:
+        with self._lock:
+            waiting, self._queue = list(self._queue), deque()
+        for future, *_ in waiting:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(self._no_actors(start_limit()))
+        self.shutdown()
 
     def _release(self, actor: Any) -> None:
         """It is free for another call."""
@@ -132,6 +190,8 @@ class _RayExecutor(Executor):
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: ARG002  # the protocol's
         """End the actors; calls that run are lost."""
         self._closed = True
+        if self._alone is not None:
+            self._alone.cancel()
         with self._lock:
             waiting, self._queue = list(self._queue), deque()
         for future, *_ in waiting:
