@@ -1,5 +1,8 @@
 """As few evaluations as the structure of a part allows, said before they are asked."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +10,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import hzo
+from hzo.errors import InputError
 from hzo.external.guard import Guarded
 from support.boxes import TOLERANCE
 from support.oracles import normal
@@ -109,6 +113,37 @@ def test_a_plan_leaves_no_trace():
     assert "step: 12 queries in 5 calls" in text
     assert "element by element" in text
     assert not env.q.any()
+
+
+class TestMesh:
+    def test_queries_of_each_are_those_that_were_counted(self):
+        """``benchmarks/mesh.py`` counted them in the processes themselves."""
+        record = json.loads((Path(__file__).parents[2] / "results/benchmarks/mesh.json").read_text())["rows"]
+        plan = hzo.blackbox(lambda z: z.sin() * z.sum(1, keepdim=True)).plan_for(normal(8, 32))
+        assert len(record) == 10
+        for row in record:
+            assert plan.on_mesh(row["sample"], row["query"]).queries == row["queries"]
+
+    def test_along_which_dimension(self):
+        """``sample`` where it divides as well: less is sent; what neither divides evenly is asked by some."""
+        plan = hzo.blackbox(lambda z: z.sin() * z.sum(1, keepdim=True)).plan_for(normal(3, 5))
+        text = str(plan.on_mesh(1, 4))
+        assert text == "sample × query 1 × 4: 12 queries of each process, 3 samples; better 2 × 2"
+        share = plan.on_mesh(2, 2)
+        assert (share.queries, share.samples, share.best) == (12, 2, (2, 2))
+        assert plan.on_mesh(1, 8).queries == 30, "fewer directions than processes are not divided"
+        assert plan.on_mesh(1, 8).best == (2, 4)
+        assert "better" not in str(share)
+        elementwise = hzo.blackbox(torch.sin, promises="elementwise").plan_for(normal(4, 5))
+        assert elementwise.on_mesh(1, 4).queries == elementwise.queries
+        assert elementwise.on_mesh(1, 4).best == (4, 1)
+
+    def test_numbers_that_are_none(self):
+        plan = hzo.blackbox(torch.sin).plan_for(normal(3, 2))
+        with pytest.raises(InputError, match="at most as many processes along sample as there are samples, 3, got 4"):
+            plan.on_mesh(4, 1)
+        with pytest.raises(InputError, match="query"):
+            plan.on_mesh(1, 0)
 
 
 def test_shared_tensors_and_parameters_are_in_the_plan():

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 from time import perf_counter
 from typing import Any
 
 from torch import Tensor
 
+from hzo._options import whole
+from hzo.errors import InputError
 from hzo.execution import counting
 from hzo.external.call import BoxCall, divided
 from hzo.external.products import settings_of, that_move
@@ -32,6 +35,29 @@ class SitePlan:
     how: str
     directions: int
     queries: int
+
+
+@dataclass(frozen=True)
+class BoxShare:
+    """What each process of a mesh asks of a box in one backward pass, ``hzo.backward(mesh=)``; ``print`` it.
+
+    Attributes:
+        mesh: processes along ``sample`` and along ``query``. samples: of the forward pass of a process, at most.
+        queries: evaluations of one sample that it asks, at most. best: the mesh of as many processes that asks least;
+            of several that ask as little the one with most along ``sample``, where less is sent.
+    """
+
+    mesh: tuple[int, int]
+    samples: int
+    queries: int
+    best: tuple[int, int]
+
+    def __str__(self) -> str:
+        sample, query = self.mesh
+        advice = "" if self.mesh == self.best else f"; better {self.best[0]} × {self.best[1]}"
+        return (
+            f"sample × query {sample} × {query}: {self.queries} queries of each process, {self.samples} samples{advice}"
+        )
 
 
 @dataclass(frozen=True)
@@ -59,6 +85,34 @@ class BoxPlan:
     def coordinate_queries(self) -> int:
         """What differences element by element would ask."""
         return sum(2 * site.elements * self.batch for site in self.sites)
+
+    def on_mesh(self, sample: int, query: int) -> BoxShare:
+        """What each process asks where the batch is divided among ``sample`` and its queries among ``query`` processes.
+
+        Raises:
+            InputError: numbers that are none; more processes along ``sample`` than there are samples.
+        """
+        sample, query = whole("sample", sample), whole("query", query)
+        if sample > self.batch:
+            raise InputError(
+                f"expected at most as many processes along sample as there are samples, {self.batch}, got {sample}; "
+                "put more along query"
+            )
+        processes = sample * query
+        possible = [s for s in range(1, min(processes, self.batch) + 1) if processes % s == 0]
+        best = min(possible, key=lambda s: (self._queries_of_each(s, processes // s), -s))
+        rows = ceil(self.batch / sample)
+        return BoxShare((sample, query), rows, self._queries_of_each(sample, query), (best, processes // best))
+
+    def _queries_of_each(self, sample: int, query: int) -> int:
+        asked, rows = 0, ceil(self.batch / sample)
+        for site in self.sites:
+            if not site.directions:
+                continue
+            # Directions that are fewer than the processes are not divided: each asks them all.
+            own = -(-site.directions // query) if site.directions >= query else site.directions
+            asked += ceil(site.queries * own * rows / (site.directions * self.batch))
+        return asked
 
     def __str__(self) -> str:
         lines = [
