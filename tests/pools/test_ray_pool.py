@@ -1,5 +1,6 @@
 """Actors of Ray as an executor, Ray installed or not: such that do not start, and such that do not come back."""
 
+import sys
 import threading
 import time
 from concurrent.futures import Future
@@ -7,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
+import hzo
 from hzo.errors import QueryError
 from hzo.pools import Pool
-from hzo.pools.ray_pool import _RayExecutor
 
 
 class RayActorError(Exception):
@@ -43,9 +44,17 @@ class Ray:
 
     def __init__(self):
         self.up, self.dies, self.broken, self.asleep, self.killed = True, False, None, [], 0
+        self.connected, self.told, self.unreachable = False, [], None
 
     def is_initialized(self):
-        return True
+        return self.connected
+
+    def init(self, address=None, **options):
+        self.told.append((address, options))
+        if self.unreachable is not None:
+            self.unreachable.wait(5)
+            raise ConnectionError("nobody is there\nat some length")
+        self.connected = True
 
     def method(self, **_):
         return lambda function: function
@@ -98,7 +107,10 @@ class Ray:
 @pytest.fixture
 def ray(monkeypatch):
     monkeypatch.setenv("HZO_CONNECT_SECONDS", "0.2")
-    return Ray()
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    found = Ray()
+    monkeypatch.setitem(sys.modules, "ray", found)
+    return found
 
 
 CALLS = [((k,), {}) for k in range(20)]
@@ -109,25 +121,47 @@ def square(k):
 
 
 def test_answers(ray):
-    assert Pool(_RayExecutor(ray, 2, {})).ask(square, CALLS) == [k * k for k in range(20)]
+    assert Pool(hzo.ray_executor(2)).ask(square, CALLS) == [k * k for k in range(20)]
+
+
+def test_a_cluster(ray, monkeypatch):
+    """Given, or named by the environment; one that is connected already stays."""
+    hzo.ray_executor(1)
+    hzo.ray_executor(1, address="there:6379")
+    assert ray.told == [(None, {"include_dashboard": False, "log_to_driver": False})]
+    for address in ("there:6379", None):
+        ray.connected = False
+        hzo.ray_executor(1, address=address)
+        assert ray.told[-1] == ("there:6379", {"log_to_driver": False})
+        monkeypatch.setenv("RAY_ADDRESS", "there:6379")
+
+
+def test_a_cluster_that_nobody_can_reach(ray):
+    """An error within the limit, however long Ray tries; and Ray's own where that comes before."""
+    ray.unreachable = threading.Event()
+    with pytest.raises(QueryError, match=r"^Ray at there:6379 has not answered for 0\.2 seconds"):
+        hzo.ray_executor(2, address="there:6379")
+    ray.unreachable.set()
+    with pytest.raises(QueryError, match=r"^Ray at there:6379 cannot be reached \(ConnectionError: nobody is there\)$"):
+        hzo.ray_executor(2, address="there:6379")
 
 
 def test_actors_that_do_not_start(ray):
     """They are ended, and whoever asks is told what Ray says, or that it says nothing."""
     ray.up = False
     with pytest.raises(QueryError, match=r"none of Ray's actors has answered for 0\.2 seconds"):
-        _RayExecutor(ray, 2, {})
+        hzo.ray_executor(2)
     with pytest.raises(QueryError, match=r"^none of Ray's actors has answered"):
-        Pool(lambda: _RayExecutor(ray, 2, {})).ask(square, CALLS)
+        Pool(lambda: hzo.ray_executor(2)).ask(square, CALLS)
     ray.broken = RuntimeError("the environment cannot be made\nat some length")
-    with pytest.raises(QueryError, match=r"Ray's actors do not start \(the environment cannot be made\)"):
-        _RayExecutor(ray, 2, {})
+    with pytest.raises(QueryError, match=r"Ray's actors do not start \(RuntimeError: the environment cannot be made\)"):
+        hzo.ray_executor(2)
     assert ray.killed == 6
 
 
 def test_actors_that_do_not_come_back(ray):
     """All have died: an error after the limit, for all calls that wait."""
-    executor = _RayExecutor(ray, 2, {})
+    executor = hzo.ray_executor(2)
     ray.dies, began = True, time.monotonic()
     with pytest.raises(QueryError, match=r"none of Ray's actors has answered for 0\.2 seconds"):
         Pool(executor).ask(square, CALLS)
@@ -138,7 +172,7 @@ def test_actors_that_do_not_come_back(ray):
 
 def test_actors_that_come_back(ray):
     """Within the limit: nothing is lost, and the limit counts anew."""
-    executor = _RayExecutor(ray, 2, {})
+    executor = hzo.ray_executor(2)
     ray.dies = True
     threading.Timer(0.1, ray.come_back).start()
     assert Pool(executor).ask(square, CALLS) == [k * k for k in range(20)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from hzo.errors import InputError, QueryError
 from hzo.pools.start_limit import start_limit
 
 
-def ray_executor(workers: int, **options: Any) -> Executor:
+def ray_executor(workers: int, *, address: str | None = None, **options: Any) -> Executor:
     """An executor whose workers are Ray's actors, on whatever machines Ray has.
 
     ::
@@ -23,30 +24,61 @@ def ray_executor(workers: int, **options: Any) -> Executor:
 
     Args:
         workers: actors that answer at once.
+        address: of a cluster, as ``ray.init`` takes it; None: what ``RAY_ADDRESS`` says, else this machine. It says
+            nothing where Ray is connected already.
         options: of the actors, as ``ray.remote`` takes them (``num_cpus``, ``resources``, ``runtime_env``, …). They are
             started anew where they die, and reserve no processor unless ``num_cpus`` says so.
 
-    Connect to a cluster before (``ray.init(address=…)``); otherwise Ray starts on this machine. A function is sent once
-    for as long as it stays as it is. Actors need what it imports, and neither hzo nor torch. Needs the extra ``ranks``,
-    or Ray alone. Source: ours.
+    A function is sent once for as long as it stays as it is. Actors need what it imports, and neither hzo nor torch.
+    Needs the extra ``ranks``, or Ray alone. Source: ours.
 
     Raises:
         InputError: Ray is not installed; a number of workers that is none.
-        QueryError: no actor answers within ``HZO_CONNECT_SECONDS`` (60). The same comes of a call where all have died
-            and none is back after as long.
+        QueryError: the cluster does not answer, or none of its actors does, within ``HZO_CONNECT_SECONDS`` (60). The
+            same comes of a call where all have died and none is back after as long.
     """
     try:
         import ray  # noqa: PLC0415  # not needed by anything else
     except ImportError as error:
         raise InputError(f"an executor on Ray needs Ray ({error}): pip install ray") from error
-    return _RayExecutor(ray, whole("workers", workers), options)
+    workers = whole("workers", workers)
+    _connect(ray, address or os.environ.get("RAY_ADDRESS"))
+    return _RayExecutor(ray, workers, options)
+
+
+def _connect(ray: Any, address: str | None) -> None:
+    if ray.is_initialized():
+        return
+    if address is None:
+        ray.init(include_dashboard=False, log_to_driver=False)
+        return
+    failed: list[BaseException] = []
+
+    def connect() -> None:
+        try:
+            ray.init(address=address, log_to_driver=False)
+        except BaseException as error:  # it is handed on
+            failed.append(error)
+
+    # Ray tries an address that nobody answers for ten minutes and longer, and cannot be told how long.
+    thread, limit = threading.Thread(target=connect, daemon=True), start_limit()
+    thread.start()
+    thread.join(limit)
+    if thread.is_alive():
+        raise QueryError(
+            f"Ray at {address} has not answered for {limit:g} seconds; check the address, the port and that "
+            "`ray status --address` answers from here. HZO_CONNECT_SECONDS allows more"
+        )
+    if failed:
+        raise QueryError(f"Ray at {address} cannot be reached ({_first_line(failed[0])})") from failed[0]
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 class _RayExecutor(Executor):
     def __init__(self, ray: Any, workers: int, options: dict[str, Any]) -> None:
-        if not ray.is_initialized():
-            ray.init(include_dashboard=False, log_to_driver=False)
-
         class Worker:  # sent as it stands here: an actor needs neither hzo nor torch
             def __init__(self) -> None:
                 self.kept: dict[str, Any] = {}
@@ -88,7 +120,7 @@ class _RayExecutor(Executor):
             raise
         except Exception as error:  # of whatever kind Ray has
             self.shutdown()
-            raise QueryError(f"Ray's actors do not start ({str(error).strip().splitlines()[0]})") from error
+            raise QueryError(f"Ray's actors do not start ({_first_line(error)})") from error
 
     @staticmethod
     def _no_actors(limit: float) -> QueryError:
