@@ -134,6 +134,8 @@ class TestMesh:
         assert plan.on_mesh(1, 8).queries == 30, "fewer directions than processes are not divided"
         assert plan.on_mesh(1, 8).best == (2, 4)
         assert "better" not in str(share)
+        affine = hzo.blackbox(lambda z: z @ W, promises="affine").plan_for(normal(4, 32))
+        assert affine.on_mesh(4, 1).queries == affine.queries, "one sample's answer is all samples'"
         elementwise = hzo.blackbox(torch.sin, promises="elementwise").plan_for(normal(4, 5))
         assert elementwise.on_mesh(1, 4).queries == elementwise.queries
         assert elementwise.on_mesh(1, 4).best == (4, 1)

@@ -111,7 +111,8 @@ class BoxPlan:
                 continue
             # Directions that are fewer than the processes are not divided: each asks them all.
             own = -(-site.directions // query) if site.directions >= query else site.directions
-            asked += ceil(site.queries * own * rows / (site.directions * self.batch))
+            samples = 1 if site.how.endswith(_ALIKE) else rows / self.batch
+            asked += ceil(site.queries * own / site.directions * samples)
         return asked
 
     def __str__(self) -> str:
@@ -202,6 +203,9 @@ def plan_of_call(call: BoxCall, leaves: Sequence[Tensor], wanted: Sequence[bool]
     return BoxPlan(guard.name, call.layout.batch, tuple(sites), calls + tests * once, per_sample * samples)
 
 
+_ALIKE = ", affine: one sample for all"
+
+
 def _words(method: SiteMethod) -> str:
     words = {
         "coordinate": "element by element",
@@ -209,7 +213,7 @@ def _words(method: SiteMethod) -> str:
         "symmetric": "symmetric (at most)",
     }
     how = words.get(method.how, method.how)
-    return f"{how}, affine: one sample for all" if method.alike else how
+    return f"{how}{_ALIKE}" if method.alike else how
 
 
 def _calls(call: BoxCall, site: Site, method: SiteMethod) -> int:
