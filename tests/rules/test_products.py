@@ -324,3 +324,15 @@ def test_layers_that_share_a_kernel():
     assert queries == 2 + 1
     (expected,) = torch.autograd.grad(loss(), x)
     assert torch.allclose(found[id(x)], expected)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_an_offset_that_is_zero_but_for_one_column_is_taken_off_large_probes(rows):
+    offset = torch.zeros(300, dtype=torch.float64)
+    offset[7] = 0.5
+
+    def change(out):
+        return 1.1 * out + offset
+
+    leaves = leaves_of((rows, 300), (300, 300))
+    follows(torch.mm, lambda x, w: change(x @ w), leaves, (1,), {aten.mm.default: change})
