@@ -9,7 +9,6 @@ kernel an activation, a kernel of one pixel that hands the channels on shows the
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -19,8 +18,8 @@ from torch import Tensor
 
 from hzo.rules.base import Call, Cotangents, Key, vjp
 from hzo.rules.divided import in_shares
-from hzo.rules.measured import ROWS, Trial, measured_once
-from hzo.rules.probes import made_once
+from hzo.rules.measured import ROWS, Draw, Trial, measured_once
+from hzo.rules.probes import less_offset, made_once
 from hzo.rules.products import may_read
 from hzo.rules.schema import arguments, has, key_of, named
 
@@ -148,29 +147,26 @@ def _measured_kernel(call: Call, kernel: Tensor) -> Tensor:
         by_group = seen.view(seen.shape[0], groups, kernel.shape[1], *seen.shape[2:])
         return by_group.transpose(0, 1).reshape(kernel.shape)
 
-    def sizes(kept: Tensor) -> Tensor:
-        """By output channel and place the norm of what an image of one pixel meets there."""
-        if transposed:
-            found: Tensor = kept.view(groups, -1, *kept.shape[1:]).norm(dim=1).reshape(1, -1, *taps)
-        else:
-            found = kept.norm(dim=1)[None].flip(tuple(range(2, kept.dim())))
-        return found
+    padding = (0,) * axes if transposed else tuple(k - 1 for k in taps)
 
-    def run(kept: Tensor, norms: Tensor, draw: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """On images of one pixel, which all taps meet."""
+    def expect(kept: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
+        """Images of one pixel, which all taps meet, and by output channel and place the norm of what they meet."""
         pixels = draw(ROWS, x.shape[1], *[1] * axes, like=kept)
-        probe = torch.cat([pixels, torch.zeros_like(pixels[:1])])
-        replaced: dict[str, Any] = {_input(call): probe}
-        padding = (0,) * axes if transposed else tuple(k - 1 for k in taps)
-        if not transposed:
-            replaced["padding"] = padding
-        seen: Tensor = call.measure(_plainly(call, axes, replaced), probe)
         ones, zeros = (1,) * axes, (0,) * axes
         expected = aten.convolution(pixels, kept, None, ones, padding, ones, transposed, zeros, groups)
+        if transposed:
+            norms = kept.view(groups, -1, *kept.shape[1:]).norm(dim=1).reshape(1, -1, *taps)
+        else:
+            norms = kept.norm(dim=1)[None].flip(tuple(range(2, kept.dim())))
         of_groups = pixels.view(ROWS, groups, -1).norm(dim=2).repeat_interleave(norms.shape[1] // groups, 1)
-        return seen[:-1] - seen[-1:], expected, norms * of_groups.view(ROWS, -1, *[1] * axes)
+        return torch.cat([pixels, torch.zeros_like(pixels[:1])]), expected, norms * of_groups.view(ROWS, -1, *ones)
 
-    trial = Trial(x.shape[1] // groups * kernel.numel(), sizes, run)  # the padding is skipped by those who can
+    def ask(probe: Tensor) -> Tensor:
+        replaced = {_input(call): probe} if transposed else {_input(call): probe, "padding": padding}
+        return less_offset(call.measure(_plainly(call, axes, replaced), probe), 0)
+
+    # Who can skips the padding, and is so slow on single pixels that it counts all the same.
+    trial = Trial(x.shape[1] // groups * kernel.numel() * prod(taps), expect, ask)
     return measured_once(call, key_of(call, "weight"), kernel, (transposed, groups), measure, trial)
 
 

@@ -5,6 +5,10 @@ to the next it is kept where the caller says so, or while gradients accumulate a
 random numbers before it is used: the operator, run on a few of them, must return what the kept weight says. Where it
 does not, whatever the reason (an optimizer's step, a hook, hardware that drifts), the weight is measured anew.
 
+The random numbers are drawn, and what the kept weight says of them is computed, once a measurement, so that a trial
+costs one run of the operator on three rows and reads nothing that is as large as a weight. Changes do not know the
+numbers; one that a trial has missed is missed again, until there is another.
+
 A trial allows for rounding, ``4 ε ‖z‖ ‖w‖`` for each result. A change ``Δ`` of what goes into one result adds a normal
 number of deviation ``‖Δ‖`` to it, so that one row of random numbers misses it with a probability of at most
 ``3.2 ε √n ‖w‖ / ‖Δ‖``, and the two rows of a trial with the square of that: 7e-5 for a relative change of 1e-3 in
@@ -16,7 +20,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -29,8 +33,12 @@ from hzo.tape.operations import Ref
 
 ROWS = 2  # of random numbers in a trial
 _ROUNDINGS = 4  # of the size of a sum, that a trial allows for
-_WORTH = 1 << 24  # multiplications: what takes fewer is measured faster than tried
+_WORTH = 1 << 22  # multiplications: what takes fewer is measured faster than tried
 _PRECISE = 1e-6  # dtypes that round more than this would hide changes that matter
+
+
+Draw = Callable[..., Tensor]
+"""A source of random numbers, by shape: ``draw(*shape, like=tensor)``."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +47,25 @@ class Trial:
 
     Attributes:
         work: multiplications that a measurement takes.
-        sizes: from what was measured to the norms of what goes into each result, taken once.
-        run: from what was kept, its sizes, and a source of random numbers (by shape) to what the operator returned for
-            some, what the kept weight says of them, and the norms of both multiplied.
+        expect: from what was measured, and a source of random numbers, to the probe of a trial, what the operator must
+            return for it, and the norms of what goes into each result, multiplied. Taken once a measurement.
+        ask: from the probe to what the operator returns.
+        laid_out: from what was measured to the same, as it is kept.
     """
 
     work: float
-    sizes: Callable[[Tensor], Tensor]
-    run: Callable[[Tensor, Tensor, Callable[..., Tensor]], tuple[Tensor, Tensor, Tensor]]
+    expect: Callable[[Tensor, Draw], tuple[Tensor, Tensor, Tensor]]
+    ask: Callable[[Tensor], Tensor]
+    laid_out: Callable[[Tensor], Tensor] = lambda measured: measured
+
+
+class _Kept(NamedTuple):
+    """What was measured, and its trial: the probe, what must come back for it, and how far off that may be."""
+
+    measured: Tensor
+    probe: Tensor
+    expected: Tensor
+    limit: Tensor
 
 
 class _Kernels:
@@ -70,14 +89,11 @@ class _Kernels:
 
     def get(self, weight: Tensor, key: Hashable, trial: Trial) -> Tensor | None:
         """What was measured, if the operator still answers accordingly."""
-        found: tuple[Tensor, Tensor] | None = self._held.get(weight, {}).get(key)
-        if found is None:
+        kept: _Kept | None = self._held.get(weight, {}).get(key)
+        if kept is None:
             return None
-        kept, sizes = found
-        seen, expected, size = trial.run(kept, sizes, self._draw)
-        limit = _ROUNDINGS * torch.finfo(seen.dtype).eps * (size + seen.abs())
-        if bool(((seen - expected).abs() <= limit).all()):
-            return kept
+        if bool((trial.ask(kept.probe).sub_(kept.expected).abs_() <= kept.limit).all()):
+            return kept.measured
         del self._held[weight][key]
         return None
 
@@ -85,7 +101,9 @@ class _Kernels:
         """Keep what was measured."""
         if weight not in self._held:
             self._held[weight] = {}
-        self._held[weight][key] = measured, trial.sizes(measured)
+        probe, expected, size = trial.expect(measured, self._draw)
+        limit = _ROUNDINGS * torch.finfo(expected.dtype).eps * (size + expected.abs())
+        self._held[weight][key] = _Kept(measured, probe, expected, limit)
 
     def _draw(self, *shape: int, like: Tensor) -> Tensor:
         """Normal numbers from a generator of its own: the user's random state does not move."""
@@ -217,7 +235,7 @@ def _across(
     name = call.op.target, weight.data_ptr(), weight.shape, weight.stride(), weight.dtype, options
     found = KERNELS.get(root, name, trial)
     if found is None:
-        found = measure()
+        found = trial.laid_out(measure())
         KERNELS.put(root, name, found, trial)
     return found
 

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import frexp, isfinite, log2, sqrt
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hzo.errors import TapeError
 from hzo.rules.base import Call, Cotangents, Key, vjp
-from hzo.rules.measured import ROWS, Trial, measured_once
+from hzo.rules.measured import ROWS, Draw, Trial, measured_once
 from hzo.rules.schema import key_of, named
 
 aten = torch.ops.aten
@@ -105,21 +106,24 @@ def _tried(call: Call, which: int) -> Trial:
     inputs, width = x.shape[-1], hidden.shape[-1]
     size = inputs if which == 0 else width
 
-    def run(kept: Tensor, sizes: Tensor, draw: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        rows = draw(ROWS, size, like=kept) / sizes.max().clamp(min=1e-30)
-        sums = rows.norm(dim=1, keepdim=True) * sizes
-        beside = torch.zeros(ROWS, width if which == 0 else inputs, dtype=kept.dtype, device=kept.device)
+    def answers(rows: Tensor, weights: dict[Key, object]) -> Tensor:
+        like: Any = {"dtype": rows.dtype, "device": rows.device}
+        beside = torch.zeros(ROWS, width if which == 0 else inputs, **like)
         step, state = (rows[None], beside) if which == 0 else (beside[None], rows)
-        none, cell = torch.zeros_like(kept[:, 0]), torch.ones(ROWS, width, dtype=kept.dtype, device=kept.device)
-        replaced: dict[Key, object] = {0: step, 3: none, 4: none, 5: state, 6: cell}
+        none, cell = torch.zeros(4 * width, **like), torch.ones(ROWS, width, **like)
+        replaced: dict[Key, object] = {0: step, 3: none, 4: none, 5: state, 6: cell, **weights}
         replaced |= {key_of(call, "reverse"): False, key_of(call, "has_biases"): True, key_of(call, "train"): False}
-        other = torch.zeros(4 * width, inputs if which else width, dtype=kept.dtype, device=kept.device)
-        ours: dict[Key, object] = {1: other, 2: kept} if which else {1: kept, 2: other}
-        seen, expected = (torch.cat(call.measure({**replaced, **weights}, rows)[1:3], 1) for weights in ({}, ours))
-        per_unit = sums.view(ROWS, 4, width).sum(1) + 1
-        return seen, expected, torch.cat([per_unit, per_unit], 1)
+        return torch.cat(call.measure(replaced, rows)[1:3], 1)
 
-    return Trial(12 * size * width * size, lambda kept: kept.norm(dim=1), run)
+    def expect(kept: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
+        sizes = kept.norm(dim=1)
+        rows = draw(ROWS, size, like=kept) / sizes.max().clamp(min=1e-30)
+        other = torch.zeros(4 * width, inputs if which else width, dtype=kept.dtype, device=kept.device)
+        expected = answers(rows, {1: other, 2: kept} if which else {1: kept, 2: other})
+        per_unit = (rows.norm(dim=1, keepdim=True) * sizes).view(ROWS, 4, width).sum(1) + 1
+        return rows, expected, torch.cat([per_unit, per_unit], 1)
+
+    return Trial(12 * size * width * size, expect, lambda rows: answers(rows, {}))
 
 
 class _Impulses:
