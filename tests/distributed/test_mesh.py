@@ -98,6 +98,10 @@ def test_failures_are_heard_of_by_all():
         "plan": (1, "processes disagree about plan and options"),
         "batch": (2, "processes disagree about batch: along the query dimension"),
         "random state": (1, "processes disagree about random state"),
+        "order": (2, "processes disagree about"),
+        "frozen": (2, "processes disagree about names of parameters, or which are trained"),
+        "another model": (1, "processes disagree about what the model is made of"),
+        "another loss": (1, "processes disagree about plan and options"),
         "NaN": (0, "another process failed, number 0"),
         "loss": (2, "another process failed, number"),
         "no samples": (

@@ -191,7 +191,9 @@ def failures(rank):
 
     def raising(given):
         def loss(out, y):
-            raise ValueError("of rank 2 alone")
+            if rank == 2:
+                raise ValueError("of rank 2 alone")
+            return cross_entropy(out, y)
 
         given["loss"] = loss
 
@@ -205,14 +207,24 @@ def failures(rank):
 
         box.stages = hzo.blackbox(wrong, name="box").eval().stages
 
+    def other_order(given):  # of the same numbers
+        layer = given["model"][0]
+        weight, bias = layer.weight, layer.bias
+        del layer.weight, layer.bias
+        layer.bias, layer.weight = bias, weight
+
     attempt("weights", on_rank(3, weights))
     attempt("plan", on_rank(1, lambda given: given["options"].update(tree="flat")))
     attempt("batch", on_rank(2, lambda given: given.update(x=given["x"] + 1e-12)))
     attempt("random state", on_rank(1, lambda given: torch.manual_seed(7)))
     attempt("NaN", nan if sample == 0 else lambda given: None)
-    attempt("loss", on_rank(2, raising))
+    attempt("loss", raising)
     attempt("no samples", on_rank(1, lambda given: given.update(x=given["x"][:0], y=given["y"][:0])))
     attempt("a part", on_rank(3, box_raises), options={}, build={"box": True})
+    attempt("order", on_rank(2, other_order), build={})
+    attempt("frozen", on_rank(2, lambda given: given["model"][0].bias.requires_grad_(False)))
+    attempt("another model", on_rank(1, lambda given: given["model"].__setitem__(2, nn.Sigmoid().eval())))
+    attempt("another loss", on_rank(1, lambda given: given.update(loss=lambda out, y: 2 * cross_entropy(out, y))))
     attempt("nothing", lambda given: None)
     return found
 

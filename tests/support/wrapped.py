@@ -1,12 +1,14 @@
 """What ranks do in tests of wrapped models: one function each, returning numbers."""
 
+import contextlib
 import copy
 from functools import partial
 
 import torch
 from torch import nn
+from torch.distributed import _functional_collectives as functional
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
@@ -62,6 +64,35 @@ def beside_backprop(rank):
     return found
 
 
+def ignoring(rank):
+    """A parameter that the wrapper was told to leave alone, by hzo and by autograd."""
+    found = []
+    for by_hzo in (True, False):
+        model = network().eval()
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["first.weight"])
+        wrapped, (x, y) = DistributedDataParallel(model, find_unused_parameters=True), batch(rank)
+        loss = hzo.backward(wrapped, cross_entropy, x, y) if by_hzo else cross_entropy(wrapped(x), y).backward()
+        assert loss is None or loss.isfinite()
+        found.append(gradients(model))
+    return found
+
+
+def micro_batches(rank):
+    """.grad after each of four micro-batches, two of them inside of no_sync(), and the last two are sums of all: by
+    hzo, by the baseline that comes closest, and by autograd."""
+    found = []
+    for way in (hzo.backward, hzo.baselines.coordinate_wise, hzo.baselines.backprop):
+        model = network().eval()
+        wrapped, sums = DistributedDataParallel(model, find_unused_parameters=True), []
+        for micro in range(4):
+            x, y = batch(rank + 2 * micro)
+            with wrapped.no_sync() if micro in (0, 1) else contextlib.nullcontext():
+                way(wrapped, cross_entropy, {"x": x, "side": bool(rank)}, y)
+            sums.append(gradients(model))
+        found.append(sums)
+    return found
+
+
 def without_averaging(rank):
     model = network()
     wrapped, (x, y) = DistributedDataParallel(model, find_unused_parameters=True), batch(rank)
@@ -111,6 +142,8 @@ def data_parallel(rank):
         "no_sync": without_averaging(rank),
         "plan": by_plan(rank),
         "check": check(rank),
+        "ignored": ignoring(rank),
+        "micro-batches": micro_batches(rank),
         **{name: baseline(rank, name, options) for name, options in BASELINES.items()},
     }
 
@@ -136,6 +169,106 @@ def check(rank):
     """Each rank tests its own gradient against its own loss."""
     wrapped, (x, y) = DistributedDataParallel(network(), find_unused_parameters=True), batch(rank)
     return hzo.check_gradient(wrapped, cross_entropy, x, y).holds
+
+
+def layers():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 4)).double()
+
+
+def spread(form):
+    """A model that a wrapper has spread, alike on all processes."""
+    mesh, model = init_device_mesh("cpu", (2,)), layers()
+    if form == "a part by FSDP2":
+        fully_shard(model[0], mesh=mesh)
+        return model
+    if form == "FSDP's first version":
+        return FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+    return fully_shard(model, mesh=mesh)
+
+
+SPREAD = ("FSDP2", "a part by FSDP2", "FSDP's first version")
+
+
+def backprop_of_spread(rank):
+    """By form: the gradients' own parts after two steps of the baseline backprop, and of loss.backward() itself."""
+    found = {}
+    for form in SPREAD:
+        for by_baseline in (True, False):
+            model, (x, y) = spread(form), batch(rank)
+            for _ in range(2):
+                if by_baseline:
+                    hzo.baselines.backprop(model, cross_entropy, x, y)
+                else:
+                    cross_entropy(model(x), y).backward()
+            grads = [p.grad for p in model.parameters()]
+            own = [g.to_local() if hasattr(g, "to_local") else g for g in grads]
+            found.setdefault(form, []).append([g.tolist() for g in own])
+    return found
+
+
+class Reduced(nn.Module):
+    """The mean over processes, as code takes it: in place, functional, by a custom Function, of data alone."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+
+    def forward(self, x):
+        if self.how == "in place":
+            x = x * 1.0
+            torch.distributed.all_reduce(x)
+            return x / 2
+        if self.how == "functional":
+            return functional.all_reduce(x, "sum", torch.distributed.group.WORLD) / 2
+        if self.how == "custom Function":
+            return OwnReduce.apply(x) / 2
+        if self.how == "gathered":  # the others' as data, its own with a gradient, as in contrastive losses
+            everybody = [torch.zeros_like(x) for _ in range(2)]
+            torch.distributed.all_gather(everybody, x)
+            everybody[torch.distributed.get_rank()] = x
+            return everybody[0] * everybody[1]
+        with torch.no_grad():
+            size = x.abs().mean()
+            torch.distributed.all_reduce(size)
+        return x / size
+
+
+class OwnReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        torch.distributed.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, g):
+        g = g.clone()
+        torch.distributed.all_reduce(g)
+        return g
+
+
+KINDS = ("in place", "functional", "custom Function", "data", "gathered")
+
+
+def collectives(rank):
+    """By kind and entry the error's message, or the gradients; backprop's under "backprop"."""
+    found = {}
+    for kind in KINDS:
+        for name, entry in {**ENTRIES, "backprop": partial(_by, "backprop"), "a box": _in_a_box}.items():
+            model, (x, y) = layers(), batch(rank)
+            model.insert(1, Reduced(kind))
+            try:
+                entry(model, x, y)
+                found[kind, name] = gradients(model)
+            except DistributedError as error:
+                found[kind, name] = str(error)
+    return found
+
+
+def _in_a_box(model, x, y):
+    model[1] = hzo.blackbox(model[1], batch_dim=None)
+    cross_entropy(model(x), y).backward()
 
 
 def sharded(form):

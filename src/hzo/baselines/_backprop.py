@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hzo.baselines import _evaluate as ev
 from hzo.baselines._registry import baseline
+from hzo.distributed import wraps_shares
 from hzo.errors import InputError
 from hzo.execution import counting
 from hzo.losses import LossFn
@@ -35,7 +36,8 @@ def backprop(model: ev.Model, loss_fn: LossFn, x: Any, y: Any = None) -> Tensor:
     errors, Nature 323, 1986.
     """
     p = ev.problem(model, loss_fn, x, y, by_autograd=True)
-    with ev.replayed([p.module]) as run, torch.enable_grad():
+    # A wrapper that gathers parameters has them swapped in the middle of its step: there is nothing to put back.
+    with ev.replayed([] if wraps_shares(p.module) else [p.module]) as run, torch.enable_grad():
         loss = run(lambda: ev.mean_loss(p, p.module(*p.args, **p.kwargs)))
         counting.add(base_evaluations=p.batch * p.stages)
         if p.parameters:

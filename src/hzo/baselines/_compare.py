@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hzo.baselines._backprop import backprop
+from hzo.distributed import refuse_wrappers
 from hzo.execution import as_checks, contained, copied
 from hzo.finite_differences import real_parts
 from hzo.gradients import grad_and_value
@@ -68,6 +69,7 @@ def compare_gradients(
     gradient of each, from the same random numbers. Source: ours.
     """
     refuse_transforms()
+    refuse_wrappers(model)
     module = module_of(model)
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     held = [module, *([loss_fn] if isinstance(loss_fn, nn.Module) else [])]

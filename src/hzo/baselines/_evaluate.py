@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from hzo._options import positive, whole
-from hzo.distributed import averaged, refuse_wrappers, unwrapped
+from hzo.distributed import (
+    average_accumulated,
+    averaged,
+    refuse_wrapped_loss,
+    refuse_wrappers,
+    unwrapped,
+    without_collectives,
+)
 from hzo.errors import InputError, NonFiniteError, StepError
 from hzo.execution import counting, restore_snapshot, take_snapshot
 from hzo.losses import LossFn, check_finite, check_loss
@@ -65,6 +72,7 @@ def problem(model: Model, loss_fn: LossFn, x: Any, y: Any, *, by_autograd: bool 
     module = module_of(model)
     if not by_autograd:
         refuse_wrappers(module)
+        refuse_wrapped_loss(loss_fn)
         module = unwrapped(module)
     args, kwargs = call_arguments(x)
     batch = batch_size(args, kwargs)
@@ -163,7 +171,8 @@ def queried(p: Problem) -> Iterator[tuple[Tensor, LossAt, Ordered]]:
     """
     evaluate = precise(p, p.module)
     with torch.no_grad(), replayed([p.module]) as run:
-        loss = run(evaluate)
+        with without_collectives("the model"):
+            loss = run(evaluate)
         counting.add(base_evaluations=p.batch * p.stages)
 
         def loss_at() -> float:
@@ -217,7 +226,9 @@ def draw_seeds(generator: torch.Generator | None, samples: int) -> list[int]:
 
 def add_to_grad(p: Problem, gradients: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Add a gradient to ``.grad``: of the processes' gradients the mean, where the model is spread over them."""
-    accumulate(averaged(p.model, [*gradients]))
+    found = averaged(p.model, [*gradients])
+    average_accumulated(p.model, found)
+    accumulate(found)
 
 
 Draw = Callable[[Tensor, torch.Generator], Tensor]

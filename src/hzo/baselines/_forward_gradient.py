@@ -15,6 +15,7 @@ from hzo.baselines import _evaluate as ev
 from hzo.baselines import _population as population
 from hzo.baselines import _together as together
 from hzo.baselines._registry import baseline
+from hzo.distributed import without_collectives
 from hzo.errors import InputError
 from hzo.execution import counting
 from hzo.losses import LossFn
@@ -73,7 +74,8 @@ def forward_gradient(
         with ev.queried(p) as (loss, *_):
             return loss
     with torch.no_grad(), ev.replayed([p.module]) as run:
-        loss, slope = run(partial(_loss_and_slope, p, seeds[0]))
+        with without_collectives("the model"):
+            loss, slope = run(partial(_loss_and_slope, p, seeds[0]))
         ev.count_pass(p, 2)
         rest = None
         if executor is not None:

@@ -347,17 +347,30 @@ def _about(module: Any, x: Any, y: Any, plan: str) -> tuple[dict[str, tuple[str 
     tensors = [t for t in pytree.tree_leaves((x, y)) if isinstance(t, Tensor)]
     if not tensors or tensors[0].dim() == 0 or tensors[0].shape[0] == 0:
         raise InputError("this process has no samples; give every process some, or a mesh with fewer processes")
-    weights = [] if module is None else [*module.parameters()]
+    named = [] if module is None else [*module.named_parameters()]
     modes = "" if module is None else "".join(str(int(m.training)) for m in module.modules())
     forms = [(tuple(t.shape[1:]), str(t.dtype)) for t in tensors]
     random = digest([torch.get_rng_state()])
     return {
-        "parameters": (digest(weights), ""),
+        "parameters": (digest([p for _, p in named]), ""),
+        "names of parameters, or which are trained": (_hash(repr([(n, p.requires_grad) for n, p in named])), ""),
         "plan and options": (_hash(plan, modes), ""),
+        "what the model is made of": (_hash("" if module is None else code_of(module)), ""),
         "shape of a sample": (_hash(repr(forms)), ""),
         "batch": (None, digest(tensors)),
         "random state": (None, random),
     }, int(tensors[0].shape[0])
+
+
+def code_of(f: Any) -> str:
+    """What can be told of a callable's code in all processes alike: classes of modules, or the code of a function."""
+    if isinstance(f, nn.Module):
+        return " ".join(f"{type(m).__module__}.{type(m).__qualname__}" for m in f.modules())
+    name, code = getattr(f, "__qualname__", type(f).__qualname__), getattr(f, "__code__", None)
+    if code is None:
+        return str(name)
+    constants = [c for c in code.co_consts if isinstance(c, (int, float, str))]
+    return f"{name} {code.co_code.hex()} {code.co_names} {constants}"
 
 
 def _hash(*texts: str) -> str:

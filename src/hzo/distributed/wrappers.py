@@ -28,16 +28,24 @@ def refuse_wrappers(model: Any) -> None:
         return
     for name, module in model.named_modules():
         kind = kind_of_wrapper(module)
-        if kind is None or (kind == DDP and not name):
+        if kind is None:
             continue
         where = f"the module {name!r} of the model" if name else "the model"
+        if kind == DDP and not name:
+            if more := _beyond_averaging(module):
+                raise DistributedError(
+                    f"{where} is wrapped in {DDP} {more}, and hzo, which calls the model inside and takes the plain "
+                    f"mean of gradients, would do something else. Have it work inside of the wrapper: "
+                    f"{DDP}(hzo.module(model)), then loss.backward()"
+                )
+            continue
         if kind == DDP:
             raise DistributedError(
                 f"{where} is wrapped in {DDP}, whose gradients are averaged over the processes by hooks of autograd; "
                 "hzo averages where the whole model is wrapped. Wrap the whole model, or have hzo work inside of the "
                 f"wrapper: {DDP}(hzo.module(model)), then loss.backward()"
             )
-        raise sharded(f"{where} is wrapped in {kind}, which")
+        raise _refusal(where, kind)
     for name, parameter in model.named_parameters():
         if is_shared(parameter):
             raise DistributedError(f"the parameter {name} {_A_SHARE}")
@@ -45,9 +53,36 @@ def refuse_wrappers(model: Any) -> None:
             raise sharded(f"the parameter {name} belongs to {owner}, which")
 
 
+def _beyond_averaging(model: Any) -> str | None:
+    """What a ``DistributedDataParallel`` does besides calling its model, averaging gradients and sending buffers."""
+    owner = next(cls for cls in type(model).__mro__ if "forward" in vars(cls))
+    hooked = model._comm_hooks or model._get_ddp_logging_data().get("comm_hook")
+    found = {
+        "with mixed_precision=": model.mixed_precision is not None,
+        "with a communication hook for gradients (register_comm_hook)": bool(hooked),
+        "with a communication hook for buffers": hasattr(model, "buffer_hook"),
+        "with delay_all_reduce_named_params=": bool(model._delay_all_reduce_params),
+        "inside of its join()": model._join_config.enable,
+        "with hooks of modules on the wrapper itself": any(getattr(model, hooks) for hooks in _HOOKS),
+        "with a forward() of its own": "forward" in vars(model) or owner.__name__ != DDP,
+    }
+    return next((what for what, is_so in found.items() if is_so), None)
+
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
 # What wrappers put on the parameters that they spread, by which their inner modules are known, too.
 _FIRST_FSDP = "FullyShardedDataParallel (FSDP's first version)"
+_REPLICATE, _THREADS = "replicate", "DataParallel over several devices"
 _MARKS = {"_fsdp_flattened": _FIRST_FSDP, "ds_id": "DeepSpeed (ZeRO, stage 3)"}
+
+
+def wraps_shares(model: Any) -> bool:
+    """Whether modules swap their parameters while they run, as those do that gather what is spread."""
+    return isinstance(model, nn.Module) and any(
+        kind_of_wrapper(m) not in (None, DDP, _THREADS) for m in model.modules()
+    )
 
 
 def refuse_all_wrappers(model: Any, instead: str) -> None:
@@ -58,6 +93,39 @@ def refuse_all_wrappers(model: Any, instead: str) -> None:
             f"the model is wrapped in {DDP}, whose gradients are averaged over the processes by hooks of autograd; "
             f"{instead}"
         )
+
+
+def refuse_wrapped_loss(loss_fn: Any) -> None:
+    """An error where a loss is a module that is spread over processes: its gradients would be left as they are here."""
+    kinds = (kind_of_wrapper(m) for m in loss_fn.modules()) if isinstance(loss_fn, nn.Module) else ()
+    if kind := next((kind for kind in kinds if kind is not None), None):
+        raise DistributedError(
+            f"the loss is wrapped in {kind}, or a part of it is, and hzo averages gradients of the model alone; make "
+            f"the loss a part of the model: {DDP}(model_with_loss), and loss_fn=lambda loss: loss"
+        )
+
+
+def _refusal(where: str, kind: str) -> DistributedError:
+    """The error for a wrapper that is no ``DistributedDataParallel``."""
+    if kind == _THREADS:
+        return DistributedError(
+            f"{where} is wrapped in {kind}, which runs copies of it in threads that hzo does not see; take "
+            f"{DDP}, one process for each device, and hzo.backward(wrapped, loss_fn, x, y) averages as it would"
+        )
+    if kind == _REPLICATE:
+        return DistributedError(
+            f"{where} was given to {kind}(), which averages gradients over the processes by hooks of autograd; hzo "
+            f"does not run them. Have hzo work inside: {kind}(hzo.module(model)), then loss.backward(); or take "
+            f"{DDP}(model), where hzo.backward(wrapped, loss_fn, x, y) averages as it would"
+        )
+    return sharded(f"{where} is wrapped in {kind}, which")
+
+
+def refuse_running(module: nn.Module) -> None:
+    """An error where a module that is about to run in a recording is a wrapper whose hooks wait for other processes."""
+    kind = kind_of_wrapper(getattr(module, "_orig_mod", module))  # of what torch.compile was given
+    if kind is not None and kind != DDP:
+        raise _refusal("a module that ran inside the recording", kind)
 
 
 def sharded(what: str) -> DistributedError:
@@ -104,32 +172,41 @@ def is_shared(tensor: Tensor) -> bool:
 def kind_of_wrapper(module: nn.Module) -> str | None:
     """The name of the wrapper that a module is; by name, since importing the wrappers takes a second."""
     for cls in type(module).__mro__:
+        if cls is nn.DataParallel:
+            return _THREADS if len(module.device_ids) > 1 else None  # type: ignore[arg-type]
         source = cls.__module__
-        if cls.__name__ == DDP and source.startswith("torch.nn.parallel"):
-            return cls.__name__
-        if cls.__name__ == "FSDPModule" and source.startswith("torch.distributed"):
-            return "FSDP"
-        if cls.__name__ == "FullyShardedDataParallel" and source.startswith("torch.distributed"):
-            return _FIRST_FSDP
-        if cls.__name__ == "DeepSpeedEngine" and source.startswith("deepspeed"):  # and what is derived from it
-            return f"DeepSpeed's {type(module).__name__}"
+        for name, start, kind in _WRAPPERS:
+            if cls.__name__ == name and source.startswith(start):
+                return kind or f"DeepSpeed's {type(module).__name__}"
     return None
+
+
+_WRAPPERS = (
+    (DDP, "torch.nn.parallel", DDP),
+    ("FSDPModule", "torch.distributed", "FSDP"),
+    ("FullyShardedDataParallel", "torch.distributed", _FIRST_FSDP),
+    ("DDP", "torch.distributed._composable.replicate", _REPLICATE),
+    ("DeepSpeedEngine", "deepspeed", None),  # and what is derived from it
+)
 
 
 @torch.no_grad()
 def unwrapped(model: Any) -> Any:
-    """The model inside of a ``DistributedDataParallel``, with the buffers of the first process where that sends them.
+    """The model inside of a ``DistributedDataParallel`` (or of a ``DataParallel`` without devices), with the buffers of
+    the first process where that sends them.
 
     Every process must call this. Another model comes back as it is. Cost: a broadcast of each buffer. Source: as
     torch's.
     """
+    if isinstance(model, nn.DataParallel) and not model.device_ids:  # which calls its model, and nothing else
+        return model.module
     if not (isinstance(model, nn.Module) and kind_of_wrapper(model) == DDP):
         return model
     if model.broadcast_buffers and model.require_backward_grad_sync:
-        ignored = getattr(model, "parameters_to_ignore", ())
+        ignored: Any = model.parameters_to_ignore
         for name, buffer in model.module.named_buffers():  # type: ignore[union-attr]
             if name not in ignored:
-                torch.distributed.broadcast(buffer, group=model.process_group, group_src=0)  # type: ignore[arg-type]
+                _wait(torch.distributed.broadcast, buffer, group=model.process_group, group_src=0)
     return model.module
 
 
@@ -145,9 +222,54 @@ def averaged(model: Any, gradients: Sequence[tuple[Tensor, Tensor]]) -> list[tup
     parameter without a gradient here and with one elsewhere gets its share. Cost: one all-reduce of all gradients of a
     dtype and device. Source: as torch's.
     """
+    parameters = _averages(model)
+    return list(gradients) if parameters is None else mean_over(model.process_group, parameters, gradients)
+
+
+@torch.no_grad()
+def average_accumulated(model: Any, gradients: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Average what ``.grad`` holds already, before the averaged gradients of a step are added to it.
+
+    ``DistributedDataParallel`` averages the sum: micro-batches inside of its ``no_sync()`` have left each process a sum
+    of its own. Every process must call this. Cost: an all-reduce of what is in ``.grad``. Source: as torch's.
+
+    Args:
+        model: the model as it was called. gradients: what ``averaged`` gave.
+    """
+    parameters = _averages(model)
+    if parameters is None:
+        return
+    of_step = {id(p) for p, _ in gradients}
+    before = [(p, p.grad) for p in parameters if p.grad is not None and id(p) in of_step]
+    for p, g in mean_over(model.process_group, [p for p in parameters if id(p) in of_step], before):
+        if p.grad is None:
+            p.grad = g.clone()
+        elif p.grad is not g:
+            p.grad = g.to_sparse(p.grad.sparse_dim()) if p.grad.is_sparse else p.grad.copy_(g)
+
+
+def _averages(model: Any) -> list[Tensor] | None:
+    """The parameters whose gradients a ``DistributedDataParallel`` would average now; None where it would not."""
     if not (isinstance(model, nn.Module) and kind_of_wrapper(model) == DDP and model.require_backward_grad_sync):
-        return list(gradients)
-    return mean_over(model.process_group, model.parameters(), gradients)
+        return None
+    ignored: Any = model.parameters_to_ignore
+    return [p for name, p in model.module.named_parameters() if name not in ignored]  # type: ignore[union-attr]
+
+
+def _wait(exchange: Callable[..., Any], tensor: Tensor, **options: Any) -> None:
+    """Run a collective, for as long as the process group waits.
+
+    Raises:
+        DistributedError: another process did not come.
+    """
+    try:
+        exchange(tensor, **options)
+    except RuntimeError as error:  # torch.distributed's own errors are of this kind
+        raise DistributedError(
+            f"another process did not come to the same exchange of {DDP}: it failed, hangs, or called something else "
+            f"({str(error).splitlines()[0][-120:]}); nothing was added to .grad here. Look at what the others say; "
+            "init_process_group(timeout=) sets how long one waits"
+        ) from error
 
 
 def mean_over(
@@ -172,7 +294,7 @@ def mean_over(
     if size == 1 or not own:
         return list(gradients)
     there = torch.tensor([float(key in found) for key in own], device=next(iter(own.values())).device)
-    add_up = add_up or partial(distributed.all_reduce, group=group)
+    add_up = add_up or partial(_wait, distributed.all_reduce, group=group)
     add_up(there)
     result = []
     groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}

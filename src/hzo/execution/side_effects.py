@@ -62,7 +62,14 @@ def take_snapshot(modules: Iterable[nn.Module], gradients: bool = False) -> Snap
 
 
 def _can_be_copied(tensor: Tensor) -> bool:
-    return tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_meta)
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
+        return False
+    if type(tensor) not in (Tensor, nn.Parameter) or not tensor.numel():
+        return True
+    # Wrappers free the memory of parameters that they gather, and keep views of it.
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    end = (tensor.storage_offset() + last + 1) * tensor.element_size()
+    return end <= tensor.untyped_storage().nbytes()
 
 
 @torch.no_grad()

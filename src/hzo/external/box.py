@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from hzo._options import one_of, positive, shown, whole
+from hzo.distributed import refuse_all_wrappers
 from hzo.errors import InputError
 from hzo.execution import counting
 from hzo.external.autograd import through, through_planned
@@ -202,8 +203,7 @@ def blackbox(
     def guard(part: Part, of: str, last: bool) -> nn.Module:
         if isinstance(part, BlackBox):
             return part
-        if not callable(part):
-            raise InputError(f"expected something that can be called, got a {type(part).__name__}")
+        _check_part(part)
         guarded = Guarded(
             part, of, numpy=numpy, batched=batched, timeout=timeout, ignores=parameters == "ignored", noisy=noise is not
             None, state=state, floats=last and integers == "floating", pool=pool,
@@ -246,6 +246,12 @@ def blackbox(
         memory=memory,
         options_shown=options_shown,
     )
+
+
+def _check_part(part: Any) -> None:
+    if not callable(part):
+        raise InputError(f"expected something that can be called, got a {type(part).__name__}")
+    refuse_all_wrappers(part, "make a black box of the module inside of it, and wrap the model that holds the box")
 
 
 def _shown_options(arguments: Mapping[str, Any]) -> str:

@@ -21,6 +21,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from hzo.distributed import without_collectives
 from hzo.errors import HzoError, InputError, NonFiniteError, QueryError, QueryTimeoutError
 from hzo.execution import RandomState, counting, devices_of, random_state, set_random_state
 from hzo.external.scratch import counters_matter, scratch
@@ -225,10 +226,14 @@ class Guarded(nn.Module):
             ) from cause
 
     def _one(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], watched: bool) -> Any:
+        def alone(*args: Any, **kwargs: Any) -> Any:
+            with without_collectives("a black box"):
+                return self.callable(*args, **kwargs)
+
         if self.timeout is not None:
-            return call_within(self.timeout, self.callable, args, kwargs, watched)
+            return call_within(self.timeout, alone, args, kwargs, watched)
         with torch.enable_grad() if watched else torch.no_grad():
-            return self.callable(*args, **kwargs)
+            return alone(*args, **kwargs)
 
     def _copied(self, arguments: Any) -> Any:
         def copied(leaf: Any) -> Any:

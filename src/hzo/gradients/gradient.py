@@ -17,7 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from hzo._options import function, positive, scale_factor
-from hzo.distributed import averaged, kind_of_wrapper, refuse_wrappers, shared, unwrapped
+from hzo.distributed import (
+    average_accumulated,
+    averaged,
+    code_of,
+    kind_of_wrapper,
+    refuse_wrapped_loss,
+    refuse_wrappers,
+    shared,
+    unwrapped,
+)
 from hzo.errors import InputError
 from hzo.execution import contained
 from hzo.gradients.backward_sweep import BoundaryCotangents, sweep_plan
@@ -89,6 +98,8 @@ def backward(
     """
     factor = scale_factor(scale)
     found_leaves, loss, _ = _leaves(_Task(model, loss_fn, x, y, plan, memory, options), mesh, timeout, keep)
+    if mesh is None:
+        average_accumulated(model, found_leaves)
     accumulate(drained(found_leaves) if factor == 1 else [(leaf, g * factor) for leaf, g in found_leaves])
     return loss
 
@@ -236,7 +247,7 @@ def _processes(
         return
     module = module_of(model)
     made = () if plan is None else (plan.fingerprint, plan.edges, plan.scheme, plan.step, plan.mu, plan.spacing)
-    same = f"{made} {sorted(task.options.items())}"
+    same = f"{made} {sorted(task.options.items())} {code_of(task.loss_fn)}"
     with shared(mesh, module, task.x, task.y, same, timeout) as (here, weight):
         yield lambda gradients, loss: here.finish(module, gradients, loss, weight)
 
@@ -268,6 +279,7 @@ def _estimate(
     model, loss_fn, x, y, plan = task.model, task.loss_fn, task.x, task.y, task.plan
     function("loss_fn", loss_fn)
     refuse_wrappers(module_of(model))
+    refuse_wrapped_loss(loss_fn)
     model = unwrapped(model)
     with planned_pass(model, loss_fn, x, y, plan, task.options) as (chain, found, steps, base):
         graph = chain.traced

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from hzo._options import function
-from hzo.distributed import averaged, refuse_wrappers, unwrapped
+from hzo.distributed import averaged, refuse_wrapped_loss, refuse_wrappers, unwrapped
 from hzo.errors import InputError, NonFiniteError
 from hzo.reverse.step import LeafGradients, RecordedStep, record
 from hzo.tape.surroundings import refuse_transforms
@@ -28,6 +28,7 @@ def recorded_loss(
     check_model_and_input(model, loss_fn, x)
     x, y = pytree.tree_map_only(Tensor, as_data, (x, y))
     refuse_wrappers(model)
+    refuse_wrapped_loss(loss_fn)
     model = unwrapped(model)
     args, kwargs = call_arguments(x)
     modules = [m for m in (model, loss_fn) if isinstance(m, nn.Module)]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._C import _get_dispatch_stack_at, _len_torch_dispatch_stack
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hzo.distributed import refuse_share
+from hzo.distributed import collective_in, is_collective, refuse_share
 from hzo.errors import TapeError
 from hzo.tape.aliases import geometry_of, overlaps_itself, pass_through, restride, restride_scatter
 from hzo.tape.foreach import on_lists, singles
@@ -57,6 +57,13 @@ NESTED = (
     "run those under torch.no_grad()"
 )
 
+_CARRIES = "the recording, on a tensor that carries a gradient"
+_BY_FUNCTION = (
+    "the gradients of the other processes' losses would be lost. Put it into a torch.autograd.Function whose backward "
+    "sends them back (as those of torch.distributed.nn.functional do), which hzo follows, or under torch.no_grad() "
+    "where its result is data"
+)
+
 _UNINITIALIZED = frozenset(
     f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 )
@@ -82,6 +89,7 @@ class _Operator:
     layout: bool  # changes how a tensor lies in memory, and no content
     restrides: bool  # reads memory beside its operand
     on_lists: bool  # does one thing to each tensor of a list
+    collective: bool  # talks to other processes
     functional: Callable[..., Any]
     rule: int  # id of the operator by which rules know it; 0 where the tape writes down another one
 
@@ -114,6 +122,7 @@ def _operator(func: Any) -> _Operator:
         name in _LAYOUTS,
         name.startswith("as_strided"),
         on_lists(func),
+        is_collective(func),
         functional,
         id(operator_of(functional)) if not name.startswith("as_strided") else 0,
     )
@@ -208,6 +217,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if tensor.is_nested:
             raise TapeError(NESTED)
         if requires and type(tensor) not in _PLAIN and _wraps(tensor):
+            if type(tensor).__name__ == "AsyncCollectiveTensor":
+                raise collective_in(_CARRIES, "torch.distributed._functional_collectives", _BY_FUNCTION)
             raise TapeError(
                 f"a {type(tensor).__name__}, a tensor that wraps others, carries a gradient, which hzo does not "
                 "follow; compute with the tensors inside of it"
@@ -402,6 +413,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(func, torch._ops.HigherOrderOperator):  # inside of a Function, which is what is recorded
                 return func(*args, **kwargs)
             about = _operator(func)
+        if about.collective:
+            return self._collective(func, args, kwargs)
         if self.paused:
             self._touch(args)
             return func(*args, **kwargs)
@@ -445,6 +458,25 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if differentiable:
             return self._call(func, about, args, kwargs)
         return self._constant(func, about, args, kwargs)
+
+    def _collective(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A collective is no operation of the tape: as for autograd, what it returns is data.
+
+        An error where its result would carry a gradient all the same, which no rule could take to other processes, and
+        where queries would run it again. Inside of a custom Function, which has a backward of its own, it runs as ever.
+        """
+        if self.history is not None and (self.paused or self.applying is not None):
+            raise collective_in(
+                "a custom Function or an operation that hzo does not look into, of which a plan asks queries",
+                func,
+                "processes would perturb its result all at once. Leave out plan and options: hzo.backward(model, "
+                "loss_fn, x, y), which takes the backward of a custom Function",
+            )
+        # Those of c10d write to their first argument, but for send; others return what they made.
+        carries = args if func.namespace != "c10d" else args[:1] if "send" not in func._schema.name else ()
+        if not self.paused and torch.is_grad_enabled() and _requires(carries):
+            raise collective_in(_CARRIES, func, _BY_FUNCTION)
+        return func(*args, **kwargs)
 
     def _constant(self, func: Any, about: _Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call that autograd does not differentiate and that writes to nothing: no trace of it."""

@@ -24,8 +24,8 @@ from torch.nn.modules import module
 from torch.utils import module_tracker
 from torch.utils.hooks import RemovableHandle
 
-from hzo.distributed import kind_of_wrapper, sharded
-from hzo.errors import TapeError
+from hzo.distributed import refuse_running
+from hzo.errors import DistributedError, TapeError
 from hzo.tape import recurrent
 from hzo.tape.custom import CustomFunction, NodeHooks, UnseenCall
 from hzo.tape.history import grad_fn, is_leaf, requires_grad
@@ -370,11 +370,23 @@ def _register_hook(self: Tensor, hook: Callable[[Tensor], Any]) -> Any:
 
 
 def _wrapped_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    _note_wrapper(self)
+    return _originals["forward"](self, *args, **kwargs)
+
+
+def _note_wrapper(model: nn.Module) -> None:
     """A model spread over processes says so to the recording: its gradients would be averaged by hooks of autograd."""
     recorder = current_recorder()
-    if recorder is not None and self.require_backward_grad_sync:
-        recorder.wrappers.append(self)
-    return _originals["forward"](self, *args, **kwargs)
+    if recorder is None or not model.require_backward_grad_sync:
+        return
+    if recorder.history is not None:
+        name = type(model).__name__
+        raise DistributedError(
+            f"a module wrapped in {name} ran inside of a model that is planned for, and its gradients are averaged "
+            "over the processes by hooks of autograd; wrap the whole model, or have hzo work inside of the wrapper: "
+            f"{name}(hzo.module(part)), then loss.backward()"
+        )
+    recorder.wrappers.append(model)
 
 
 def refuse_transforms() -> None:
@@ -390,20 +402,29 @@ def refuse_transforms() -> None:
         )
 
 
-_SHARDING = {"torch.distributed.fsdp", "deepspeed"}  # where wrappers come from whose parameters are shares
+_SHARDING = {
+    "torch.distributed.fsdp",
+    "deepspeed",
+    "torch.distributed._composable.replicate",
+}  # where wrappers are from
+
+
+_OF_TORCH = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
 
 def _called(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """``Module.__call__``: what the module holds is noted, for a step that fails; a module that is one operation runs
-    out of the recorder's sight; a wrapper that shards parameters is refused before its own hooks run, which wait for
-    other processes."""
+    out of the recorder's sight; a wrapper is refused before its own hooks run, which wait for other processes."""
     recorder = current_recorder()
     if recorder is not None:
         recorder.undo.remember_called(self)
+        if isinstance(self, _OF_TORCH):
+            if isinstance(self, nn.DataParallel):
+                refuse_running(self)
+            else:  # whose forward may have been replaced
+                _note_wrapper(self)
         if _SHARDING & sys.modules.keys():
-            kind = kind_of_wrapper(self)
-            if kind is not None and kind != "DistributedDataParallel":
-                raise sharded(f"a module wrapped in {kind} ran inside the recording, which")
+            refuse_running(self)
         if recorder.opaque is not None:
             name = recorder.opaque(self)
             if name is not None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hzo._options import whole
-from hzo.distributed import refuse_wrappers, unwrapped
+from hzo.distributed import refuse_wrappers, unwrapped, without_collectives
 from hzo.errors import InputError
 from hzo.execution import as_checks, contained, copied, counting
 from hzo.finite_differences import real_parts
@@ -174,7 +174,7 @@ class _GradientTest:
         before = {name: self.parameters[name].detach().clone() for name in direction}
         x, y = copied((self.x, self.y))
         args, kwargs = call_arguments(x)
-        with contained(self.held, [self.loss_fn]), torch.no_grad():
+        with contained(self.held, [self.loss_fn]), torch.no_grad(), without_collectives("the model"):
             try:
                 for name, v in direction.items():
                     real_parts(self.parameters[name]).add_(v, alpha=step)
