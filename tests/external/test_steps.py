@@ -1,5 +1,6 @@
 """Steps and bounds for each input and element, and steps that are measured; what is inaccurate is said to be so."""
 
+import math
 import warnings
 
 import numpy as np
@@ -203,6 +204,44 @@ class TestGranularity:
     def test_a_smooth_part_loses_little(self):
         x = normal(16, 4)
         assert error(gradient(hzo.blackbox(torch.sin, step="measured"), x), x.cos()) <= 1e-7
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    @pytest.mark.parametrize("noise", [1e-6, 1e-4, 1e-2])
+    @pytest.mark.parametrize("waves", [0.3, 1.0, 3.0, 30.0])
+    def test_balances_noise_and_curvature(self, waves, noise, dtype):
+        """Of sin(w z) with noise of known size, which repeats: the step is the best one, give or take a factor of 3."""
+
+        def part(z):
+            wide = z.double()
+            hashed = (43758.5453 * (12345.678 * wide + 9876.5432 * wide.square()).sin()) % 1
+            return torch.sin(waves * z + 0.3) + (3**0.5 * noise * (2 * hashed - 1)).to(z.dtype)
+
+        x = normal(32, 8).to(dtype)
+        exact = waves * torch.cos(waves * x.double() + 0.3)
+        box = hzo.blackbox(part, step="measured")
+        found = gradient(box, x)
+        (measured,) = box._known["steps"].values()
+        # Noise of both readings, (s / h)² / 2, and w³ h² / 6 of the derivative, by the mean of cos².
+        scale = float(element_scale(x).double().square().mean().sqrt())
+        best = (3 * noise / (2**0.5 * waves**3 * 0.5**0.5)) ** (1 / 3) / scale
+        if best < 1:  # else it would be the longest one that is tried
+            assert best / 3 <= measured.length <= 3 * best
+        tried = [
+            error((part(x + h) - part(x - h)).double() / (2 * h).double(), exact)
+            for h in (2.0 ** (1 - k / 2) * element_scale(x) for k in range(40))
+        ]
+        assert error(found, exact) <= 4 * min(tried)
+        assert error(found, exact) <= 3 * measured.error
+
+    def test_of_a_few_numbers_nobody_can_tell(self):
+        """One number that agrees at a long step, and again on the slope of its noise."""
+
+        def part(z):
+            return torch.sin(z) + 1e-2 * torch.sin(1e9 * z)
+
+        with pytest.warns(InaccurateGradientWarning):
+            found = gradient(hzo.blackbox(part, step="measured"), torch.full((1, 1), 0.3, dtype=torch.float64))
+        assert abs(float(found) - math.cos(0.3)) < 0.5
 
     def test_measured_once(self):
         box, x = hzo.blackbox(torch.sin, step="measured"), normal(4, 3)

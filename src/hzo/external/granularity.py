@@ -19,6 +19,8 @@ from hzo.finite_differences import element_scale
 _RATIO = 4.0  # between one step and the next
 _LONGEST = 2.0  # in scales of an element
 _PLATEAU, _BROKEN = 0.05, 0.3  # differences agree, or no longer do
+_MANY, _ROUGH, _AS_NOISE = 16, 0.2, 0.7  # numbers that do not agree by chance; an error; what noise differs by
+_STEEPER = 100.0  # than a slope that may be the right one
 
 
 @dataclass(frozen=True)
@@ -89,17 +91,48 @@ def _agreeing(shares: list[float], slopes: list[list[Tensor]]) -> MeasuredStep:
         return MeasuredStep(shares[0], inf)
     # Where nothing moved at two steps, they agree on nothing.
     relative = [d / max(a, b) if a and b else inf for d, a, b in zip(apart, sizes, sizes[1:], strict=False)]
-    best, error = 0, inf
+    many = min((sum(int((t != 0).sum()) for t in s) for s, size in zip(slopes, sizes, strict=True) if size), default=0)
+    best, error, errors = 0, inf, []
     for k in range(len(shares)):
         longer = relative[k - 1] / _RATIO**2 if k else inf  # curvature is less here than there
         shorter = relative[k] / _RATIO if k < len(relative) else inf  # and granularity less than there
         if longer == inf:
             longer = relative[0] if relative else inf
-        if longer + shorter < error:
-            best, error = k, longer + shorter
+        errors.append(longer + shorter)
+        if errors[-1] < error:
+            best, error = k, errors[-1]
         if error < _PLATEAU and k < len(relative) and relative[k] > _BROKEN:
             break
-    return MeasuredStep(shares[best], error)
+        # Loud noise leaves no plateau so flat. Behind its best step many numbers disagree as noise does, fourfold from
+        # step to step, and where they agree again, it is on the slope of the noise.
+        if many >= _MANY and error < _ROUGH and min(relative[max(best + 1, k - 1) : k + 1], default=0) > _AS_NOISE:
+            break
+    before = min(range(best + 1), key=lambda k: errors[k] if sizes[best] > _STEEPER * sizes[k] else inf)
+    if many < _MANY and errors[before] < _ROUGH and before != best:
+        # A few numbers may have agreed by chance, or what is so steep is noise: nobody can tell.
+        return MeasuredStep(shares[before], max(errors[before], _BROKEN))
+    return _between(shares, relative, best, error)
+
+
+def _between(shares: list[float], relative: list[float], k: int, error: float) -> MeasuredStep:
+    """The step between those tried at which noise, as 1/h, and curvature, as h², make the smallest error.
+
+    Differences at two steps disagree by the noise of both and by what curvature makes of their ratio: at the steps on
+    either side, two equations for the two at step ``k``.
+    """
+    if not 0 < k < len(relative) or inf in (relative[k - 1], relative[k]):
+        return MeasuredStep(shares[k], error)
+    near, far = relative[k] ** 2, relative[k - 1] ** 2
+    of_noise, of_curve = 1 + _RATIO**2, (1 - _RATIO**-2) ** 2  # of the next one, in units of this one
+    of_noise_far, of_curve_far = 1 + _RATIO**-2, (_RATIO**2 - 1) ** 2
+    determinant = of_noise * of_curve_far - of_curve * of_noise_far
+    noise = (near * of_curve_far - far * of_curve) / determinant
+    curve = (far * of_noise - near * of_noise_far) / determinant
+    ratio = (
+        max(noise, 0.0) / (2 * curve) if curve > 0 else inf
+    )  # where only one of them shows, half the way to the next
+    longer = min(2.0, max(0.5, ratio ** (1 / 6)))
+    return MeasuredStep(shares[k] * longer, error)
 
 
 def _quantum(
