@@ -316,3 +316,32 @@ def test_plans_count_what_is_asked(name, monkeypatch):
     step()
     plan = box.plan_for(*given)
     assert step() == (plan.queries, plan.calls)
+
+
+def pooled(z):
+    return torch.nn.functional.avg_pool2d(z, 2).tanh()
+
+
+def wide_band(z):
+    return sum((k + 1) * torch.nn.functional.pad(z, (3, 3))[:, k : k + z.shape[1]] for k in range(7)).tanh()
+
+
+# A part that is local, what is promised of it, and the shape of a sample.
+COLORED = {
+    "banded": (wide_band, hzo.Local(1, -3, 3), (N,)),
+    "banded, below the diagonal": (lambda z: banded(z).tanh(), hzo.Local(1, -1, 0), (N,)),
+    "shorter than its band": (wide_band, hzo.Local(1, -3, 3), (5,)),
+    "a stencil in space": (lambda z: conv(z).tanh(), SPACE, (2, 8, 8)),
+    "pooling": (pooled, (hzo.Local(1), hzo.Local(2, 0, 1, 2), hzo.Local(3, 0, 1, 2)), (2, 8, 8)),
+}
+
+
+@pytest.mark.parametrize("name", COLORED)
+def test_no_direct_method_has_fewer_directions(name):
+    """Elements on which one output depends are told apart by as many directions (Curtis, Powell and Reid, 1974)."""
+    f, promised, shape = COLORED[name]
+    count, plan = compare(f, shape, {"promises": promised})
+    x = normal(1, *shape)
+    jacobian = torch.autograd.functional.jacobian(f, x).reshape(-1, x.numel())
+    assert plan.sites[0].directions == int((jacobian != 0).sum(1).max())
+    assert count.queries == plan.queries == 2 * B * plan.sites[0].directions <= plan.coordinate_queries
