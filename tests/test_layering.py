@@ -179,13 +179,13 @@ BACKWARD = {"hzo/baselines/_backprop.py"}
 ORACLE = {"hzo_lab/zoo/trial.py"}
 FUNCTION = {
     "hzo/external/autograd.py": {"torch.autograd.Function"},
-    "hzo/external/box.py": {"torch.autograd.forward_ad"},  # is forward mode under way?
     "hzo/external/network.py": {
         "torch.autograd.Function",
         "torch.autograd.forward_ad",  # is forward mode under way?
     },
     "hzo/tape/recurrent.py": {"torch.autograd.Function"},  # two cells, whose backward the sweep applies as their rule
-    "hzo/external/guard.py": {"torch.enable_grad"},  # does a part use trainable tensors that it has not registered?
+    # Does a part use tensors that it has not registered, which are trainable or which forward mode follows?
+    "hzo/external/guard.py": {"torch.enable_grad", "torch.autograd.forward_ad"},
 }
 FORWARD_MODE = {"hzo/baselines/_forward_gradient.py"}
 RECORDER = {"hzo/tape/surroundings.py", "hzo/tape/opaque.py", "hzo/tracing/recorder/run.py"}

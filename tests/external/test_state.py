@@ -3,6 +3,7 @@
 import functools
 import pickle
 import random
+import types
 
 import numpy as np
 import pytest
@@ -153,17 +154,20 @@ class Hidden:
 
     @staticmethod
     def made():
-        class Memory:  # attributes of a class stand for a library in C, or another process
-            v = np.zeros((5, 4))
+        memory = bytearray(np.zeros((5, 4)).tobytes())  # stands for a library in C, or another process
 
-        def call(x):
-            Memory.v = 0.8 * Memory.v + np.sin(x)
-            return np.tanh(Memory.v) * Memory.v
+        def save():
+            return {"v": np.frombuffer(memory).reshape(5, 4).copy()}
 
         def load(saved):
-            Memory.v = saved["v"]
+            memory[:] = saved["v"].tobytes()
 
-        return lambda: {"v": Memory.v}, load, call
+        def call(x):
+            v = 0.8 * save()["v"] + np.sin(x)
+            load({"v": v})
+            return np.tanh(v) * v
+
+        return save, load, call
 
 
 class TestHooks:
@@ -529,7 +533,43 @@ def closed_over():
     return push, scale, reset
 
 
+def in_a_module():
+    code = (
+        "def push(x):\n    plant.v = plant.v + x\n    return torch.sin(plant.v)\n"
+        "def scale(x):\n    plant.v = plant.v * x\n    return torch.cos(plant.v)\n"
+    )
+    plant, instruments = types.ModuleType("plant"), types.ModuleType("instruments")
+    vars(instruments).update(plant=plant, torch=torch)
+    exec(code, vars(instruments))
+
+    def reset():
+        plant.v = torch.zeros(5, 4, dtype=torch.float64)
+
+    return instruments.push, instruments.scale, reset
+
+
+def in_a_class():
+    class Plant:
+        v = None
+
+        @classmethod
+        def push(cls, x):
+            cls.v = cls.v + x
+            return torch.sin(cls.v)
+
+        def scale(self, x):
+            Plant.v = self.v * x
+            return torch.cos(self.v)
+
+    def reset():
+        Plant.v = torch.zeros(5, 4, dtype=torch.float64)
+
+    return Plant.push, Plant().scale, reset
+
+
 VARIABLES = {
+    "of a module": in_a_module,
+    "of a class": in_a_class,
     "a global variable": lambda: (push_global, scale_global, reset_global),
     "a global dict": lambda: (push_dict, scale_dict, reset_dict),
     "a variable that both close over": closed_over,

@@ -1,12 +1,15 @@
 """Transforms of torch.func, forward mode, double backward, gradcheck, torch.compile: right, or refused."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 
 import hzo
-from hzo.errors import DerivativeError
+from hzo.errors import DerivativeError, TraceError
 from support.boxes import Odd, physics
 from support.oracles import normal
 
@@ -81,6 +84,72 @@ def test_vectorized_jacobians(options):
     for of_output, exactly in zip(found, exact, strict=True):
         for one, other in zip(of_output, exactly, strict=True):
             close(one, other) if other.any() else close(one + 1, other + 1)
+
+
+class Linear(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(normal(2, 3))
+
+    def forward(self, x):
+        return torch.tanh(x @ self.weight.T)
+
+
+def test_parameters_in_forward_mode():
+    """Of a parameter that requires no gradient there and has a tangent; it was a silent zero."""
+    part, x = Linear(), normal(4, 3)
+    box, w, v = hzo.blackbox(part), part.weight.detach().clone(), normal(2, 3)
+    (name,) = dict(box.named_parameters())
+
+    def of(module, key):
+        return lambda t: functional_call(module, {key: t}, (x,))
+
+    exact = jvp(of(part, "weight"), (w,), (v,))[1]
+    close(jvp(of(box, name), (w,), (v,))[1], exact)
+    close(jacfwd(of(box, name))(w), jacfwd(of(part, "weight"))(w))
+    with forward_ad.dual_level():
+        close(forward_ad.unpack_dual(of(box, name)(forward_ad.make_dual(w, v))).tangent, exact)
+    several = torch.stack([w, 2 * w])
+    close(vmap(of(box, name))(several), vmap(of(part, "weight"))(several))
+
+
+class Holding:
+    def __init__(self, w):
+        self.w = w
+
+    def __call__(self, x):
+        return x @ self.w
+
+
+HOLDERS = {
+    "closed over": lambda w: lambda x: x @ w,
+    "an attribute": Holding,
+    "in a list": lambda w: functools.partial(lambda ws, x: x @ ws[0], [w]),
+    "bound": lambda w: functools.partial(torch.matmul, other=w),
+}
+
+
+@pytest.mark.parametrize("name", HOLDERS)
+def test_what_is_followed_and_was_not_given_is_refused(name):
+    x, w = normal(4, 3), normal(3, 2)
+
+    def of(w, x=x, **options):
+        return hzo.blackbox(HOLDERS[name](w), **options)(x)
+
+    for transformed in (
+        lambda: jvp(of, (w,), (w,)),
+        lambda: jvp(of, (w, x), (w, x)),
+        lambda: grad(lambda w: of(w).sum())(w),
+        lambda: vmap(of)(torch.stack([w, w])),
+    ):
+        with pytest.raises(TraceError, match="follows, and that it has not been given: its derivative would be lost"):
+            transformed()
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(w, w)
+        for given in (x, forward_ad.make_dual(x, x)):
+            with pytest.raises(TraceError, match="follows, and that it has not been given"):
+                of(dual, given)
+    assert not jvp(lambda w: of(w, parameters="ignored"), (w,), (w,))[1].any()  # said to be the caller's affair
 
 
 def test_several_cotangents_cost_as_much_as_one():
@@ -177,6 +246,16 @@ WHOLE = {"jvp": lambda box, x: jvp(box, (x,), (x,)), "vmap": lambda box, x: vmap
 def test_what_is_planned_as_a_whole_refuses(transform):
     with pytest.raises(DerivativeError, match="planned as a whole"):
         WHOLE[transform](hzo.blackbox([torch.sin, torch.tanh]), normal(5, 3))
+
+
+def test_parameters_of_what_is_planned_as_a_whole_are_refused_too():
+    part, x = Linear(), normal(4, 3)
+    box, w = hzo.blackbox([part, torch.tanh]), part.weight.detach().clone()
+    (name,) = dict(box.named_parameters())
+    with pytest.raises(DerivativeError, match="planned as a whole"):
+        jvp(lambda t: functional_call(box, {name: t}, (x,)), (w,), (w,))
+    with pytest.raises(TraceError, match="has not been given"):
+        jvp(lambda t: hzo.blackbox([lambda z: z @ t.T, torch.tanh])(x), (w,), (w,))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

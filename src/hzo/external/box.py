@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from hzo._options import one_of, positive, shown, whole
@@ -25,7 +24,7 @@ from hzo.execution import counting
 from hzo.external.autograd import through, through_planned
 from hzo.external.call import BoxCall, OnFailure, Settings
 from hzo.external.cost import BoxPlan, ChainPlan, plan_of_call
-from hzo.external.guard import Guarded, expect
+from hzo.external.guard import Guarded, expect, followed
 from hzo.external.planned import PlannedCall, forget, in_dtype_of, planned, seconds_of_plan
 from hzo.external.signature import argument_names, flatten
 from hzo.external.state import floating
@@ -388,7 +387,9 @@ class BlackBox(nn.Module):
         if torch.is_grad_enabled():
             keys, state = self._history.reaching(guard)
             call = replace(call, state_keys=keys, names=[*call.names, *(f"state {key[-1]}" for key in keys)])
-        if not torch.is_grad_enabled() or not (wanted or state or _transformed(tensors)):
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            guard.check_held()
+        if not torch.is_grad_enabled() or not (wanted or state or _transformed((*tensors, *parameters))):
             return self._plain(call, tensors, parameters)
         call.on_tape = recorder is not None
         found = through(call, [*tensors, *parameters, *state])
@@ -398,7 +399,7 @@ class BlackBox(nn.Module):
 
     def _plain(self, call: BoxCall, tensors: Sequence[Tensor], parameters: Sequence[Tensor]) -> Any:
         """Without a gradient: nothing is checked, and nothing counted."""
-        if _transformed(tensors):
+        if _transformed((*tensors, *parameters)):
             found = through(call, [*tensors, *parameters])
         else:
             with torch.no_grad():
@@ -420,7 +421,9 @@ class BlackBox(nn.Module):
         assert settings is not None
         names = argument_names(guard.callable, args, kwargs)
         parameters = {
-            name: p for name, p in self.stages.named_parameters() if p.requires_grad or not torch.is_grad_enabled()
+            name: p
+            for name, p in self.stages.named_parameters()
+            if p.requires_grad or not torch.is_grad_enabled() or followed(p)
         }
         call = BoxCall(
             guard,
@@ -471,8 +474,13 @@ class BlackBox(nn.Module):
         self._know(inputs, {})
         if not torch.is_grad_enabled():
             return in_dtype_of(inputs, self.stages(*inputs))
-        parameters = {name: p for name, p in self.stages.named_parameters() if p.requires_grad}
-        if not any(requires_grad(t) for t in (*inputs, *parameters.values())) and not _transformed(inputs):
+        parameters = {name: p for name, p in self.stages.named_parameters() if p.requires_grad or followed(p)}
+        tensors = (*inputs, *parameters.values())
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            for part in self.stages.modules():
+                if isinstance(part, Guarded):
+                    part.check_held()
+        if not any(map(requires_grad, tensors)) and not _transformed(tensors):
             with torch.no_grad():
                 return in_dtype_of(inputs, self.stages(*inputs))
         this = PlannedCall(
@@ -586,9 +594,7 @@ def _transformed(tensors: Sequence[Tensor]) -> bool:
     """Whether a transform of torch.func, or forward mode, is under way."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return True
-    if forward_ad._current_level < 0:
-        return False
-    return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)  # type: ignore[no-untyped-call]
+    return any(map(followed, tensors))
 
 
 def _inferred(part: Guarded, inputs: Sequence[Tensor], limits: tuple[Any, Any]) -> list[Promise]:

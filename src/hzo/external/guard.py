@@ -17,16 +17,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from hzo.distributed import without_collectives
-from hzo.errors import HzoError, InputError, NonFiniteError, QueryError, QueryTimeoutError
+from hzo.errors import HzoError, InputError, NonFiniteError, QueryError, QueryTimeoutError, TraceError
 from hzo.execution import RandomState, counting, devices_of, random_state, set_random_state
 from hzo.external.scratch import counters_matter, scratch
 from hzo.external.signature import flatten
-from hzo.external.state import FoundState, PartState, Saved, StateKey, state_of
+from hzo.external.state import FoundState, PartState, Saved, StateKey, state_of, tensors_held
 from hzo.pools import Pool
 from hzo.tape.marks import Marks
 
@@ -197,6 +198,26 @@ class Guarded(nn.Module):
                 found.append(_owned(self._one(args, kwargs, watched), watched))
         return found
 
+    def check_held(self) -> None:
+        """Under a transform: what goes in is given to it, and nothing else that the transform follows is used inside.
+
+        Raises:
+            TraceError: the callable holds a tensor, closes over it or names it, whose derivative would be lost.
+        """
+        for tensor in tensors_held(self.callable):
+            if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+                self._check_followed(tensor)
+
+    def _check_followed(self, result: Any) -> None:
+        mapped = torch._C._functorch.is_batchedtensor
+        for leaf in flatten(result)[0]:
+            if isinstance(leaf, Tensor) and followed(leaf) and not (self.ignores_parameters and not mapped(leaf)):
+                raise TraceError(
+                    f"{self} uses a tensor that a transform of torch.func, or forward mode, follows, and that it has "
+                    "not been given: its derivative would be lost; give it as an argument, or make f a module that "
+                    "holds it as a parameter (torch.func.functional_call)"
+                )
+
     def run_twice(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], samples: int) -> tuple[Any, Any]:
         """Two results for one call, one after the other in one worker of its pool."""
         assert self.pool is not None
@@ -232,8 +253,14 @@ class Guarded(nn.Module):
 
         if self.timeout is not None:
             return call_within(self.timeout, alone, args, kwargs, watched)
-        with torch.enable_grad() if watched else torch.no_grad():
-            return alone(*args, **kwargs)
+        if forward_ad._current_level < 0 or not self.moves_on:
+            with torch.enable_grad() if watched else torch.no_grad():
+                return alone(*args, **kwargs)
+        # Autograd runs a Function's forward pass with forward mode off, which would hide what follows a tensor inside.
+        with torch.enable_grad() if watched else torch.no_grad(), forward_ad._set_fwd_grad_enabled(True):
+            result = alone(*args, **kwargs)
+            self._check_followed(result)  # copies went in, which nothing follows
+            return result
 
     def _copied(self, arguments: Any) -> Any:
         def copied(leaf: Any) -> Any:
@@ -392,6 +419,13 @@ class Guarded(nn.Module):
 
     def __str__(self) -> str:
         return f"the black box {self.name}"
+
+
+def followed(tensor: Tensor) -> bool:
+    """Whether a transform of torch.func, or forward mode, follows what becomes of a tensor."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def _kind(result: Any) -> str:

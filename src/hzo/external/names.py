@@ -90,6 +90,32 @@ class Slots(MutableMapping[str, Any]):
         return sum(hasattr(self._owner, name) for name in self._names)
 
 
+class OfClass(MutableMapping[str, Any]):
+    """The attributes of a class itself that are values: what its methods and its instances share."""
+
+    def __init__(self, kind: type) -> None:
+        self._kind = kind
+
+    def __getitem__(self, name: str) -> Any:
+        return vars(self._kind)[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        setattr(self._kind, name, value)
+
+    def __delitem__(self, name: str) -> None:
+        delattr(self._kind, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([name for name in vars(self._kind) if not (name.startswith("__") and name.endswith("__"))])
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def place(self, name: str) -> Any:
+        """The same for all that share this attribute."""
+        return id(self._kind), name
+
+
 def slots_of(kind: type) -> list[str]:
     """The names in ``__slots__`` of a class and of those it derives from."""
     found: list[str] = []
@@ -108,6 +134,19 @@ def globals_of(function: types.FunctionType) -> tuple[str, ...]:
 def _globals_in(code: types.CodeType) -> tuple[str, ...]:
     own = [str(i.argval) for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "STORE_GLOBAL")]
     inner = [name for held in code.co_consts if isinstance(held, types.CodeType) for name in _globals_in(held)]
+    return tuple(dict.fromkeys((*own, *inner)))
+
+
+def attributes_of(function: types.FunctionType) -> tuple[str, ...]:
+    """The names of attributes that a function reads or writes, of whatever."""
+    return _attributes_in(function.__code__)
+
+
+@lru_cache(maxsize=4096)
+def _attributes_in(code: types.CodeType) -> tuple[str, ...]:
+    names = ("LOAD_ATTR", "STORE_ATTR", "LOAD_METHOD")
+    own = [str(i.argval) for i in dis.get_instructions(code) if i.opname in names]
+    inner = [name for held in code.co_consts if isinstance(held, types.CodeType) for name in _attributes_in(held)]
     return tuple(dict.fromkeys((*own, *inner)))
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from hzo.errors import InputError
-from hzo.external.names import ClosedOver, Slots, Some, closed_over, globals_of, slots_of
+from hzo.external.names import ClosedOver, OfClass, Slots, Some, attributes_of, closed_over, globals_of, slots_of
 from hzo.external.signature import flatten
 
 _LARGEST = 64 * 2**20  # bytes of one attribute that are copied at each call; weights are no state
@@ -241,7 +241,18 @@ def owners_of(f: Any) -> Iterator[Any]:
             todo += [(held, depth + 1) for held in item.values()]
         elif _of_the_user(item):
             yield item
-            todo += [(held, depth + 1) for space in _spaces(item) for held in space.values()]
+            if not isinstance(item, type):
+                todo += [(held, depth + 1) for space in _spaces(item) for held in space.values()]
+                todo += [(type(item), depth + 1)]
+
+
+def tensors_held(f: Any) -> Iterator[Tensor]:
+    """Tensors that a callable holds, closes over, names or was bound to; parameters of modules left out."""
+    bound = [*f.args, *f.keywords.values()] if isinstance(f, functools.partial) else []
+    spaces = [list(space.items()) for owner in owners_of(f) for space in _spaces(owner)]
+    for value in (*bound, *(value for items in spaces for name, value in items if name not in _OF_TORCH)):
+        kept = isinstance(value, (Tensor, list, tuple, dict))
+        yield from (leaf for leaf in (flatten(value)[0] if kept else ()) if isinstance(leaf, Tensor))
 
 
 def _what_runs(f: Any) -> Any:
@@ -264,7 +275,9 @@ def _users_module(name: str | None) -> bool:
 
 
 def _of_the_user(item: Any) -> bool:
-    if isinstance(item, (type, types.ModuleType, Tensor)) or _generator(item):
+    if isinstance(item, type):
+        return _users_module(item.__module__)
+    if isinstance(item, (types.ModuleType, Tensor)) or _generator(item):
         return False
     if not hasattr(item, "__dict__") and not slots_of(type(item)):
         return False
@@ -278,11 +291,18 @@ def _spaces(owner: Any) -> Iterator[Any]:
     """The mappings from names to values in which an object or a function keeps what it remembers."""
     if isinstance(owner, nn.Module):
         yield owner._buffers
+    if isinstance(owner, type):
+        yield OfClass(owner)
+        return
     if hasattr(owner, "__dict__"):
         yield vars(owner)
     if isinstance(owner, types.FunctionType):
         yield ClosedOver(closed_over(owner))
-        yield Some(owner.__globals__, globals_of(owner))
+        named = Some(owner.__globals__, globals_of(owner))
+        yield named
+        for held in named.values():  # variables of a module that it names: module.level = …
+            if isinstance(held, types.ModuleType) and _users_module(held.__name__):
+                yield Some(vars(held), attributes_of(owner))
         yield dict(enumerate(owner.__defaults__ or ()))  # a list there outlives the call
     elif slots_of(type(owner)):
         yield Slots(owner)
@@ -290,7 +310,7 @@ def _spaces(owner: Any) -> Iterator[Any]:
 
 def _place(space: Any, name: Any) -> Any:
     """What tells a variable that several functions share from others."""
-    if isinstance(space, (ClosedOver, Some)):
+    if isinstance(space, (ClosedOver, OfClass, Some)):
         return space.place(name)
     return None
 
