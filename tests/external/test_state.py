@@ -585,3 +585,39 @@ def test_two_boxes_of_one_variable(name):
     reset()
     (found,) = torch.autograd.grad(total(hzo.blackbox(push), hzo.blackbox(scale), x), x)
     assert float((found - reference).norm()) <= TOLERANCE * float(reference.norm())
+
+
+def written_in_place():
+    buffer = torch.zeros(5, 4, dtype=torch.float64)
+
+    def write(x):
+        buffer.copy_(2 * x)
+        return x.sin()
+
+    return write, lambda x: x * buffer
+
+
+def written_to_a_class():
+    class Plant:
+        v = None
+
+        @classmethod
+        def write(cls, x):
+            cls.v = 2 * x
+            return x.sin()
+
+        @classmethod
+        def read(cls, x):
+            return x * cls.v
+
+    return Plant.write, Plant.read
+
+
+@pytest.mark.parametrize("made", [written_in_place, written_to_a_class])
+def test_what_another_part_reads_is_no_scratch(made):
+    """Whoever writes it never reads it; taken alone, it would be a log."""
+    write, read = (hzo.blackbox(f, batched=False) for f in made())
+    x = normal(5, 4).requires_grad_()
+    (found,) = torch.autograd.grad((write(x) + read(3 * x)).sum(), x)
+    exact = x.cos() + 12 * x
+    assert float((found - exact).norm()) <= TOLERANCE * float(exact.norm())

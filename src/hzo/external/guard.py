@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import count
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +101,8 @@ class Guarded(nn.Module):
         # Shapes of a sample: those that come out for those that go in.
         self._shapes: dict[tuple[torch.Size, ...], list[torch.Size]] = {}
         self.remembers = PartMemory(counters=noisy)  # no repeat of a noisy part would show that they matter
-        _ = self.state  # a state that cannot be read is found out at once
+        if isinstance(self.state, FoundState):  # one that cannot be read is found out at once
+            _stateful.add(self)
 
     @property
     def name(self) -> str:
@@ -321,7 +323,11 @@ class Guarded(nn.Module):
     def changed(self, before: Saved, after: Saved) -> tuple[list[StateKey], list[StateKey]]:
         """What a call has changed: state for certain, and what may be a mere counter; scratch is neither."""
         certain, counters = self.state.changed(before, after)
-        return [key for key in certain if not self.remembers.scratch.get(key)], counters
+        written = {key for key in certain if self.remembers.scratch.get(key)}
+        if written:  # what another part may read is no scratch
+            others = [part.state.reach() for part in list(_stateful) if part is not self]  # type: ignore[union-attr]
+            written = {key for key in written if not any(_place_of(key) in reach for reach in others)}
+        return [key for key in certain if key not in written], counters
 
     def check_split(self, calls: int, again: Callable[[], Sequence[Tensor]], outputs: Sequence[Tensor]) -> None:
         """Behind a forward pass of so many calls: tell state from scratch, and let no state be moved on twice.
@@ -419,6 +425,14 @@ class Guarded(nn.Module):
 
     def __str__(self) -> str:
         return f"the black box {self.name}"
+
+
+_stateful: WeakSet[Guarded] = WeakSet()
+"""Parts whose state is looked for; some may share variables."""
+
+
+def _place_of(key: StateKey) -> Any:
+    return key[0] if isinstance(key[0], tuple) else key[:2]
 
 
 def followed(tensor: Tensor) -> bool:

@@ -345,6 +345,15 @@ class FoundState:
                 spaces.append((space, frozenset(names)))
         return Saved(slots, tuple(spaces))
 
+    def reach(self) -> set[Any]:
+        """The places that it can be in: objects, each with one of its mappings, and variables."""
+        found: set[Any] = set()
+        for owner in owners_of(self.f):
+            for k, space in enumerate(_spaces(owner)):
+                shared = isinstance(space, (ClosedOver, OfClass, Some))
+                found |= {("variable", space.place(name)) for name in space} if shared else {(id(owner), k)}
+        return found
+
     def load(self, saved: Saved, counters: bool = True) -> None:
         """Put it back; ``counters``: whole numbers, too."""
         for slot in saved.slots.values():
