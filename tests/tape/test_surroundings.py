@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import hzo
 from hzo.errors import TapeError
+from hzo.tracing.promises import untouched
 from support.tape_oracle import check, leaves_of
 
 
@@ -238,3 +239,16 @@ def test_a_counter_may_be_entered_inside():
     assert counts.found() == 2 * 3 * 4 * 2
     (expected,) = torch.autograd.grad(layer(x).square().sum(), x)
     torch.testing.assert_close(x.grad, expected)
+
+
+def test_modules_are_called_as_ever_and_a_hook_of_the_users_is_told_from_ours():
+    layer, call = nn.Linear(2, 2), nn.Module.__call__
+    with hzo.record():
+        assert nn.Module.__call__ is call
+        assert untouched(layer)
+        handle = nn.modules.module.register_module_forward_pre_hook(lambda *_: None)
+        try:
+            assert not untouched(layer)
+        finally:
+            handle.remove()
+    assert untouched(layer)

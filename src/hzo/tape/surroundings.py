@@ -36,8 +36,10 @@ from hzo.tape.record import Recorder, current_recorder
 _lock = threading.RLock()
 _recording = [0]  # threads that record at the moment
 _told = [0]  # of these, threads whose code is told of histories as without a plan
+_watching = [0]  # of these, threads in which modules may be one operation
 _originals: dict[str, Any] = {}
 _replaced: list[tuple[Any, str, Any]] = []  # whose attributes, and what stood there
+_hooks_of_all: list[RemovableHandle] = []  # modules
 _INHERITED = object()  # stands for an attribute that a class has from another
 _C_APPLY: Any = vars(torch._C._FunctionBase)["apply"]
 _APPLY_IS_C = vars(Function)["apply"] is _C_APPLY  # since PyTorch 2.14
@@ -52,8 +54,11 @@ def recording(recorder: Recorder) -> Iterator[None]:
     told: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if recorder.history is not None:
         told = _shared(_told, _tell_without_a_plan, _tell_the_truth)
+    watched: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if recorder.opaque is not None:
+        watched = _shared(_watching, _watch_calls, _unwatch_calls)
     seen = _shared(_recording, _replace, _put_back)
-    with seen, told, torch.inference_mode(False), torch.enable_grad(), _eager(), _own_casts(), saved, recorder:
+    with seen, told, watched, torch.inference_mode(False), torch.enable_grad(), _eager(), _own_casts(), saved, recorder:
         yield
 
 
@@ -103,12 +108,12 @@ def _replacements() -> list[tuple[Any, str, Any]]:
         (torch.autograd.graph, "disable_saved_tensors_hooks", _without_hooks),
         (module, "BackwardHook", _recorded_hook(module.BackwardHook)),  # type: ignore[attr-defined]
         (Tensor, "register_hook", _register_hook),
-        (nn.Module, "__call__", _called),
         (nn.parallel.DistributedDataParallel, "forward", _wrapped_forward),
         *((torch._VF, name, _step_by_step(name)) for name in _RECURRENT),
         (torch._C._nn, "pad", _pad),
         (torch, "cond", _cond),
         (module_tracker, "register_multi_grad_hook", _unhooked),
+        (module, "_has_any_global_hook", _has_hook_of_others),
     ]
 
 
@@ -119,6 +124,8 @@ def _replace() -> None:
         if original is not _INHERITED:
             _originals[name] = original
         setattr(owner, name, replacement)
+    _hooks_of_all.append(module.register_module_forward_pre_hook(_before_call))
+    module._global_forward_pre_hooks.move_to_end(_hooks_of_all[0].id, last=False)  # type: ignore[attr-defined]
     # TorchScript's executor would differentiate by itself what it has seen often enough.
     _originals["optimized"] = torch._C._get_graph_executor_optimize()
     torch._C._set_graph_executor_optimize(False)
@@ -128,6 +135,7 @@ def _replace() -> None:
 
 
 def _put_back() -> None:
+    _hooks_of_all.pop().remove()
     while _replaced:
         owner, name, original = _replaced.pop()
         if original is _INHERITED:
@@ -402,6 +410,7 @@ def refuse_transforms() -> None:
         )
 
 
+_HOOKS_BESIDE = ("_global_backward_pre_hooks", "_global_backward_hooks", "_global_forward_hooks")
 _SHARDING = {
     "torch.distributed.fsdp",
     "deepspeed",
@@ -412,29 +421,64 @@ _SHARDING = {
 _OF_TORCH = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
 
-def _called(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """``Module.__call__``: what the module holds is noted, for a step that fails; a module that is one operation runs
-    out of the recorder's sight; a wrapper is refused before its own hooks run, which wait for other processes."""
+def _before_call(called: nn.Module, _: Any) -> None:
+    """Before a module's own hooks run: what it holds is noted, for a step that fails; a wrapper is refused, whose hooks
+    wait for other processes.
+
+    A hook of PyTorch's for all modules: writing to ``nn.Module`` itself would make Python forget, twice a step, what it
+    knows of every class of modules.
+    """
     recorder = current_recorder()
-    if recorder is not None:
-        recorder.undo.remember_called(self)
-        if isinstance(self, _OF_TORCH):
-            if isinstance(self, nn.DataParallel):
-                refuse_running(self)
-            else:  # whose forward may have been replaced
-                _note_wrapper(self)
-        if _SHARDING & sys.modules.keys():
-            refuse_running(self)
-        if recorder.opaque is not None:
-            name = recorder.opaque(self)
-            if name is not None:
-                return call_opaque(recorder, self, name, args, kwargs)
-        elif torch.is_grad_enabled() and is_declared(self):
-            raise TapeError(
-                f"{type(self).__name__} was declared as one operation (hzo.declare), which hzo.record() does not know; "
-                "call hzo.backward(model, loss_fn, x, y), which plans for it, or make it a black box: hzo.blackbox"
-            )
+    if recorder is None:
+        return
+    _note(recorder, called)
+    if recorder.opaque is None and torch.is_grad_enabled() and is_declared(called):
+        raise TapeError(
+            f"{type(called).__name__} was declared as one operation (hzo.declare), which hzo.record() does not know; "
+            "call hzo.backward(model, loss_fn, x, y), which plans for it, or make it a black box: hzo.blackbox"
+        )
+
+
+def others_watch_calls() -> bool:
+    """Whether a hook other than the recording's runs before the forward of every module."""
+    return len(module._global_forward_pre_hooks) > len(_hooks_of_all)
+
+
+def _has_hook_of_others() -> bool:
+    """Compiled modules warn of hooks for all modules, which run twice for them; the recording's own may."""
+    return others_watch_calls() or any(getattr(module, name) for name in _HOOKS_BESIDE)
+
+
+def _note(recorder: Recorder, called: nn.Module) -> None:
+    recorder.undo.remember_called(called)
+    if isinstance(called, _OF_TORCH):
+        if isinstance(called, nn.DataParallel):
+            refuse_running(called)
+        else:  # whose forward may have been replaced
+            _note_wrapper(called)
+    if _SHARDING & sys.modules.keys():
+        refuse_running(called)
+
+
+def _called(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """``Module.__call__``: a module that is one operation runs out of the recorder's sight."""
+    recorder = current_recorder()
+    if recorder is not None and recorder.opaque is not None:
+        name = recorder.opaque(self)
+        if name is not None:
+            _note(recorder, self)
+            return call_opaque(recorder, self, name, args, kwargs)
     return _originals["__call__"](self, *args, **kwargs)
+
+
+def _watch_calls() -> None:
+    """Modules may be one operation, as long as any thread records for a plan."""
+    _originals["__call__"] = nn.Module.__call__
+    nn.Module.__call__ = _called  # type: ignore[method-assign]
+
+
+def _unwatch_calls() -> None:
+    nn.Module.__call__ = _originals["__call__"]  # type: ignore[method-assign]
 
 
 def _pad(x: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Tensor:

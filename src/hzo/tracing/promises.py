@@ -19,6 +19,7 @@ from torch.nn.modules import module as _module_globals
 from hzo._options import positive
 from hzo.errors import InputError
 from hzo.tape.marks import ATTRIBUTE, Marks, marks_of
+from hzo.tape.surroundings import others_watch_calls
 
 PROMISES = {
     "elementwise": "an output element depends on the input element of the same place alone",
@@ -147,11 +148,10 @@ def untouched(module: nn.Module) -> bool:
         module._forward_hooks,
         module._forward_pre_hooks,
         _module_globals._global_forward_hooks,
-        _module_globals._global_forward_pre_hooks,
     )
     shadowed = any(callable(getattr(type(module), name, None)) for name in vars(module))
     spoken_for = declared(module) is not None or nn.utils.parametrize.is_parametrized(module)
-    return not any(hooks) and not shadowed and not spoken_for
+    return not any(hooks) and not others_watch_calls() and not shadowed and not spoken_for
 
 
 def declared_links(
