@@ -1,7 +1,6 @@
 """A network on IBM's analog tiles (aihwkit), trained in the loop by forward passes through the noisy chip.
 
-Programming errs five times as much as aihwkit fitted to real devices, reads are noisy (0.2), converters have 6 bits,
-layers are narrow (32): so harsh that training the digital last layer alone does not win back all that the chip loses.
+Programming errs five times as usual, reads are noisy, layers narrow: the last layer alone does not win all back.
 """
 
 import torch
