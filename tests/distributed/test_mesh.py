@@ -91,6 +91,17 @@ def test_a_plan_says_what_each_process_does(shape, options):
     assert max(did[3] for _, did in outcomes) == pytest.approx(said[3])
 
 
+@pytest.mark.parametrize("options", [{}, meshes.PLAN], ids=["by rules", "a plan"])
+def test_parameters_of_the_loss_are_averaged_too(options):
+    model, loss_fn = meshes.network(), meshes.Temperature(2.0)
+    hzo.backward(model, loss_fn, *meshes.batch(slice(None)), **options)
+    expected = [p.grad for p in (*model.parameters(), loss_fn.at)]
+    found = ranks.results(meshes.trained_loss, 2, (2, 1), options)
+    assert found[0] == found[1], "ranks drift apart"
+    for grad, one in zip(found[0], expected, strict=True):
+        torch.testing.assert_close(torch.tensor(grad, dtype=torch.float64), one, rtol=1e-7, atol=1e-9)
+
+
 def test_failures_are_heard_of_by_all():
     found = ranks.results(meshes.failures, 4)
     expected = {
@@ -102,6 +113,10 @@ def test_failures_are_heard_of_by_all():
         "frozen": (2, "processes disagree about names of parameters, or which are trained"),
         "another model": (1, "processes disagree about what the model is made of"),
         "another loss": (1, "processes disagree about plan and options"),
+        "scale": (1, "processes disagree about plan and options"),
+        "buffers": (1, "processes disagree about buffers: along the query dimension"),
+        "loss weights": (3, "processes disagree about plan and options"),
+        "input": (2, "processes disagree about shape of a sample"),
         "NaN": (0, "another process failed, number 0"),
         "loss": (2, "another process failed, number"),
         "no samples": (

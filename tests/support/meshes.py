@@ -152,6 +152,31 @@ def all_weights(rank, ways):
     return [*(weights(rank, ways, dtype) for dtype in DTYPES), kept, few_directions(rank, ways)]
 
 
+class Temperature(nn.Module):
+    """A loss with a parameter that is trained."""
+
+    def __init__(self, at):
+        super().__init__()
+        self.at = nn.Parameter(torch.tensor(at, dtype=torch.float64))
+
+    def forward(self, out, y):
+        return cross_entropy(out / self.at, y)
+
+
+def trained_loss(rank, shape, options):
+    """Gradients of the model and of the loss's own parameter, of twelve samples over a mesh, unevenly."""
+    mesh, model, loss_fn = (
+        init_device_mesh("cpu", shape, mesh_dim_names=("sample", "query")),
+        network(),
+        Temperature(2.0),
+    )
+    at = mesh.get_local_rank("sample")
+    rows = slice(None) if shape[0] == 1 else (slice(0, 9), slice(9, 12))[at]
+    torch.manual_seed(1)
+    hzo.backward(model, loss_fn, *batch(rows), mesh=mesh, **options)
+    return [p.grad.tolist() for p in (*model.parameters(), loss_fn.at)]
+
+
 def told(call):
     try:
         call()
@@ -221,11 +246,19 @@ def failures(rank):
     attempt("loss", raising)
     attempt("no samples", on_rank(1, lambda given: given.update(x=given["x"][:0], y=given["y"][:0])))
     attempt("a part", on_rank(3, box_raises), options={}, build={"box": True})
-    attempt("order", on_rank(2, other_order), build={})
-    attempt("frozen", on_rank(2, lambda given: given["model"][0].bias.requires_grad_(False)))
-    attempt("another model", on_rank(1, lambda given: given["model"].__setitem__(2, nn.Sigmoid().eval())))
-    attempt("another loss", on_rank(1, lambda given: given.update(loss=lambda out, y: 2 * cross_entropy(out, y))))
-    attempt("nothing", lambda given: None)
+    odd = {
+        "order": on_rank(2, other_order),
+        "frozen": on_rank(2, lambda given: given["model"][0].bias.requires_grad_(False)),
+        "another model": on_rank(1, lambda given: given["model"].__setitem__(2, nn.Sigmoid().eval())),
+        "another loss": on_rank(1, lambda given: given.update(loss=lambda out, y: 2 * cross_entropy(out, y))),
+        "scale": on_rank(1, lambda given: given["options"].update(scale=2.0)),
+        "buffers": on_rank(1, lambda given: given["model"][1].running_mean.add_(1)),
+        "loss weights": lambda given: given.update(loss=Temperature(1.0 + (rank == 3))),
+        "input": on_rank(2, lambda given: given["x"].requires_grad_()),
+        "nothing": lambda given: None,
+    }
+    for what, change in odd.items():
+        attempt(what, change)
     return found
 
 

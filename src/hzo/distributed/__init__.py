@@ -1,7 +1,7 @@
 """Models that are spread over processes: gradients averaged as their wrapper would, or an error that says how."""
 
 from hzo.distributed.collectives import collective_in, is_collective, without_collectives
-from hzo.distributed.mesh import Shares, code_of, shared, shares
+from hzo.distributed.mesh import Shares, code_of, digest, shared, shares
 from hzo.distributed.wrappers import (
     average_accumulated,
     averaged,
@@ -22,6 +22,7 @@ __all__ = [
     "averaged",
     "code_of",
     "collective_in",
+    "digest",
     "is_collective",
     "kind_of_wrapper",
     "mean_over",

@@ -206,12 +206,18 @@ class Shares:
                 self.meet(dimension, self._at, error)
 
     def finish(
-        self, model: nn.Module | None, gradients: LeafGradients, loss: Tensor, weight: float
+        self,
+        model: nn.Module | None,
+        gradients: LeafGradients,
+        loss: Tensor,
+        weight: float,
+        beside: Iterable[Tensor] = (),
     ) -> tuple[LeafGradients, Tensor]:
         """Gradients and loss of all samples, equal to the bit on all processes.
 
         Args:
-            weight: of this process's samples; of a mean of 1.
+            weight: of this process's samples; of a mean of 1. beside: parameters that all processes have beside the
+                model's, as those of a loss.
         """
         for dimension in (QUERY, SAMPLE):
             self.meet(dimension, "the end of the queries")
@@ -220,7 +226,7 @@ class Shares:
         group = self._groups.get(SAMPLE)
         if group is None:
             return gradients, loss
-        parameters = [] if model is None else list(model.parameters())
+        parameters = [*(() if model is None else model.parameters()), *beside]
         loss = loss * weight
         self._wait(torch.distributed.all_reduce, loss, group=group)
 
@@ -349,7 +355,8 @@ def _about(module: Any, x: Any, y: Any, plan: str) -> tuple[dict[str, tuple[str 
         raise InputError("this process has no samples; give every process some, or a mesh with fewer processes")
     named = [] if module is None else [*module.named_parameters()]
     modes = "" if module is None else "".join(str(int(m.training)) for m in module.modules())
-    forms = [(tuple(t.shape[1:]), str(t.dtype)) for t in tensors]
+    forms = [(tuple(t.shape[1:]), str(t.dtype), t.requires_grad) for t in tensors]
+    buffers = [] if module is None else [*module.buffers()]
     random = digest([torch.get_rng_state()])
     return {
         "parameters": (digest([p for _, p in named]), ""),
@@ -358,12 +365,13 @@ def _about(module: Any, x: Any, y: Any, plan: str) -> tuple[dict[str, tuple[str 
         "what the model is made of": (_hash("" if module is None else code_of(module)), ""),
         "shape of a sample": (_hash(repr(forms)), ""),
         "batch": (None, digest(tensors)),
+        "buffers": (None, digest(buffers)),
         "random state": (None, random),
     }, int(tensors[0].shape[0])
 
 
 def code_of(f: Any) -> str:
-    """What can be told of a callable's code in all processes alike: classes of modules, or the code of a function."""
+    """What can be told of a callable in all processes alike: classes of modules, or the code of a function."""
     if isinstance(f, nn.Module):
         return " ".join(f"{type(m).__module__}.{type(m).__qualname__}" for m in f.modules())
     name, code = getattr(f, "__qualname__", type(f).__qualname__), getattr(f, "__code__", None)

@@ -21,6 +21,7 @@ from hzo.distributed import (
     average_accumulated,
     averaged,
     code_of,
+    digest,
     kind_of_wrapper,
     refuse_wrapped_loss,
     refuse_wrappers,
@@ -97,7 +98,9 @@ def backward(
         See ``hzo.trace`` and ``hzo.plan`` for what they raise.
     """
     factor = scale_factor(scale)
-    found_leaves, loss, _ = _leaves(_Task(model, loss_fn, x, y, plan, memory, options), mesh, timeout, keep)
+    found_leaves, loss, _ = _leaves(
+        _Task(model, loss_fn, x, y, plan, memory, options, float(factor)), mesh, timeout, keep
+    )
     if mesh is None:
         average_accumulated(model, found_leaves)
     accumulate(drained(found_leaves) if factor == 1 else [(leaf, g * factor) for leaf, g in found_leaves])
@@ -189,6 +192,7 @@ class _Task:
     plan: Plan | None
     memory: int | None
     options: dict[str, Any]
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -247,9 +251,13 @@ def _processes(
         return
     module = module_of(model)
     made = () if plan is None else (plan.fingerprint, plan.edges, plan.scheme, plan.step, plan.mu, plan.spacing)
-    same = f"{made} {sorted(task.options.items())} {code_of(task.loss_fn)}"
+    of_loss = [*task.loss_fn.named_parameters()] if isinstance(task.loss_fn, nn.Module) else []
+    beside = [p for _, p in of_loss]
+    numbers = [*beside, *(task.loss_fn.buffers() if isinstance(task.loss_fn, nn.Module) else ())]
+    trained = [(name, p.requires_grad) for name, p in of_loss]
+    same = f"{made} {sorted(task.options.items())} {task.scale} {code_of(task.loss_fn)} {trained} {digest(numbers)}"
     with shared(mesh, module, task.x, task.y, same, timeout) as (here, weight):
-        yield lambda gradients, loss: here.finish(module, gradients, loss, weight)
+        yield lambda gradients, loss: here.finish(module, gradients, loss, weight, beside)
 
 
 def _on_tape(task: _Task) -> bool:
