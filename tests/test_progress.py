@@ -2,6 +2,8 @@
 
 import io
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -46,6 +48,34 @@ def test_checks_are_not_counted_and_an_error_passes_through():
     with pytest.raises(ZeroDivisionError), hzo.show_progress(file=shown) as count:
         raise ZeroDivisionError
     assert count.queries == 0
+
+
+@pytest.mark.parametrize("workers", [None, 2])
+def test_the_queries_of_a_box_move_the_bar_as_their_answers_come(workers):
+    done = []
+
+    def part(t):
+        done.append(bar.queries - bar.under_way)
+        time.sleep(0.01)  # longer than it takes to send the next one
+        return torch.sin(t)
+
+    def pool():
+        return ThreadPoolExecutor(workers)
+
+    options = {} if workers is None else {"executor": pool}
+    box, x = hzo.blackbox(part, batched=1, **options), torch.randn(4, 3, requires_grad=True)
+    with hzo.show_progress(disable=True) as bar:
+        box(x).sum().backward()  # tests and a plan, too
+    plan, before, shown = box.plan_for(x), len(done), io.StringIO()
+    out = box(x)
+    with hzo.show_progress(plan, file=shown, unit_scale=False, mininterval=0) as bar:
+        out.sum().backward()
+    assert bar.queries == plan.queries
+    assert bar.under_way == 0
+    assert f"{plan.queries}/{plan.queries}" in shown.getvalue()
+    seen = done[before:][-plan.queries :]
+    assert max(seen) >= plan.queries // 2  # when the last calls run, most are shown to be done
+    assert len(set(seen)) >= plan.queries // 4
 
 
 def test_what_is_missing_or_wrong_is_said(monkeypatch):

@@ -70,9 +70,9 @@ def sizes(monkeypatch):
     found = []
     ask = hzo.pools.Pool.ask
 
-    def noting(self, f, calls, timeout=None):
+    def noting(self, f, calls, *rest, **named):
         found.append([len(args[0]) for args, _ in calls])
-        return ask(self, f, calls, timeout)
+        return ask(self, f, calls, *rest, **named)
 
     monkeypatch.setattr(hzo.pools.Pool, "ask", noting)
     return found

@@ -31,6 +31,7 @@ class QueryCount:
         base_evaluations: stages run on one sample without a perturbation (base passes, recomputation).
         check_evaluations: stages run on one sample to test determinism, structure or shapes.
         boxes: by the name of a black box, the queries that ran it (see ``hzo.blackbox``).
+        under_way: of the queries, those of black boxes that have not been answered yet; 0 between gradients.
     """
 
     queries: int = 0
@@ -42,6 +43,7 @@ class QueryCount:
     check_evaluations: int = 0
     boxes: dict[str, int] = field(default_factory=dict)
     exact_forward_equivalents: Fraction = field(default_factory=Fraction)
+    under_way: int = field(default=0, compare=False)
 
     @property
     def forward_equivalents(self) -> float:
@@ -49,7 +51,7 @@ class QueryCount:
         return float(self.exact_forward_equivalents)
 
     def changed(self) -> None:
-        """Called whenever something was added; a display overrides it."""
+        """Called whenever something was added or answered; a display overrides it."""
 
     def __repr__(self) -> str:
         figures = {name: value for name, value in vars(self).items() if value and isinstance(value, (int, dict))}
@@ -115,6 +117,29 @@ def as_loss() -> Iterator[None]:
     """Inside, whatever is run counts as ``loss_evaluations``: a plan ends where the loss begins."""
     with _apart(lambda run: add(loss_evaluations=run.queries + run.loss_evaluations)):
         yield
+
+
+@contextmanager
+def under_way(queries: int) -> Iterator[None]:
+    """Inside, so many queries are counted at once, and answered one after the other: ``answered`` tells of each."""
+    counts = _open.get()
+    before = [count.under_way for count in counts]
+    for count in counts:
+        count.under_way += queries
+    try:
+        yield
+    finally:
+        for count, others in zip(counts, before, strict=True):
+            count.under_way = others
+            count.changed()
+
+
+def answered(queries: int) -> None:
+    """So many queries of those under way have their answers."""
+    for count in _open.get():
+        if count.under_way:
+            count.under_way = max(0, count.under_way - queries)
+            count.changed()
 
 
 @contextmanager

@@ -192,12 +192,16 @@ class Guarded(nn.Module):
         given = [(self._copied(args), self._copied(kwargs)) for args, kwargs, _ in calls]
         if self.pool is not None:
             with self._named(calls[0][2]):
-                return [_owned(result, False) for result in self.pool.ask(self.callable, given, self.timeout)]
+                found = self.pool.ask(
+                    self.callable, given, self.timeout, answered=lambda k: counting.answered(calls[k][2])
+                )
+                return [_owned(result, False) for result in found]
         found = []
         for (args, kwargs), (*was, samples) in zip(given, calls, strict=True):
             own = self._own_random_numbers(pytree.tree_leaves(was)) if self.noisy else nullcontext()
             with self._named(samples), own:
                 found.append(_owned(self._one(args, kwargs, watched), watched))
+            counting.answered(samples)
         return found
 
     def check_held(self) -> None:

@@ -85,30 +85,32 @@ class BoxSweep:
     def _answers(self, site: Site, moved: Tensor, sample: int | None) -> list[Tensor]:
         call, copies = self.call, len(moved)
         counting_rows = copies * (1 if sample is not None else call.layout.batch)
-        counting.add(
-            queries=counting_rows,
-            stage_evaluations=counting_rows,
-            forward_equivalents=copies if sample is None else 0,
-            boxes=[call.guard.name],
-        )
-        if sample is not None:
-            results = self._run_rows(site, moved, sample)
-        elif site.apart and call.folds and call.guard.pool is None:
+        with counting.under_way(counting_rows):
+            counting.add(
+                queries=counting_rows,
+                stage_evaluations=counting_rows,
+                forward_equivalents=copies if sample is None else 0,
+                boxes=[call.guard.name],
+            )
+            return self._run_copies(site, moved) if sample is None else self._run_rows(site, moved, sample)
+
+    def _run_copies(self, site: Site, moved: Tensor) -> list[Tensor]:
+        """The whole batch many times, in one call where the part takes any number of samples."""
+        call, copies = self.call, len(moved)
+        if site.apart and call.folds and call.guard.pool is None:
             given = [
                 self._leaf(site, moved.flatten(0, 1)) if k == site.index
                 else t.repeat(copies, *[1] * (t.dim() - 1)) if call.layout.leaves[k] else t
                 for k, t in enumerate(self.leaves)
             ]  # fmt: skip
             found = call.evaluate(given, copies)
-            results = [found[o].reshape(copies, site.rows, -1) for o in self.outputs]
-        else:
-            many = [
-                [self._leaf(site, moved[c]) if k == site.index else t for k, t in enumerate(self.leaves)]
-                for c in range(copies)
-            ]
-            several = call.evaluate_all(many)
-            results = [torch.cat([r[o].reshape(1, site.rows, -1) for r in several]) for o in self.outputs]
-        return results
+            return [found[o].reshape(copies, site.rows, -1) for o in self.outputs]
+        many = [
+            [self._leaf(site, moved[c]) if k == site.index else t for k, t in enumerate(self.leaves)]
+            for c in range(copies)
+        ]
+        several = call.evaluate_all(many)
+        return [torch.cat([r[o].reshape(1, site.rows, -1) for r in several]) for o in self.outputs]
 
     def _run_rows(self, site: Site, moved: Tensor, sample: int) -> list[Tensor]:
         """One sample many times, packed into calls as the part takes them."""

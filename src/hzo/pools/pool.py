@@ -146,6 +146,7 @@ class _Asked:
 
     f: Callable[..., Any]
     calls: Sequence[CallArguments]
+    answered: Callable[[int], object]
     run: Any = None  # what an executor is given to call, or where dask keeps it
     results: dict[int, Any] = field(default_factory=dict)
     tries: dict[int, int] = field(default_factory=dict)
@@ -249,7 +250,13 @@ class Pool:
         self._tells = False  # whether the executor says when a call runs
         self._pace = _Pace()
 
-    def ask(self, f: Callable[..., Any], calls: Sequence[CallArguments], timeout: float | None = None) -> list[Any]:
+    def ask(
+        self,
+        f: Callable[..., Any],
+        calls: Sequence[CallArguments],
+        timeout: float | None = None,
+        answered: Callable[[int], object] = lambda _: None,
+    ) -> list[Any]:
         """The results of ``f`` for these calls, in order.
 
         What was answered before an error is not asked again when the same is asked the next time, of a part that can be
@@ -259,16 +266,19 @@ class Pool:
 
         Args:
             timeout: seconds for one call from when it runs; where the executor does not tell, from the last answer.
+            answered: told the number of each call when its answer is there.
 
         Raises:
             QueryTimeoutError: a call took longer. QueryError: its worker was lost too often, the executor is broken
             and cannot be made anew, or the call cannot be sent to it. What ``f`` raises passes through.
         """
-        asked = _Asked(f, calls)
+        asked = _Asked(f, calls, answered)
         kept = self._kept
         if kept:
             found = {k: kept.get(question, []) for k, question in _questions(f, dict(enumerate(calls)))}
             asked.results = {k: answers.pop() for k, answers in found.items() if answers}
+            for k in asked.results:
+                answered(k)
         asked.waiting = [k for k in reversed(range(len(calls))) if k not in asked.results]
         done: SimpleQueue[Future[Any]] = SimpleQueue()
         tick = None if timeout is None and self.hedge is None else _TICK
@@ -394,6 +404,7 @@ class Pool:
             if error is not None:
                 raise error from InWorker(where)
             asked.results[k] = result
+            asked.answered(k)
             asked.seconds.append(seconds)
         if len(answered) < len(ks):  # they could not be copied
             self._pace.apart = True
