@@ -64,7 +64,8 @@ def take_snapshot(modules: Iterable[nn.Module], gradients: bool = False) -> Snap
 def _can_be_copied(tensor: Tensor) -> bool:
     if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
         return False
-    if type(tensor) not in (Tensor, nn.Parameter) or not tensor.numel():
+    followed = torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # by a transform: it has no memory of its own
+    if type(tensor) not in (Tensor, nn.Parameter) or not tensor.numel() or followed:
         return True
     # Wrappers free the memory of parameters that they gather, and keep views of it.
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
