@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from math import isfinite
@@ -69,6 +70,22 @@ def scale_factor(scale: object) -> float:
             "expected scale to be a finite number or a tensor of one, such as scaler.scale(torch.ones(())), got "
             f"{shown(scale)}"
         ) from None
+
+
+def seconds_set(name: str, default: float) -> float:
+    """A limit in time, which the environment may set under this name; empty or not there: the default.
+
+    Raises:
+        InputError: to something that is none.
+    """
+    given = os.environ.get(name, "")
+    try:
+        seconds = float(given or default)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise InputError(f"expected the environment to have a number of seconds in {name}, got {given!r}")
+    return seconds
 
 
 def function(what: str, value: object) -> None:

@@ -575,7 +575,7 @@ class TestDask:
             assert time.monotonic() - began < 2
             assert not dask._client.graphs, "and it is asked nothing"
         monkeypatch.setenv("HZO_CONNECT_SECONDS", "soon")
-        with pytest.raises(InputError, match="HZO_CONNECT_SECONDS to be a number of seconds"):
+        with pytest.raises(InputError, match="a number of seconds in HZO_CONNECT_SECONDS"):
             Pool(dask).ask(square, CALLS)
 
     def test_all_workers_are_gone(self, dask, monkeypatch):

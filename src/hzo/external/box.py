@@ -352,11 +352,12 @@ class BlackBox(nn.Module):
         self.options = dict(options)
         self.settings = settings
         self.measured = measured
-        self.inferred = self.inferring = inferred
+        self.inferred = inferred
         self.check_promises = check_promises
         self.memory = memory
         self.failed: Tensor | None = None
         self._known: dict[Any, Any] = {}
+        self._to_infer = inferred  # until the first forward pass
         self._history = StateHistory()
 
     def __repr__(self) -> str:
@@ -491,7 +492,7 @@ class BlackBox(nn.Module):
             tuple(requires_grad(t) for t in inputs),
             tuple(parameters),
             check_promises=self.check_promises,
-            inferred=self.inferring,
+            inferred=self.inferred,
         )
         self._history.refuse([part for part in self.stages.modules() if isinstance(part, Guarded)])
         outputs = through_planned(this, inputs, tuple(parameters.values()))
@@ -554,9 +555,9 @@ class BlackBox(nn.Module):
         samples = next((t.shape[0] for t in tensors if t.dim()), 1)
         # A chain that is traced through the box has no forward pass of the box's own.
         expect(self.stages, None if counting.being_done() == counting.TRIAL_RUN else samples)
-        if self.inferred:
+        if self._to_infer:
             self._infer(tensors, self._limits(args, kwargs))
-            self.inferred = False
+            self._to_infer = False
 
     def _infer(self, tensors: Sequence[Tensor], limits: tuple[Any, Any]) -> None:
         """Declare of every part what seems to hold of it where it stands."""

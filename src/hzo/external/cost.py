@@ -27,7 +27,8 @@ class SitePlan:
 
     Attributes:
         name: of the input. elements: of one sample, or of the whole where it has none. how: in words.
-        directions: perturbations. queries: evaluations of one sample.
+        directions: perturbations. queries: evaluations of one sample. alike: one sample is moved for all, since the
+            part is affine.
     """
 
     name: str
@@ -35,6 +36,7 @@ class SitePlan:
     how: str
     directions: int
     queries: int
+    alike: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,8 @@ class BoxPlan:
             if not site.directions:
                 continue
             # Directions that are fewer than the processes are not divided: each asks them all.
-            own = -(-site.directions // query) if site.directions >= query else site.directions
-            samples = 1 if site.how.endswith(_ALIKE) else rows / self.batch
+            own = ceil(site.directions / query) if site.directions >= query else site.directions
+            samples = 1 if site.alike else rows / self.batch
             asked += ceil(site.queries * own / site.directions * samples)
         return asked
 
@@ -193,7 +195,14 @@ def plan_of_call(call: BoxCall, leaves: Sequence[Tensor], wanted: Sequence[bool]
         method = method_of(call, site, read, call.sample_shapes(read, site.apart))
         draws = call.settings.draws if call.settings.mu is not None else 1
         sites.append(
-            SitePlan(call.names[k], site.elements, _words(method), method.directions * draws, method.queries * draws)
+            SitePlan(
+                call.names[k],
+                site.elements,
+                _words(method),
+                method.directions * draws,
+                method.queries * draws,
+                method.alike,
+            )
         )
         calls += draws * _calls(call, site, method)
         tests += evaluations_of_test(call, site, method) if call.settings.inferred else 0
@@ -203,9 +212,6 @@ def plan_of_call(call: BoxCall, leaves: Sequence[Tensor], wanted: Sequence[bool]
     return BoxPlan(guard.name, call.layout.batch, tuple(sites), calls + tests * once, per_sample * samples)
 
 
-_ALIKE = ", affine: one sample for all"
-
-
 def _words(method: SiteMethod) -> str:
     words = {
         "coordinate": "element by element",
@@ -213,7 +219,7 @@ def _words(method: SiteMethod) -> str:
         "symmetric": "symmetric (at most)",
     }
     how = words.get(method.how, method.how)
-    return f"{how}{_ALIKE}" if method.alike else how
+    return f"{how}, affine: one sample for all" if method.alike else how
 
 
 def _calls(call: BoxCall, site: Site, method: SiteMethod) -> int:

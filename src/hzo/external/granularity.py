@@ -128,9 +128,8 @@ def _between(shares: list[float], relative: list[float], k: int, error: float) -
     determinant = of_noise * of_curve_far - of_curve * of_noise_far
     noise = (near * of_curve_far - far * of_curve) / determinant
     curve = (far * of_noise - near * of_noise_far) / determinant
-    ratio = (
-        max(noise, 0.0) / (2 * curve) if curve > 0 else inf
-    )  # where only one of them shows, half the way to the next
+    # Where only one of them shows, half the way to the next step.
+    ratio = max(noise, 0.0) / (2 * curve) if curve > 0 else inf
     longer = min(2.0, max(0.5, ratio ** (1 / 6)))
     return MeasuredStep(shares[k] * longer, error)
 

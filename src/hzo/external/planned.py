@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from hzo.errors import InaccurateGradientWarning, NondeterministicError
 from hzo.execution import Activations, contained, counting, run_again, undone_on_error, with_parameters
 from hzo.external.guard import Guarded, expect
-from hzo.external.promised import check_parts
+from hzo.external.part_promises import check_parts
 from hzo.external.state import Saved
 from hzo.finite_differences import accumulation_dtype, scale_of
 from hzo.gradients import Sweep, at_the_end, base_pass, plan_of, sweep_plan, traced_for

@@ -19,7 +19,7 @@ from hzo.tracing import declared
 from hzo.verification import properties
 
 _AT_ONCE = 16  # elements that are tried, each in other samples
-_ALIKE = 1e-4  # relative: an affine part may compute its sums in another order
+ALIKE = 1e-4  # relative: an affine part may compute its sums in another order
 
 
 def check_promise(
@@ -234,7 +234,7 @@ def _affine(sweep: BoxSweep, site: Site, rows: Tensor, bounds: tuple[Any, Any], 
         expected, got = (b.to(wide) + t.to(wide)) / 2, m.to(wide)
         gaps = properties.difference(expected, got)[expected.isfinite() & got.isfinite()]
         scale = float(torch.stack([b.to(wide).abs(), t.to(wide).abs()]).nan_to_num(0, 0, 0).max())
-        if gaps.numel() and float(gaps.max()) > max(_ALIKE * scale, 4 * _unlike(sweep)):
+        if gaps.numel() and float(gaps.max()) > max(ALIKE * scale, 4 * _unlike(sweep)):
             raise _broken(
                 sweep,
                 site,

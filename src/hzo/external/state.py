@@ -27,6 +27,7 @@ from hzo.external.signature import flatten
 
 _LARGEST = 64 * 2**20  # bytes of one attribute that are copied at each call; weights are no state
 _OBJECTS = 2000
+_SHARED = (ClosedOver, OfClass, Some)  # spaces whose names several functions may share
 StateKey = tuple[Any, ...]
 
 
@@ -310,9 +311,7 @@ def _spaces(owner: Any) -> Iterator[Any]:
 
 def _place(space: Any, name: Any) -> Any:
     """What tells a variable that several functions share from others."""
-    if isinstance(space, (ClosedOver, OfClass, Some)):
-        return space.place(name)
-    return None
+    return space.place(name) if isinstance(space, _SHARED) else None
 
 
 class FoundState:
@@ -350,7 +349,7 @@ class FoundState:
         found: set[Any] = set()
         for owner in owners_of(self.f):
             for k, space in enumerate(_spaces(owner)):
-                shared = isinstance(space, (ClosedOver, OfClass, Some))
+                shared = isinstance(space, _SHARED)
                 found |= {("variable", space.place(name)) for name in space} if shared else {(id(owner), k)}
         return found
 

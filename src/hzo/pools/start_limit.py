@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-
-from hzo.errors import InputError
+from hzo._options import seconds_set
 
 
 def start_limit() -> float:
@@ -13,11 +11,4 @@ def start_limit() -> float:
     Raises:
         InputError: what is there is no number above 0.
     """
-    given = os.environ.get("HZO_CONNECT_SECONDS", "60")
-    try:
-        limit = float(given)
-    except ValueError:
-        limit = 0.0
-    if not 0 < limit < float("inf"):
-        raise InputError(f"expected HZO_CONNECT_SECONDS to be a number of seconds above 0, got {given!r}")
-    return limit
+    return seconds_set("HZO_CONNECT_SECONDS", 60.0)

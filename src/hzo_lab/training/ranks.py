@@ -15,31 +15,16 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
+from hzo._options import seconds_set
 from hzo.distributed import Shares, shared
-from hzo.errors import DistributedError, HzoError, InputError
+from hzo.errors import DistributedError, HzoError
 
 T = TypeVar("T")
 
 
-def _seconds(name: str, default: float) -> float:
-    """A limit in time, which the environment may set.
-
-    Raises:
-        InputError: to something that is none.
-    """
-    given = os.environ.get(name, "")
-    try:
-        seconds = float(given or default)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise InputError(f"expected the environment to have a number of seconds in {name}, got {given!r}")
-    return seconds
-
-
 def _patience() -> float:
     """Seconds that a process waits for another in the middle of a run."""
-    return _seconds("HZO_WAIT_SECONDS", 600.0)
+    return seconds_set("HZO_WAIT_SECONDS", 600.0)
 
 
 class Ranks:
@@ -134,7 +119,7 @@ def ranks(device: str = "cpu") -> Ranks:
     size = int(os.environ.get("WORLD_SIZE", "1")) if torch.distributed.is_torchelastic_launched() else 1
     if size == 1:
         return Ranks()
-    limit = _seconds("HZO_CONNECT_SECONDS", 60.0)
+    limit = seconds_set("HZO_CONNECT_SECONDS", 60.0)
     backend = "nccl" if device.startswith("cuda") else "gloo"
     try:
         wait = timedelta(seconds=limit)

@@ -12,14 +12,13 @@ from torch import Tensor
 from hzo.errors import HzoError, StructureError
 from hzo.execution import Activations, counting, query
 from hzo.external.guard import Guarded
-from hzo.external.promises import run_of_places
+from hzo.external.promises import ALIKE, run_of_places
 from hzo.finite_differences import of_one_sign
 from hzo.locality import slice_locality
 from hzo.tracing import Graph, GraphOperation, Promise, declared
 from hzo.verification import properties
 
 _T = TypeVar("_T")
-_ALIKE = 1e-4  # relative: an affine part may compute its sums in another order
 _LOUDER = 4.0  # mean square over that of noise, which may change with what is moved
 
 
@@ -176,7 +175,7 @@ def _affine(test: _PartTest) -> None:
         return
     for k, (b, t, m) in enumerate(zip(test.base, theirs, middle, strict=True)):
         expected = (b.double() + t.double()) / 2
-        scale = _ALIKE * float(torch.stack([b.double().abs(), t.double().abs()]).nan_to_num(0, 0, 0).max())
+        scale = ALIKE * float(torch.stack([b.double().abs(), t.double().abs()]).nan_to_num(0, 0, 0).max())
         everywhere = torch.ones_like(expected, dtype=torch.bool)
         if size := _more_than_noise(test, k, (expected - m.double()).abs(), everywhere, scale):
             raise _broken(
