@@ -49,10 +49,14 @@ def exact_by_autograd(model: nn.Sequential, x: Tensor, y: Tensor) -> list[Tensor
     return list(torch.autograd.grad(F.mse_loss(at[-1], y.double()), at))
 
 
-def options(description: str, seed: int = 0, out: Path = RESULTS, parts: Sequence[str] = ()) -> argparse.Namespace:
+def options(
+    description: str, seed: int = 0, out: Path = RESULTS, parts: Sequence[str] = (), missing: bool = False
+) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     if parts:
         parser.add_argument("parts", nargs="*", help=f"of {', '.join(parts)}; all")
+    if missing:
+        parser.add_argument("--missing", action="store_true", help="only what the record does not have")
     parser.add_argument("--quick", action="store_true", help="a few points of the grid")
     parser.add_argument("--seed", type=int, default=seed)
     parser.add_argument("--threads", type=int, default=1)

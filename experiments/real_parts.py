@@ -1,7 +1,8 @@
 """Real parts without a usable derivative: what can be learned in front of them, by which gradient, at which price.
 
     PYTHONPATH=examples python experiments/real_parts.py    # writes results/blackbox/real_parts.json and .png
-    PYTHONPATH=examples python experiments/real_parts.py analog    # this part alone: real_parts_analog.json and .png
+    PYTHONPATH=examples python experiments/real_parts.py analog    # this part anew, the others as they are
+    PYTHONPATH=examples python experiments/real_parts.py --missing    # only rows that the record does not have
 
 The networks are those of examples/: spiking neurons (snnTorch), 3-bit rounding (PyTorch), analog tiles (aihwkit), a
 frozen ONNX model (onnxruntime), an interferometer in a process of its own. Each is trained on scikit-learn's digits
@@ -17,14 +18,21 @@ at the end of a run.
 the last layer after two epochs. The reference is exact for the ONNX model and the interferometer; a surrogate or
 straight-through is not the truth, only another opinion; of the tiles it is the mean of many reads, and
 ``reference_cosine`` is that of one read to it: what is lost to the noise of the forward pass alone. SPSA needs about
-(d − 1) c² / (1 − c²) samples of two passes for a cosine c with d trained parameters, without noise. SPSA's two passes
-read the tiles with the same draws of noise, which no chip can do; the box's queries do not.
+(d − 1) c² / (1 − c²) samples of two passes for a cosine c with d trained parameters, without noise. SPSA's passes read
+the tiles with new noise each, as the box's queries and a chip do; those of "spsa, same noise" with that of the forward
+pass, which no chip can do. Both ask the tiles directly: no box is needed for a loss, and it would look for state in
+each pass.
+
+``plan`` is what each box asks in a step of 64 samples, before training; ``seconds_a_step``, the median of some steps, is
+forward and backward pass of the whole network, of which the optimizer is no part.
 """
 
+import itertools
+import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -48,11 +56,16 @@ import spiking
 import subprocess_simulator
 from common import RESULTS, cosine, options, table, write
 from hzo.errors import NonFiniteError
+from hzo_lab.records import commit
 
 RATES = (3e-3, 1e-2, 3e-2)
 SPSA_STEPS = (1e-3, 1e-2, 1e-1)  # in its parameters
 TUNING_SEED, SEEDS = 100, range(3)
 BATCHES, READS = 4, 30  # for a cosine
+SAME = "spsa, same noise"
+STEPS = 7  # that are timed
+OUT = RESULTS.parent / "blackbox"
+Rows = dict[tuple[str, str], dict[str, Any]]  # by part and method
 HIGHEST = 0.99  # cosine that SPSA is asked for where the box's is higher: its price grows without bound
 TARGETS = (0.9, 0.97)
 
@@ -66,6 +79,20 @@ class OwnBackward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.tile(x)
+
+
+class NewReads(OwnBackward):
+    """A tile that is read with other noise each time, whoever puts random numbers back: a chip."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer)
+        with torch.random.fork_rng(devices=[]):  # the next tile is programmed as if nothing had been drawn here
+            self.read = itertools.count(int(torch.randint(2**62, ())))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(next(self.read))  # that of the module notes who called it, each time
+            return super().forward(x)
 
 
 class Interferometer(nn.Module):
@@ -91,7 +118,7 @@ def on_tiles(how: str, seed: int, split: str = "train") -> nn.Module:
     """The same chip for every method: programmed with the same errors."""
     model = analog.digital(seed, split)
     torch.manual_seed(seed)
-    return analog.on_chip(model, analog.Tile if how == "hzo" else OwnBackward)
+    return analog.on_chip(model, {"hzo": analog.Tile, "spsa": NewReads}.get(how, OwnBackward))
 
 
 def optics(how: str, seed: int) -> nn.Module:
@@ -106,11 +133,12 @@ class Part:
     """One of the examples.
 
     Attributes:
-        network: from "hzo" or a reference's name, and a seed.
+        network: from "hzo", a reference's name or one of ``direct``, and a seed.
         references: other gradients, the first to compare the box's with.
         example, steps: the module whose STEP is to be chosen from these.
         pretrained: the network was trained before, on digits of the split that it is given.
         reads: a noisy network's accuracy is the mean over so many.
+        direct: methods that ask the part itself, as they need no box.
     """
 
     network: Callable[..., nn.Module]
@@ -121,31 +149,57 @@ class Part:
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam
     pretrained: bool = False
     reads: int = 1
+    direct: tuple[str, ...] = ()
+
+    def methods(self, name: str) -> tuple[str, ...]:
+        """In the order of the record."""
+        before = ("digital", "as programmed") if name == "analog" else ()
+        spsa = ("spsa", SAME) if SAME in self.direct else ("spsa",)
+        return (*before, "hzo", *self.references, *spsa, "frozen")
 
 
 PARTS = {
     "quantized": Part(quantized.network, ("straight-through",), 30),
     "spiking": Part(spiking.network, ("atan", "fast sigmoid"), 20, spiking, (0.5, 1.0, 2.0)),
-    "analog": Part(on_tiles, ("aihwkit",), 10, analog, (1.0, 2.0, 4.0), AnalogAdam, True, reads=10),
+    "analog": Part(
+        on_tiles, ("aihwkit",), 10, analog, (1.0, 2.0, 4.0), AnalogAdam, True, reads=10, direct=("spsa", SAME)
+    ),
     "onnx": Part(onnx_middle.network, ("autograd",), 30, pretrained=True),
     "simulator": Part(optics, ("autograd",), 20),
 }
 
 
-def passes(model: nn.Module) -> float:
-    """Queries of a step over what one forward pass asks of the parts."""
-    boxes = [m for m in model.modules() if isinstance(m, hzo.BlackBox)]
-    calls: list[Any] = []
-    hooks = [box.register_forward_hook(lambda *call: calls.append(call[0])) for box in boxes]
-    x, y = digits.examples("train")
-    digits.autograd(model, cross_entropy, x[:64], y[:64])  # calibrates
-    calls.clear()
+def price(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Any]:
+    """The plans of the boxes in a model, what a step asks of them and how long it takes. ``passes``: queries of a step
+    over what one forward pass asks of the parts."""
+    boxes = {name: m for name, m in model.named_modules() if isinstance(m, hzo.BlackBox)}
+    calls: dict[str, list[Any]] = {name: [] for name in boxes}
+    hooks = [
+        box.register_forward_pre_hook(lambda _, inputs, name=name: calls[name].append(inputs))
+        for name, box in boxes.items()
+    ]
+    digits.autograd(model, cross_entropy, *batch)  # calibrates
+    for inputs in calls.values():
+        inputs.clear()
     with hzo.count_queries() as count:
-        digits.autograd(model, cross_entropy, x[:64], y[:64])
+        digits.autograd(model, cross_entropy, *batch)
     for hook in hooks:
         hook.remove()
+    times = []
+    for _ in range(STEPS):
+        began = time.perf_counter()
+        digits.autograd(model, cross_entropy, *batch)
+        times.append(time.perf_counter() - began)
     model.zero_grad()
-    return sum(count.boxes.values()) / (64 * len(calls))
+    queries, forward = sum(count.boxes.values()), sum(len(inputs) for inputs in calls.values())
+    plans = [
+        f"{name}, × {len(calls[name])}: {box.plan_for(*(x.detach() for x in calls[name][-1]))}"
+        for name, box in boxes.items()
+        if any(x.requires_grad for x in calls[name][-1])  # of the network's input nobody asks for a gradient
+    ]
+    return {"plan": "\n".join(plans), "passes": queries / (64 * forward), "queries": queries} | {
+        "seconds_a_step": statistics.median(times)
+    }
 
 
 def run(part: Part, method: str, seed: int, point: dict[str, Any], samples: int, tuning: bool, epochs: int) -> float:
@@ -153,11 +207,11 @@ def run(part: Part, method: str, seed: int, point: dict[str, Any], samples: int,
         part.example.STEP = point["step"]
     split, judged = ("fit", "held out") if tuning else ("train", "test")
     before = {"split": split} if part.pretrained else {}
-    model = part.network(method if method in part.references else "hzo", seed, **before)
+    model = part.network(method if method in (*part.references, *part.direct) else "hzo", seed, **before)
     how: dict[str, Any] = {}
     if method == "frozen":
         digits.last_layer_only(model)
-    if method == "spsa":
+    if method in ("spsa", SAME):
         noise = torch.Generator().manual_seed(seed)
         how["gradient"] = partial(hzo.baselines.spsa, samples=samples, mu=point["step"], generator=noise)
     digits.train(model, epochs, point["rate"], seed=seed, optimizer=part.optimizer, split=split, **how)
@@ -166,7 +220,8 @@ def run(part: Part, method: str, seed: int, point: dict[str, Any], samples: int,
 
 def tuned(part: Part, method: str, samples: int, quick: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The best rate at the middle step, then the best step at that rate; and all that was tried."""
-    steps: tuple[float | None, ...] = {"hzo": part.steps, "spsa": SPSA_STEPS}.get(method, ()) or (None,)
+    chosen = {"hzo": part.steps, "spsa": SPSA_STEPS, SAME: SPSA_STEPS}.get(method, ())
+    steps: tuple[float | None, ...] = chosen or (None,)
     epochs = 1 if quick else part.epochs // 2
     middle = steps[len(steps) // 2]
     tried: list[dict[str, Any]] = []
@@ -222,46 +277,52 @@ def summary(part: str, method: str, runs: list[float], **more: Any) -> dict[str,
     return row | {"deviation": statistics.stdev(runs), "runs": runs}
 
 
-def chip_before(name: str, seeds: Iterable[int]) -> list[dict[str, Any]]:
-    """The digital network, and what it does on the chip that the others are trained on."""
-    found: dict[str, list[float]] = {"digital": [], "as programmed": []}
-    for seed in seeds:
-        found["digital"].append(digits.accuracy(analog.digital(seed)))
-        found["as programmed"].append(digits.accuracy(on_tiles("hzo", seed), reads=10))
-    return [summary(name, method, runs) for method, runs in found.items()]
+def before_training(name: str, method: str, seeds: Iterable[int]) -> dict[str, Any]:
+    """The digital network, or what it does on the chip that the others are trained on."""
+    digital = method == "digital"
+    accuracies = [
+        digits.accuracy(analog.digital(s)) if digital else digits.accuracy(on_tiles("aihwkit", s), reads=10)
+        for s in seeds
+    ]
+    return summary(name, method, accuracies)
 
 
-def rows_of(name: str, part: Part, seeds: list[int], quick: bool) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = chip_before(name, seeds) if name == "analog" else []
+def rows_of(name: str, part: Part, seeds: list[int], quick: bool, kept: Rows) -> Iterator[dict[str, Any]]:
+    x, y = digits.examples("train")
     network = part.network("hzo", 0)
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    price = passes(network)
-    samples = math.ceil(price / 2)
-    for method in ("hzo", *part.references, "spsa", "frozen"):
+    cost = price(network, (x[:64], y[:64]))
+    samples = math.ceil(cost["passes"] / 2)
+    for method in part.methods(name):
+        if (name, method) in kept:
+            continue
+        if method in ("digital", "as programmed"):
+            yield before_training(name, method, seeds)
+            continue
         started = time.perf_counter()
         point, tried = tuned(part, method, samples, quick)
         epochs = max(1, part.epochs // 10) if quick else part.epochs
         runs = [run(part, method, seed, point, samples, tuning=False, epochs=epochs) for seed in seeds]
         row = summary(name, method, runs, **point, parameters=trained, tried=tried)
-        row |= {"passes": {"hzo": price, "spsa": 2.0 * samples}.get(method, 0.0)}
+        row |= {"passes": 2.0 * samples if method in ("spsa", SAME) else 0.0}
         if method == "hzo":
             found = [gradient_cosines(part, point["rate"], seed) for seed in seeds]
-            row |= {"reference": part.references[0], "cosines": [own for own, _ in found]}
+            row |= cost | {"reference": part.references[0], "cosines": [own for own, _ in found]}
             row |= {"cosine": statistics.mean(row["cosines"]), "reference_cosine": statistics.mean(b for _, b in found)}
             aim = min(row["cosine"], HIGHEST)
             row |= {"spsa_aim": aim, "spsa_passes": 2 * (trained - 1) * aim**2 / (1 - aim**2)}
         row["seconds"] = time.perf_counter() - started
-        rows.append(row)
-        print(row, flush=True)
-    return rows
+        yield row
 
 
 def recovered(rows: list[dict[str, Any]]) -> None:
     """The share of the accuracy lost on the chip that each method wins back, of the means over seeds."""
     mean = {row["method"]: row["accuracy"] for row in rows if row["part"] == "analog"}
+    if not {"digital", "as programmed"} <= mean.keys():
+        return
+    lost = mean["digital"] - mean["as programmed"]
     for row in rows:
         if row["part"] == "analog" and row["method"] not in ("digital", "as programmed"):
-            lost = mean["digital"] - mean["as programmed"]
             row["recovered"] = (row["accuracy"] - mean["as programmed"]) / lost
 
 
@@ -281,30 +342,49 @@ def plot(rows: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def main() -> None:
-    given = options(__doc__ or "", out=RESULTS.parent / "blackbox", parts=tuple(PARTS))
-    started = time.perf_counter()
-    seeds = list(range(2) if given.quick else SEEDS)
-    chain = [] if given.parts else [analog_chain.reached(target, seed) for target in TARGETS for seed in seeds]
-    rows: list[dict[str, Any]] = []
-    for name in given.parts or PARTS:
-        rows += rows_of(name, PARTS[name], seeds, given.quick)
-    recovered(rows)
-    columns = ("part", "method", "accuracy", "deviation", "passes", "rate", "step", "cosine", "spsa_passes", "seconds")
-    table(rows, columns)
-    table(chain, ("target", "seed", "expected", "measured", "forward_equivalents", "tree"))
+def recorded(given: Any) -> dict[str, Any]:
+    path = given.out / "real_parts.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": [], "analog_chain": []}
+    return found
+
+
+def keep(given: Any, rows: Iterable[dict[str, Any]], chain: list[dict[str, Any]]) -> None:
+    """Put rows in place of those that were there, as soon as they are known."""
+    order = [(name, method) for name, part in PARTS.items() for method in part.methods(name)]
+    known: Rows = {(row["part"], row["method"]): row for row in (*recorded(given)["rows"], *rows)}
+    content = sorted(known.values(), key=lambda row: order.index((row["part"], row["method"])))
+    recovered(content)
     write(
-        "_".join(["real_parts", *given.parts]),
+        "real_parts",
         given,
-        plot(rows),
-        seeds=seeds,
+        plot(content),
+        seeds=list(SEEDS),
         tuning={"seed": TUNING_SEED, "rates": RATES, "spsa_steps": SPSA_STEPS, "epochs": "half of the training"},
         versions={name: version(name) for name in ("snntorch", "aihwkit", "onnx", "onnxruntime", "scikit-learn")},
         spsa_passes="2 (d − 1) c² / (1 − c²), d = parameters, c = spsa_aim: the cosine, or 0.99 where it is higher",
-        seconds=time.perf_counter() - started,
         analog_chain=chain,
-        rows=rows,
+        rows=content,
     )
+
+
+def main() -> None:
+    given = options(__doc__ or "", out=OUT, parts=tuple(PARTS), missing=True)
+    seeds = list(range(2) if given.quick else SEEDS)
+    before = recorded(given)
+    rows: Rows = {(row["part"], row["method"]): row for row in before["rows"]} if given.missing else {}
+    chain = before["analog_chain"]
+    if not given.parts and not (given.missing and chain):
+        chain = [analog_chain.reached(target, seed) for target in TARGETS for seed in seeds]
+    for name in given.parts or PARTS:
+        for row in rows_of(name, PARTS[name], seeds, given.quick, dict(rows)):
+            row["commit"] = commit()
+            print(row, flush=True)
+            rows[name, row["method"]] = row
+            if not given.quick:
+                keep(given, [row], chain)
+    columns = ("part", "method", "accuracy", "deviation", "passes", "seconds_a_step", "rate", "step", "cosine")
+    table(list(rows.values()), (*columns, "spsa_passes", "seconds"))
+    table(chain, ("target", "seed", "expected", "measured", "forward_equivalents", "tree"))
 
 
 if __name__ == "__main__":
