@@ -12,6 +12,7 @@ from torch import nn
 from torch.func import functional_call, grad
 
 import hzo
+from hzo.errors import NondeterministicError
 from support.boxes import TOLERANCE, Odd, chained, gradients, physics, problem
 from support.oracles import normal
 
@@ -190,6 +191,14 @@ class TestNoise:
         assert np.mean(cosines) > target - 0.03
         assert box.plan_for(x).expected.cosine >= target
         assert abs(np.mean(cosines) - box.plan_for(x).expected.cosine) < 0.03
+
+    def test_no_plan_is_known_before_noise_is_measured(self):
+        box = hzo.blackbox(lambda z: z.tanh() + 0.01 * torch.randn(z.shape), noise="measured")
+        x = torch.randn(8, 4).requires_grad_()
+        with pytest.raises(NondeterministicError, match=r"noise of the black box <lambda> is measured at the first"):
+            box.plan_for(x)
+        box(x).sum().backward()
+        assert box.plan_for(x).queries > 0
 
     def test_random_numbers_of_torch_are_noise_where_noise_is_declared(self):
         """A simulated chip draws them; a real one cannot draw the same again for another query."""

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.func import grad, jacfwd, jacrev, vmap
 
 import hzo
 from hzo.errors import FailedSamplesWarning, InputError, NonFiniteError, QueryError, QueryTimeoutError
@@ -60,6 +61,25 @@ class TestFailedSamples:
         y.sum().backward()
         assert torch.allclose(x.grad[GOOD], 2 * X[GOOD], rtol=TOLERANCE)
         assert not x.grad[2].any()
+
+    @pytest.mark.parametrize("x", [X, X[GOOD]], ids=["one failed", "none failed"])
+    @pytest.mark.parametrize("through", [grad, jacrev, jacfwd], ids=lambda f: f.__name__)
+    @pytest.mark.filterwarnings("ignore::hzo.errors.FailedSamplesWarning")
+    def test_named_after_a_transform(self, through, x):
+        """What a transform has left is an ordinary tensor, which can be read where the transform is over."""
+        box = hzo.blackbox(diverging, numpy=True, on_failure="zero")
+        through(lambda t: box(t).sum())(x)
+        assert not torch._C._functorch.is_functorch_wrapped_tensor(box.failed)
+        assert box.failed.tolist() == [value > 2 for value in x[:, 0].tolist()]
+
+    @pytest.mark.parametrize("outside", [vmap, lambda f: vmap(grad(lambda t: f(t).sum()))], ids=["vmap", "vmap grad"])
+    @pytest.mark.filterwarnings("ignore::hzo.errors.FailedSamplesWarning")
+    def test_not_named_under_vmap(self, outside):
+        """A call has other samples there: nothing is said, what was said before is not left."""
+        box = hzo.blackbox(diverging, numpy=True, on_failure="zero")
+        box(X)
+        outside(box)(torch.stack([X, X]))
+        assert box.failed is None
 
     @pytest.mark.parametrize("on_failure", ["pass", "zero"])
     def test_in_a_query_alone(self, on_failure):

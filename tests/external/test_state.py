@@ -4,6 +4,7 @@ import functools
 import pickle
 import random
 import types
+from collections import deque
 
 import numpy as np
 import pytest
@@ -621,3 +622,48 @@ def test_what_another_part_reads_is_no_scratch(made):
     (found,) = torch.autograd.grad((write(x) + read(3 * x)).sum(), x)
     exact = x.cos() + 12 * x
     assert float((found - exact).norm()) <= TOLERANCE * float(exact.norm())
+
+
+def appended(made):
+    """Functions of a list, a deque or a dict that is empty before the first call."""
+    held = made()
+
+    def write(x):
+        held.update({len(held): x.sin()}) if isinstance(held, dict) else held.append(x.sin())
+        return 2 * x
+
+    return write, lambda x: x * sum(held.values() if isinstance(held, dict) else held)
+
+
+def a_whole_number_at_first(made):
+    class Sum:
+        def __init__(self):
+            self.v = made()
+
+        def write(self, x):
+            self.v = self.v / 2 + x.sin()
+            return 2 * x
+
+        def read(self, x):
+            return x * self.v
+
+    part = Sum()
+    return part.write, part.read
+
+
+@pytest.mark.parametrize("calls", [1, 3])
+@pytest.mark.parametrize(
+    ("of", "made"),
+    [(appended, list), (appended, deque), (appended, dict), (a_whole_number_at_first, int)],
+    ids=["list", "deque", "dict", "number"],
+)
+def test_what_is_no_number_until_the_first_call(of, made, calls):
+    """An empty list, or a zero, looks like a mere counter, which queries need not put back."""
+    x = normal(5, 4).requires_grad_()
+
+    def gradient(wrap):
+        write, read = map(wrap, of(made))
+        return torch.autograd.grad(sum(write((k + 1) * x).sum() for k in range(calls)) + read(x).sum(), x)[0]
+
+    exact = gradient(lambda f: f)
+    assert float((gradient(hzo.blackbox) - exact).norm()) <= TOLERANCE * float(exact.norm())

@@ -24,7 +24,7 @@ from hzo.execution import counting
 from hzo.external.autograd import through, through_planned
 from hzo.external.call import BoxCall, OnFailure, Settings
 from hzo.external.cost import BoxPlan, ChainPlan, plan_of_call
-from hzo.external.guard import Guarded, expect, followed
+from hzo.external.guard import Guarded, expect, followed, innermost, vmapped
 from hzo.external.planned import PlannedCall, forget, in_dtype_of, planned, seconds_of_plan
 from hzo.external.signature import argument_names, flatten
 from hzo.external.state import floating
@@ -122,7 +122,8 @@ def blackbox(
             ``detach_state()``.
         on_failure: of samples that come out as NaN or infinity. ``"pass"`` hands them on, and is an error where the
             loss depends on them; ``"raise"`` is an error at once; ``"zero"`` makes them zero, without a gradient, and
-            ``box.failed`` tells which they are. With ``"zero"`` a sample whose call raises is left out alike.
+            ``box.failed`` tells which they are, None under ``vmap``. With ``"zero"`` a sample whose call raises is left
+            out alike.
         workers: as many processes of this box's own, in which calls of ``f`` run several at a time; ``box.close()``
             ends them. ``f`` must be one that can be sent there (defined at the top of a module, or anything at all
             where cloudpickle is installed), and must keep no state. From its second pass on, the samples of a batch
@@ -394,7 +395,7 @@ class BlackBox(nn.Module):
             return self._plain(call, tensors, parameters)
         call.on_tape = recorder is not None
         found = through(call, [*tensors, *parameters, *state])
-        self.failed = call.failed if call.failed is not None else torch.zeros(call.layout.batch, dtype=torch.bool)
+        self.failed = _failed(call, [*tensors, *parameters])
         self._history.note(call, guard, found, len(call.result_positions), _transformed(tensors))
         return call.outputs(found[: len(call.result_positions)])
 
@@ -405,7 +406,7 @@ class BlackBox(nn.Module):
         else:
             with torch.no_grad():
                 found = call.plain([*tensors, *parameters])
-            self.failed = call.failed if call.failed is not None else torch.zeros(call.layout.batch, dtype=torch.bool)
+        self.failed = _failed(call, [*tensors, *parameters])
         return call.outputs(found)
 
     @property
@@ -507,13 +508,16 @@ class BlackBox(nn.Module):
         Runs the part twice, which leaves no trace, and tests at the first input of a shape that samples are apart, and
         what ``promises="inferred"`` finds. Of a list of parts, or with ``noise=``, it is the plan of the whole; where
         the noise is to be measured it is not what follows from it until the first backward pass has done so.
+
+        Raises:
+            NondeterministicError: results differ, and how much is to be measured at the first backward pass.
         """
         if self.settings is None:
             _check_inputs(args)
             self._know(args, {})
             x = tuple(t.detach().requires_grad_(t.is_floating_point()) for t in args)
             chain = traced_for(self.stages, x, strict=False)
-            plan = planned(chain, self.options)
+            plan = planned(chain, self.options, self.measured)
             return ChainPlan(
                 name=", ".join(part.name for part in self.stages.modules() if isinstance(part, Guarded)),
                 plan=plan,
@@ -589,6 +593,15 @@ class BlackBox(nn.Module):
 _uncompiled: list[Callable[..., Any]] = []
 """The forward pass of a box out of the compiler's sight: its calls are Python's, and a compiled model breaks its graph
 here. Made where there is a compiler; importing it takes seconds."""
+
+
+def _failed(call: BoxCall, given: Sequence[Tensor]) -> Tensor | None:
+    """Which samples came out as NaN or infinity, as a tensor that outlives every transform; None under ``vmap``, where
+    a call has other samples than whoever maps it."""
+    if any(map(vmapped, given)):
+        return None
+    failed = call.failed if call.failed is not None else torch.zeros(call.layout.batch, dtype=torch.bool)
+    return innermost(failed)
 
 
 def _transformed(tensors: Sequence[Tensor]) -> bool:

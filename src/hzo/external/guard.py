@@ -446,6 +446,22 @@ def followed(tensor: Tensor) -> bool:
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
 
 
+def innermost(tensor: Tensor) -> Tensor:
+    """The ordinary tensor inside of what transforms of torch.func have wrapped."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def vmapped(tensor: Tensor) -> bool:
+    """Whether ``vmap`` gives other values to a tensor in each of its slices."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            return True
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return False
+
+
 def _kind(result: Any) -> str:
     dtype = getattr(result, "dtype", None)
     return f"a {type(result).__name__}" + ("" if dtype is None else f" of dtype {dtype}")

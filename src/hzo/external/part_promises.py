@@ -12,8 +12,7 @@ from torch import Tensor
 from hzo.errors import HzoError, StructureError
 from hzo.execution import Activations, counting, query
 from hzo.external.guard import Guarded
-from hzo.external.promises import ALIKE, run_of_places
-from hzo.finite_differences import of_one_sign
+from hzo.external.promises import off_halfway, run_of_places
 from hzo.locality import slice_locality
 from hzo.tracing import Graph, GraphOperation, Promise, declared
 from hzo.verification import properties
@@ -163,21 +162,10 @@ def _more_than_noise(test: _PartTest, k: int, change: Tensor, where: Tensor, sca
 
 
 def _affine(test: _PartTest) -> None:
-    rows, other, theirs = test.rows, test.rows.roll(1, 0), [b.roll(1, 0) for b in test.base]
-    if torch.equal(other, rows):
-        other = properties.moved(rows, test.generator) if of_one_sign(rows) else -rows
-        found = _or_none(lambda: test.ask(other))
-        if found is None:
-            return
-        theirs = found
-    middle = _or_none(lambda: test.ask(rows + (other - rows) / 2))
-    if middle is None:
-        return
-    for k, (b, t, m) in enumerate(zip(test.base, theirs, middle, strict=True)):
-        expected = (b.double() + t.double()) / 2
-        scale = ALIKE * float(torch.stack([b.double().abs(), t.double().abs()]).nan_to_num(0, 0, 0).max())
-        everywhere = torch.ones_like(expected, dtype=torch.bool)
-        if size := _more_than_noise(test, k, (expected - m.double()).abs(), everywhere, scale):
+    found = _or_none(lambda: off_halfway(test.ask, test.rows, test.base, test.generator))
+    for k, (gaps, allowed) in enumerate(found or ()):
+        everywhere = torch.ones_like(gaps, dtype=torch.bool)
+        if size := _more_than_noise(test, k, gaps, everywhere, allowed):
             raise _broken(
                 test,
                 "affine, with one matrix for all samples",

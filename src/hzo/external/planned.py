@@ -38,9 +38,20 @@ _tried: WeakSet[Chain] = WeakSet()
 BENT = 0.2  # change of the derivative within a step, above which its gradient is said to be inaccurate
 
 
-def planned(chain: Chain, options: Mapping[str, Any]) -> Plan:
-    """The plan of a box's chain: the one that followed from measuring it, if it was."""
-    return _measured.get(chain) or plan_of(chain, options)
+def planned(chain: Chain, options: Mapping[str, Any], measured: bool) -> Plan:
+    """The plan of a box's chain: the one that followed from measuring it, if it was.
+
+    Raises:
+        NondeterministicError: a part is noisy, and that was to be ``measured`` and has not been yet.
+    """
+    found = _measured.get(chain)
+    noisy = [op.name for op in chain.traced.operations if not op.deterministic]
+    if found is None and noisy and measured:
+        raise NondeterministicError(
+            f"the noise of the black box {noisy[0]} is measured at the first backward pass, and its plan follows "
+            "from it: run one, then ask for the plan; or declare how noisy it is, noise=hzo.Noise(…)"
+        )
+    return found or plan_of(chain, options)
 
 
 def forget(stages: nn.Module) -> None:
@@ -141,7 +152,7 @@ def _backward(this: PlannedCall, cotangents: Sequence[Tensor | None]) -> list[Te
             with _from(this.states):
                 found = calibrate(this.chain, this.inputs, cotangent=given, **of)
             _measured[this.chain] = make_plan(this.chain, calibration=found, **this.options)
-        plan = planned(this.chain, this.options)
+        plan = planned(this.chain, this.options, this.measured)
         # A sweep releases what it has read, and there may be another one.
         activations = this.activations.again()
         with contained([this.stages]), _from(this.states):

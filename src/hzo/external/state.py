@@ -356,7 +356,8 @@ class FoundState:
     def load(self, saved: Saved, counters: bool = True) -> None:
         """Put it back; ``counters``: whole numbers, too."""
         for slot in saved.slots.values():
-            if counters or not slot.counts:
+            # An empty list counts nothing: what has come into it since says what it is.
+            if counters or not slot.counts or not _counts(slot.space.get(slot.name)):
                 _put_back(slot, random=not self.noisy)
         for space, known in saved.spaces:  # what has come since goes
             for name in [n for n, v in space.items() if n not in known and n not in _OF_TORCH and _holds(v)]:
