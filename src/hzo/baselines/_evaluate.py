@@ -26,7 +26,7 @@ from hzo.distributed import (
     without_collectives,
 )
 from hzo.errors import InputError, NonFiniteError, StepError
-from hzo.execution import counting, restore_snapshot, take_snapshot
+from hzo.execution import counting, full_float32, restore_snapshot, take_snapshot
 from hzo.losses import LossFn, check_finite, check_loss
 from hzo.reverse import accumulate
 from hzo.tape.surroundings import refuse_transforms
@@ -170,7 +170,7 @@ def queried(p: Problem) -> Iterator[tuple[Tensor, LossAt, Ordered]]:
     flags are taken care of. Cost: one base pass; each query one full forward pass.
     """
     evaluate = precise(p, p.module)
-    with torch.no_grad(), replayed([p.module]) as run:
+    with torch.no_grad(), full_float32(), replayed([p.module]) as run:
         with without_collectives("the model"):
             loss = run(evaluate)
         counting.add(base_evaluations=p.batch * p.stages)

@@ -27,7 +27,7 @@ from hzo.errors import (
     QueryError,
     TraceError,
 )
-from hzo.execution import contained, counting, with_parameters
+from hzo.execution import contained, counting, full_float32, with_parameters
 from hzo.external.guard import Guarded, rows_of
 from hzo.external.randomness import Randomness, randomness
 from hzo.external.signature import Structure, flatten
@@ -164,6 +164,7 @@ class BoxCall:
 
     # -- the forward pass ---
 
+    @full_float32()
     def forward(self, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run the part; tensors that it returns, then numbers of its state that it changed."""
         leaves = [t.detach() for t in leaves]
@@ -560,6 +561,7 @@ class BoxCall:
             # Autograd runs a backward pass outside the user's autocast.
             stack.enter_context(torch.autocast(device, dtype=dtype, enabled=dtype is not None))
             stack.enter_context(torch.no_grad())
+            stack.enter_context(full_float32())
             stack.enter_context(contained([self.stages]))
             for module, training in self.training.items():
                 module.training = training

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hzo._options import function, positive
 from hzo.distributed import shares
 from hzo.errors import InputError, NonFiniteError, PrecisionError
-from hzo.execution import RandomState, contained, counting, devices_of, random_state, set_random_state
+from hzo.execution import RandomState, contained, counting, devices_of, full_float32, random_state, set_random_state
 from hzo.finite_differences.probes import Probe, States, decode
 from hzo.finite_differences.steps import (
     Scheme,
@@ -276,7 +276,7 @@ def estimate_vjp(
     chunk = directions_per_chunk(size, memory, inputs[0].device) if batched else 1
     narrow = [precision] if precision else [g.dtype for g in cotangents]
     found: list[Tensor | None] = []
-    with contained([f] if isinstance(f, nn.Module) else []):
+    with contained([f] if isinstance(f, nn.Module) else []), full_float32():
         base = evaluate([t.clone() for t in inputs], 1, perturbed=False) if scheme == "forward" else None
         for k, tensor in enumerate(inputs):
             if not tensor.is_floating_point():
