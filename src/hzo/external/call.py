@@ -28,7 +28,7 @@ from hzo.errors import (
     TraceError,
 )
 from hzo.execution import contained, counting, full_float32, with_parameters
-from hzo.external.guard import Guarded, rows_of
+from hzo.external.guard import Guarded, divided, rows_of
 from hzo.external.randomness import Randomness, randomness
 from hzo.external.signature import Structure, flatten
 from hzo.external.state import Saved, StateKey, floating
@@ -912,11 +912,6 @@ def _real(tensor: Tensor) -> Tensor:
     if tensor.is_complex():
         return torch.view_as_real(tensor.resolve_conj())
     return tensor if tensor.is_floating_point() else tensor.double()
-
-
-def divided(rows: int, calls: int, workers: int) -> int:
-    """Samples of one call, where so many calls of ``rows`` samples each are divided until every worker has one."""
-    return -(-rows // max(1, min(rows, workers // calls)))
 
 
 def _close(a: Tensor, b: Tensor, slack: float) -> bool:
