@@ -16,6 +16,7 @@ FILES = sorted(path for name in ("hzo", "hzo_lab") for path in (SOURCE / name).r
 # Each may import from what stands above it. A file beside the packages of hzo is a package of one file.
 PACKAGES = (
     "hzo.errors",
+    "hzo._compiler",
     "hzo._options",
     "hzo._seeds",
     "hzo.distributed",

@@ -57,3 +57,42 @@ def test_smoothed_losses():
     hzo.smoothed(lambda z, y: (z.argmax(1) == y).float(), maximize=True)(z, y).backward()
     assert z.grad.device.type == "cuda"
     assert z.grad.any()
+
+
+def test_a_graph_repeats_a_gradient():
+    """A whole gradient, recording and sweep, captured in a CUDA graph."""
+    model, (x, y) = network(), batch(32)
+    model, x, y = model.float().cuda(), x.float().cuda(), y.cuda()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            model.zero_grad()
+            hzo.backward(model, F.cross_entropy, x, y)
+    torch.cuda.current_stream().wait_stream(side)
+    model.zero_grad()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = hzo.backward(model, F.cross_entropy, x, y)
+    x.copy_(torch.randn_like(x))
+    model.zero_grad(set_to_none=False)
+    graph.replay()
+    found, of_replay = grads(model), loss.clone()
+    exact = autograd(model, x, y)
+    assert cosine(found, exact) >= COSINES[x.dtype]
+    assert torch.allclose(of_replay, F.cross_entropy(model(x), y))
+
+
+@pytest.mark.parametrize("scheme", ["forward", "central"])
+def test_differences_do_not_round_to_tf32(scheme):
+    """PyTorch's setting for convolutions: a step of a difference would drown in it."""
+    torch.manual_seed(0)
+    layers = [layer for _ in range(4) for layer in (torch.nn.Conv2d(4, 4, 3, padding=1), torch.nn.Tanh())]
+    model = torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(4 * 8 * 8, 10)).cuda()
+    x, y = torch.randn(8, 4, 8, 8, device="cuda"), torch.arange(8, device="cuda")
+    assert torch.backends.cudnn.allow_tf32
+    chain = hzo.trace(model, x)
+    hzo.backward(chain, F.cross_entropy, x, y, tree="bisect", assume="locality", scheme=scheme)
+    found = grads(model)
+    assert cosine(found, autograd(model, x, y)) >= (0.9999 if scheme == "central" else 0.99)
+    assert torch.backends.cudnn.allow_tf32

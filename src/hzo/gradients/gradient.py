@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from hzo._compiler import uncompiled
 from hzo._options import function, positive, scale_factor
 from hzo.distributed import (
     average_accumulated,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
+@uncompiled
 @torch.inference_mode(False)  # whose tensors could be neither clipped nor added to
 def backward(
     model: Chain | nn.Module,
@@ -107,6 +109,7 @@ def backward(
     return loss
 
 
+@uncompiled
 @torch.inference_mode(False)  # whose tensors could be neither clipped nor added to
 def grad_and_value(
     model: Chain | nn.Module,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from hzo._compiler import Uncompiled, uncompiled
 from hzo._options import scale_factor
 from hzo.errors import DistributedError, InputError, NonFiniteError, TapeError
 from hzo.reverse.walk import sweep
@@ -59,6 +60,7 @@ class RecordedStep:
         """The calls that were recorded."""
         return self._recorder.tape
 
+    @uncompiled
     def backward(
         self, loss: Tensor, *, scale: float | Tensor = 1.0, retain_graph: bool = False, keep: bool | None = None
     ) -> None:
@@ -101,6 +103,7 @@ class RecordedStep:
             self._failed = True
             self.undo()
 
+    @uncompiled
     def gradients(self, loss: Tensor, *, retain_graph: bool = False, keep: bool | None = False) -> LeafGradients:
         """The gradient of the loss for every leaf that requires one; ``.grad`` is left alone. Errors: ``backward``."""
         if self._failed:
@@ -161,7 +164,8 @@ class RecordedStep:
             raise InputError(f"expected a loss of floating-point numbers, got {loss.dtype}")
         if current_recorder() is self._recorder:
             raise TapeError("the recording still runs; call backward behind the with block, not inside it")
-        if not bool(loss.detach().isfinite().all()):
+        # To look at the loss is the one time that the host waits for the device; a CUDA graph cannot wait.
+        if not (loss.is_cuda and torch.cuda.is_current_stream_capturing()) and not bool(loss.detach().isfinite().all()):
             raise NonFiniteError(f"the loss is {_shown(loss)}; {self._where_it_began()}")
         value = self._recorder.read(loss) if loss.requires_grad else None
         if value is None or (self.tape.values[value].producer < 0 and value not in self.tape.leaves):
@@ -314,8 +318,7 @@ def _can_be_added_to(grad: Tensor) -> bool:
     return dense and torch._debug_has_internal_overlap(grad) == 0
 
 
-@contextmanager
-def record(*modules: nn.Module, keep: bool = False) -> Iterator[RecordedStep]:
+def record(*modules: nn.Module, keep: bool = False) -> AbstractContextManager[RecordedStep]:
     """Record a training step, so that its gradient can be taken by forward passes.
 
     ::
@@ -335,6 +338,11 @@ def record(*modules: nn.Module, keep: bool = False) -> Iterator[RecordedStep]:
 
     Cost: one forward pass, and some microseconds a call. Source: ours.
     """
+    return Uncompiled(_recorded(modules, keep))
+
+
+@contextmanager
+def _recorded(modules: Iterable[nn.Module], keep: bool) -> Iterator[RecordedStep]:
     refuse_transforms()
     recorder = Recorder(keep, lean=LEAN)
     recorder.undo.remember_attributes(inner for module in modules for inner in module.modules())
