@@ -18,6 +18,7 @@ from hzo.rules.measured import keep_measured
 from hzo.rules.registry import LEAN
 from hzo.tape import Recorder, Tape, current_recorder
 from hzo.tape.memory import alone
+from hzo.tape.state import captured
 from hzo.tape.surroundings import recording, refuse_transforms
 
 LeafGradients = list[tuple[Tensor, Tensor]]
@@ -164,8 +165,8 @@ class RecordedStep:
             raise InputError(f"expected a loss of floating-point numbers, got {loss.dtype}")
         if current_recorder() is self._recorder:
             raise TapeError("the recording still runs; call backward behind the with block, not inside it")
-        # To look at the loss is the one time that the host waits for the device; a CUDA graph cannot wait.
-        if not (loss.is_cuda and torch.cuda.is_current_stream_capturing()) and not bool(loss.detach().isfinite().all()):
+        # The one time that the host waits for the device.
+        if not captured(loss) and not bool(loss.detach().isfinite().all()):
             raise NonFiniteError(f"the loss is {_shown(loss)}; {self._where_it_began()}")
         value = self._recorder.read(loss) if loss.requires_grad else None
         if value is None or (self.tape.values[value].producer < 0 and value not in self.tape.leaves):

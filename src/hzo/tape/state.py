@@ -16,6 +16,11 @@ from torch import Tensor
 RandomState = dict[str, Tensor]
 
 
+def captured(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is being captured, so that nothing is computed yet and no number can be looked at."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def used_devices() -> tuple[torch.device, ...]:
     """Devices beside the CPU whose generators code may draw from; none while a CUDA graph is captured.
 
