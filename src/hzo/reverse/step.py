@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hzo._compiler import Uncompiled, uncompiled
 from hzo._options import scale_factor
 from hzo.errors import DistributedError, InputError, NonFiniteError, TapeError
+from hzo.pools import backward_half
 from hzo.reverse.walk import sweep
 from hzo.rules.measured import keep_measured
 from hzo.rules.registry import LEAN
@@ -87,7 +88,8 @@ class RecordedStep:
         """
         factor = scale_factor(scale)
         try:
-            gradients = self.gradients(loss, retain_graph=retain_graph, keep=keep)
+            with backward_half():
+                gradients = self.gradients(loss, retain_graph=retain_graph, keep=keep)
             leaves = added(drained(gradients) if factor == 1 else [(leaf, g * factor) for leaf, g in gradients])
         except BaseException as error:
             if self._began or isinstance(error, NonFiniteError):  # and not a wrong argument
