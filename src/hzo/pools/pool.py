@@ -31,6 +31,7 @@ from typing import Any
 from hzo.errors import InputError, QueryError, QueryTimeoutError
 from hzo.pools.dask_pool import DaskExecutor, on_dask
 from hzo.pools.kept_answers import Gradient, KeptAnswers, alike, one_list, questions
+from hzo.pools.start_limit import started
 
 CallArguments = tuple[tuple[Any, ...], Mapping[str, Any]]
 
@@ -371,15 +372,12 @@ class Pool:
             now = left[:1]  # one by one: where one of them fails, those before it are under way
             try:
                 executor = self._working(asked)
-                on_dask = isinstance(executor, DaskExecutor)
-                now = left if on_dask else now
-                written = on_dask or isinstance(executor, ProcessPoolExecutor)
-                given = [
-                    [_written(asked.calls[k], code=on_dask) if written else asked.calls[k] for k in ks] for ks in now
-                ]
-                futures: list[Future[Any]] = (
-                    executor.submit_all(asked.run, given) if on_dask else [executor.submit(asked.run, given[0])]
-                )
+                if isinstance(executor, DaskExecutor):  # for little more than one
+                    now = left
+                    given = [[_written(asked.calls[k], code=True) for k in ks] for ks in now]
+                    futures: list[Future[Any]] = executor.submit_all(asked.run, given)
+                else:
+                    futures = [executor.submit(asked.run, self._given(asked, now[0]))]
             except (BrokenExecutor, CancelledError, OSError, RuntimeError) as error:  # RuntimeError: it was shut down
                 if isinstance(error, QueryError):
                     raise
@@ -391,11 +389,16 @@ class Pool:
                 future.add_done_callback(done.put)
             left = left[len(now) :]
 
+    def _given(self, asked: _Asked, ks: Sequence[int]) -> list[Any]:
+        """The calls of a message, written down where PyTorch would send the place of its tensors."""
+        calls = [asked.calls[k] for k in ks]
+        return [_written(call) for call in calls] if isinstance(self._executor, ProcessPoolExecutor) else calls
+
     def _working(self, asked: _Asked) -> Any:
         if self._executor is None:
             assert self.make is not None
             try:
-                self._executor = on_dask(self.make())
+                self._executor = on_dask(started(self.make, _shut_down))
             except QueryError:
                 raise
             except Exception as error:
