@@ -23,6 +23,20 @@ def dies_once(folder, z):
     return work(z)
 
 
+def fails_once(folder, z):
+    """Where it is asked to, once, when thirty calls have been answered since."""
+    if len(os.listdir(folder)) > 40 + 4 + 44 + 31:
+        try:
+            os.unlink(os.path.join(folder, "fail"))
+        except FileNotFoundError:
+            pass
+        else:
+            time.sleep(0.3)  # what the other worker answers arrives before
+            raise ValueError("once")
+    open(os.path.join(folder, str(time.monotonic_ns())), "x").close()
+    return work(z)
+
+
 def wrong(z):
     raise ValueError("mine")
 

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import ray
 import torch
+import torch.nn.functional as F
 from loky import ProcessPoolExecutor
+from torch import nn
 
 import hzo
 import parts
@@ -76,6 +78,31 @@ def test_a_part_that_kills_every_worker(name, request):
         hzo.backward(torch.nn.Sequential(model, box), torch.sum, X)
     assert all(torch.equal(p, q) and p.grad is None for p, q in zip(model.parameters(), before, strict=True))
     box.close()
+
+
+def test_a_gradient_that_is_tried_again_asks_what_is_missing(make, tmp_path):
+    """A box in a model: its forward pass and the queries before the error are answered already."""
+    model = nn.Sequential(nn.Linear(5, 5).double(), hzo.blackbox(
+        partial(parts.fails_once, str(tmp_path)), numpy=True, batched=1, executor=make
+    ))  # fmt: skip
+
+    def gradient():
+        model.zero_grad()
+        before = len([*tmp_path.iterdir()])
+        hzo.backward(model, F.mse_loss, X, X)
+        return model[0].weight.grad.clone(), len([*tmp_path.iterdir()]) - before
+
+    gradient()
+    expected, whole = gradient()
+    assert whole == 4 + 40
+    (tmp_path / "fail").touch()
+    with pytest.raises(QueryError, match="once"):
+        gradient()
+    kept = len(model[1]._guard.pool.kept)
+    found, asked = gradient()
+    assert torch.equal(found, expected)
+    assert asked == whole - kept + 1 < 40
+    model[1].close()
 
 
 def test_errors_of_the_part_are_its_own(make):

@@ -57,3 +57,69 @@ def test_smoothed_losses():
     hzo.smoothed(lambda z, y: (z.argmax(1) == y).float(), maximize=True)(z, y).backward()
     assert z.grad.device.type == "cuda"
     assert z.grad.any()
+
+
+def test_a_graph_repeats_a_gradient():
+    """A whole gradient, recording and sweep, captured in a CUDA graph."""
+    model, (x, y) = network(), batch(32)
+    model, x, y = model.float().cuda(), x.float().cuda(), y.cuda()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            model.zero_grad()
+            hzo.backward(model, F.cross_entropy, x, y)
+    torch.cuda.current_stream().wait_stream(side)
+    model.zero_grad()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = hzo.backward(model, F.cross_entropy, x, y)
+    x.copy_(torch.randn_like(x))
+    model.zero_grad(set_to_none=False)
+    graph.replay()
+    found, of_replay = grads(model), loss.clone()
+    exact = autograd(model, x, y)
+    assert cosine(found, exact) >= COSINES[x.dtype]
+    assert torch.allclose(of_replay, F.cross_entropy(model(x), y))
+
+
+@pytest.mark.parametrize("scheme", ["forward", "central"])
+def test_differences_do_not_round_to_tf32(scheme):
+    """PyTorch's setting for convolutions: a step of a difference would drown in it."""
+    torch.manual_seed(0)
+    layers = [layer for _ in range(4) for layer in (torch.nn.Conv2d(4, 4, 3, padding=1), torch.nn.Tanh())]
+    model = torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(4 * 8 * 8, 10)).cuda()
+    x, y = torch.randn(8, 4, 8, 8, device="cuda"), torch.arange(8, device="cuda")
+    assert torch.backends.cudnn.allow_tf32
+    chain = hzo.trace(model, x)
+    hzo.backward(chain, F.cross_entropy, x, y, tree="bisect", assume="locality", scheme=scheme)
+    found = grads(model)
+    assert cosine(found, autograd(model, x, y)) >= (0.9999 if scheme == "central" else 0.99)
+    assert torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize("method", ["hzo", "backprop"])
+def test_training_by_a_graph(method):
+    """The same weights as without: batches of other numbers, statistics of a norm, and another shape in between."""
+    from hzo_lab.training.config import TrainConfig
+    from hzo_lab.training.methods import bind_method
+
+    ends = []
+    for graph in (False, True):
+        torch.manual_seed(0)
+        conv = torch.nn.Conv2d(3, 4, 3)
+        model = torch.nn.Sequential(conv, torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Flatten())
+        model.append(torch.nn.Linear(4 * 6 * 6, 3)).cuda()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        config = TrainConfig(method=method, tree="planned", assume="structure", device="cuda", graph=graph)
+        x, y = torch.randn(7, 12, 3, 8, 8, device="cuda"), torch.randint(3, (7, 12), device="cuda")
+        gradient = bind_method(config, model, F.cross_entropy, x[0]).gradient
+        losses = []
+        for step in range(7):
+            optimizer.zero_grad(set_to_none=True)
+            size = 5 if step == 5 else 12
+            losses.append(gradient(x[step][:size], y[step][:size], torch.Generator()))
+            optimizer.step()
+        ends.append((*losses, *(t.clone() for t in model.state_dict().values())))
+    for a, b in zip(*ends, strict=True):
+        assert torch.allclose(a.float(), b.float(), atol=1e-5)

@@ -208,3 +208,36 @@ def test_evaluation_mode_and_back():
         hzo.backward(model, F.cross_entropy, x, y)
         torch.manual_seed(3)
         assert worst(relative_errors(grads(model), autograd(model, x, y))) <= oracles.CENTRAL
+
+
+def compiled_steps(loss_fn):
+    def by_backward(model, x, y):
+        return hzo.backward(model, loss_fn, x, y)
+
+    def by_record(model, x, y):
+        with hzo.record() as tape:
+            loss = loss_fn(model(x), y)
+        tape.backward(loss)
+        return loss
+
+    def by_gradients(model, x, y):
+        found, loss = hzo.grad_and_value(model, loss_fn, x, y)
+        for name, parameter in model.named_parameters():
+            parameter.grad = found[name]
+        return loss
+
+    return {"backward": by_backward, "record": by_record, "grad_and_value": by_gradients}
+
+
+@pytest.mark.parametrize("way", compiled_steps(None))
+def test_a_compiled_training_step(way):
+    """The compiler does not look into a gradient: it breaks its graph there, and the step is as without it."""
+    model, (x, y) = network(), batch(6)
+    exact = autograd(model, x, y)
+    step = torch.compile(compiled_steps(F.cross_entropy)[way], backend="eager")
+    for _ in range(2):
+        model.zero_grad()
+        loss = step(model, x, y)
+    assert torch.allclose(loss, F.cross_entropy(model(x), y))
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(parameter.grad, exact[name], rtol=1e-9)

@@ -15,6 +15,8 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import hzo
 from hzo.errors import InputError, QueryError, QueryTimeoutError
@@ -355,6 +357,88 @@ def test_both_ways_go_out_together():
         box(x).sum().backward()
     assert sizes[-1] == 10
     assert torch.allclose(x.grad, x.detach().cos(), rtol=TOLERANCE)
+
+
+@pytest.fixture
+def sent(monkeypatch):
+    """How many calls each list has that a pool is asked for."""
+    found, ask = [], Pool.ask
+
+    def noted(pool, f, calls, *rest, **named):
+        found.append(len(calls))
+        return ask(pool, f, calls, *rest, **named)
+
+    monkeypatch.setattr(Pool, "ask", noted)
+    return found
+
+
+class TestInAModel:
+    """A box with workers that is one operation of a model under ``hzo.backward``."""
+
+    x, y = normal(4, 6), normal(4, 6)
+
+    @staticmethod
+    def gradient(executor=None, sent=None, plan=None, **options):
+        torch.manual_seed(0)
+        layer = nn.Linear(6, 6).double()
+        model = nn.Sequential(layer, hzo.blackbox(np.tanh, numpy=True, executor=executor, **options))
+        for _ in range(2):  # the first time it is traced
+            made = None if plan is None else hzo.plan(hzo.trace(model, TestInAModel.x), **plan)
+            if sent is not None:
+                sent.clear()
+            layer.zero_grad()
+            hzo.backward(model, F.mse_loss, TestInAModel.x, TestInAModel.y, plan=made)
+        return layer.weight.grad
+
+    @pytest.mark.parametrize(("batched", "calls"), [(True, [1, 12]), (False, [1, 12]), (1, [4, 48]), (3, [2, 16])])
+    def test_both_ways_go_out_together(self, sent, batched, calls):
+        """One list of calls for all directions, both ways, each of as many samples as a part takes."""
+        with ThreadPoolExecutor(2) as executor:
+            found = self.gradient(executor, sent, batched=batched)
+        assert sent == calls
+        assert torch.equal(found, self.gradient(batched=batched))
+
+    def test_forward_differences_have_one_way(self, sent):
+        with ThreadPoolExecutor(2) as executor:
+            found = self.gradient(executor, sent, plan={"scheme": "forward"})
+        assert sent == [1, 6]
+        assert torch.equal(found, self.gradient(plan={"scheme": "forward"}))
+
+    def test_repeats_go_out_with_them(self, sent):
+        plan = {"noise": 0.3, "target_cosine": 0.99}
+        with ThreadPoolExecutor(2) as executor:
+            self.gradient(executor, sent, plan=plan)
+        assert sent[0] == 1
+        assert len(sent) == 2
+        assert sent[1] % 12 == 0
+        assert sent[1] > 12
+
+    def test_several_lists_where_memory_is_short(self, sent):
+        """Both ways at once are of half as many directions: no more rows than one way has without workers."""
+        rows = []
+
+        def noting(z):
+            rows.append(len(z))
+            return np.tanh(z)
+
+        with ThreadPoolExecutor(2) as executor:
+            for part, options in ((noting, {"state": None}), (np.tanh, {"executor": executor})):
+                model = nn.Sequential(nn.Linear(6, 6).double(), hzo.blackbox(part, numpy=True, **options))
+                hzo.backward(model, F.mse_loss, self.x, self.y, memory=8000)
+        queries = sent[-sum(count > 1 for count in sent) :]
+        assert sum(queries) == 12
+        assert 8 < 4 * max(queries) <= max(rows) < 24
+
+    def test_samples_are_divided_among_workers_of_its_own(self, sent):
+        """Three workers: four samples of a forward pass are two calls of two, and twelve calls need no division."""
+        box = hzo.blackbox(np.tanh, numpy=True, workers=3)
+        model = nn.Sequential(nn.Linear(6, 6).double(), box)
+        for expected in (1, 2):
+            sent.clear()
+            hzo.backward(model, F.mse_loss, self.x, self.y)
+            if expected == 2:
+                assert sent == [2, 12]
+        box.close()
 
 
 def test_random_numbers_of_this_process_are_not_those_of_a_worker():

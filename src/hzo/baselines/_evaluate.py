@@ -26,9 +26,10 @@ from hzo.distributed import (
     without_collectives,
 )
 from hzo.errors import InputError, NonFiniteError, StepError
-from hzo.execution import counting, restore_snapshot, take_snapshot
+from hzo.execution import counting, full_float32, restore_snapshot, take_snapshot
 from hzo.losses import LossFn, check_finite, check_loss
 from hzo.reverse import accumulate
+from hzo.tape.state import captured
 from hzo.tape.surroundings import refuse_transforms
 from hzo.tracing import Chain, batch_size, call_arguments, module_of, tensors_in
 
@@ -76,7 +77,8 @@ def problem(model: Model, loss_fn: LossFn, x: Any, y: Any, *, by_autograd: bool 
         module = unwrapped(module)
     args, kwargs = call_arguments(x)
     batch = batch_size(args, kwargs)
-    if not all(bool(t.isfinite().all()) for t in tensors_in((args, kwargs)) if t.is_floating_point()):
+    numbers = [t for t in tensors_in((args, kwargs)) if t.is_floating_point() and not captured(t)]
+    if not all(bool(t.isfinite().all()) for t in numbers):
         raise NonFiniteError("the input x holds NaN or infinity; clean the data before training on it")
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     for name, p in parameters.items():
@@ -170,7 +172,7 @@ def queried(p: Problem) -> Iterator[tuple[Tensor, LossAt, Ordered]]:
     flags are taken care of. Cost: one base pass; each query one full forward pass.
     """
     evaluate = precise(p, p.module)
-    with torch.no_grad(), replayed([p.module]) as run:
+    with torch.no_grad(), full_float32(), replayed([p.module]) as run:
         with without_collectives("the model"):
             loss = run(evaluate)
         counting.add(base_evaluations=p.batch * p.stages)

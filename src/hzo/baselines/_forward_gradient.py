@@ -17,7 +17,7 @@ from hzo.baselines import _together as together
 from hzo.baselines._registry import baseline
 from hzo.distributed import without_collectives
 from hzo.errors import InputError
-from hzo.execution import counting
+from hzo.execution import counting, devices_of, random_state
 from hzo.losses import LossFn
 
 
@@ -69,7 +69,7 @@ def forward_gradient(
     p = ev.problem(model, loss_fn, x, y)
     parameters = list(p.parameters.values())
     seeds = ev.draw_seeds(generator, samples)
-    before = torch.get_rng_state()
+    before = random_state(devices_of(parameters))
     if not parameters:
         with ev.queried(p) as (loss, *_):
             return loss

@@ -12,7 +12,7 @@ from hzo.baselines import _evaluate as ev
 from hzo.baselines._per_sample import contributions
 from hzo.baselines._registry import baseline
 from hzo.errors import CoupledSamplesError, InputError
-from hzo.execution import Activations, query
+from hzo.execution import Activations, full_float32, query
 from hzo.gradients import LocalStep, base_pass, parameter_gradients, traced_for
 from hzo.losses import LossFn
 from hzo.plans import has_rule
@@ -85,7 +85,7 @@ def node_perturbation(
     seeds = ev.draw_seeds(generator, samples)
     # A stage that is a plain callable may hide modules, which the trace has found.
     modules = [p.module, *graph.opaque_modules]
-    with torch.no_grad(), ev.replayed(modules) as run:
+    with torch.no_grad(), full_float32(), ev.replayed(modules) as run:
         activations, output = run(lambda: base_pass(chain, x))
         output = map_output(_detached, output)
         for op in graph.operations:

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from hzo.baselines import _evaluate as ev
 from hzo.errors import HzoError, InputError
+from hzo.execution import RandomState, random_state, set_random_state
 from hzo.pools import Pool
 
 
@@ -28,7 +28,7 @@ class _Job:
 
     problem: ev.Problem
     query: Callable[..., Any]
-    random: Tensor
+    random: RandomState
     draws: bool
     process: int
 
@@ -43,7 +43,7 @@ def _answer(job: _Job, member: tuple[Any, ...]) -> Any:
                 "executor of processes"
             )
     else:
-        torch.set_rng_state(job.random)
+        set_random_state(job.random)
     # Always: some ways of sending a tensor to another process send its place in memory.
     module = copy.deepcopy(p.module)
     own = dict(module.named_parameters())
@@ -53,7 +53,7 @@ def _answer(job: _Job, member: tuple[Any, ...]) -> Any:
 
 
 def ask(
-    p: ev.Problem, query: Callable[..., Any], members: Sequence[tuple[Any, ...]], executor: Any, random: Tensor
+    p: ev.Problem, query: Callable[..., Any], members: Sequence[tuple[Any, ...]], executor: Any, random: RandomState
 ) -> list[Any]:
     """``query(problem, *member)`` for each member of a population, in order, on the workers of an executor.
 
@@ -68,7 +68,8 @@ def ask(
         ``hzo.blackbox``.
     """
     pool = executor if isinstance(executor, Pool) else Pool(executor)
-    draws = not torch.equal(torch.get_rng_state(), random)
+    now = random_state(torch.device(device) for device in random)
+    draws = any(not torch.equal(state, random[device]) for device, state in now.items())
     job = _Job(replace(p, model=p.module), query, random, draws, os.getpid())
     try:
         return pool.ask(_answer, [((job, member), {}) for member in members])

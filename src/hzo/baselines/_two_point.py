@@ -12,6 +12,7 @@ from hzo.baselines import _evaluate as ev
 from hzo.baselines import _in_place as in_place
 from hzo.baselines import _population as population
 from hzo.baselines import _together as together
+from hzo.execution import devices_of, random_state
 from hzo.losses import LossFn
 
 
@@ -41,7 +42,7 @@ def two_point(
     parameters = list(p.parameters.values())
     mu = ev.checked_step(mu, ev.rounding(parameters) ** (1 / 3) / 5, p.parameters)
     seeds = ev.draw_seeds(generator, samples)
-    before = torch.get_rng_state()
+    before = random_state(devices_of(parameters))
     versions = [parameter._version for parameter in parameters]
     with ev.queried(p) as (loss, loss_at, run):
         slopes = None

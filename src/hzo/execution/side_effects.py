@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from hzo.tape.attributes import Attributes
-from hzo.tape.state import RandomState, random_state, set_random_state, shared_restorers
+from hzo.tape.state import RandomState, random_state, set_random_state, shared_restorers, used_devices
 
 
 def devices_of(tensors: Iterable[object]) -> tuple[torch.device, ...]:
@@ -53,12 +53,10 @@ def take_snapshot(modules: Iterable[nn.Module], gradients: bool = False) -> Snap
         for value in vars(module).values()
         if isinstance(value, Tensor) and _can_be_copied(value)
     )
-    parameters = (parameter for module in unique for parameter in module.parameters(recurse=False))
-    devices = devices_of([*parameters, *(buffer for _, _, buffer, _ in buffers)])
     training = tuple((module, module.training) for module in unique)
     held = Attributes(gradients)
     held.note(unique)
-    return Snapshot(random_state(devices), buffers, tensors, training, tuple(shared_restorers()), held)
+    return Snapshot(random_state(used_devices()), buffers, tensors, training, tuple(shared_restorers()), held)
 
 
 def _can_be_copied(tensor: Tensor) -> bool:

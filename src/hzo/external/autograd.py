@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from hzo.errors import DerivativeError
 from hzo.external.call import BoxCall
 from hzo.external.products import box_vjp, jvp
+from hzo.pools import backward_half, forward_half
 
 
 def through(call: BoxCall, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -47,11 +48,12 @@ class _Part(torch.autograd.Function):
     @staticmethod
     def forward(call: BoxCall, *leaves: Tensor) -> tuple[Tensor, ...]:
         _check_untraced(call)
-        if not call.base:
-            return call.forward(leaves)
-        # Who replays a recording applies the Function again; what its first backward pass needs must stay.
-        call.replay = call.again()
-        return call.replay.forward(leaves)
+        with forward_half():
+            if not call.base:
+                return call.forward(leaves)
+            # Who replays a recording applies the Function again; what its first backward pass needs must stay.
+            call.replay = call.again()
+            return call.replay.forward(leaves)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -149,7 +151,8 @@ class _Vjp(torch.autograd.Function):
             for v in range(count):
                 many[v][o] = g if spec.many is None else g[v]
         wanted = [k in spec.wanted for k in range(spec.leaves)]
-        found = box_vjp(call, leaves, many, wanted)
+        with backward_half(_at_the_end):
+            found = box_vjp(call, leaves, many, wanted)
         results = []
         for k in spec.wanted:
             of_each = [torch.zeros_like(leaves[k]) if f[k] is None else f[k] for f in found]
@@ -210,7 +213,8 @@ class _Jvp(torch.autograd.Function):
         for k, t in zip(spec.wanted, given, strict=True):
             for v in range(count):
                 many[v][k] = t if spec.many is None else t[v]
-        found = [_shaped(call, changes, leaves) for changes in jvp(call, leaves, many)]
+        with backward_half(_at_the_end):
+            found = [_shaped(call, changes, leaves) for changes in jvp(call, leaves, many)]
         if spec.many is None:
             return tuple(found[0])
         return tuple(torch.stack(parts) for parts in zip(*found, strict=True))
@@ -302,6 +306,14 @@ def _once(call: BoxCall, leaves: Sequence[Tensor]) -> list[Tensor]:
         _Once.apply(call, t) if t.is_floating_point() or t.is_complex() else t  # type: ignore[no-untyped-call]
         for t in leaves
     ]
+
+
+def _at_the_end(of_all: Callable[[], None]) -> None:
+    """Autograd's backward pass goes on behind this part of it, and may fail; then this is not called."""
+    try:
+        torch.autograd.Variable._execution_engine.queue_callback(of_all)
+    except RuntimeError:  # none is under way: the part is the whole
+        of_all()
 
 
 def _check_untraced(call: BoxCall) -> None:
@@ -435,7 +447,8 @@ class _Planned(torch.autograd.Function):
     @staticmethod
     def forward(this: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
         count = len(this.wanted)
-        found: tuple[Tensor, ...] = this.forward(tensors[:count], tensors[count:])
+        with forward_half():
+            found: tuple[Tensor, ...] = this.forward(tensors[:count], tensors[count:])
         return found
 
     @staticmethod
@@ -449,7 +462,8 @@ class _Planned(torch.autograd.Function):
     @first_derivative_only("a black box that is planned as a whole")
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         _ = ctx.saved_tensors
-        return (None, *ctx.this.carry_back(cotangents))
+        with backward_half(_at_the_end):
+            return (None, *ctx.this.carry_back(cotangents))
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Any:  # noqa: ARG004

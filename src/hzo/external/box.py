@@ -6,7 +6,6 @@ whole (planned.py): stops between the parts, steps and repeats against noise.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from hzo._compiler import uncompiled
 from hzo._options import one_of, positive, shown, whole
 from hzo.distributed import refuse_all_wrappers
 from hzo.errors import InputError
@@ -366,14 +366,8 @@ class BlackBox(nn.Module):
         what = parts[0] if len(parts) == 1 else f"[{', '.join(parts)}]"
         return f"BlackBox({what}{self.options_shown})"
 
+    @uncompiled
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if "torch._dynamo" not in sys.modules:
-            return self._forward(args, kwargs)
-        if not _uncompiled:
-            _uncompiled.append(torch.compiler.disable(BlackBox._forward))  # type: ignore[no-untyped-call]
-        return _uncompiled[0](self, args, kwargs)
-
-    def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         recorder = current_recorder()
         if recorder is not None and recorder.opaque is not None and _tensors_alone(args, kwargs):
             _check_inputs(args)  # an hzo chain: the parts are operations of it
@@ -588,11 +582,6 @@ class BlackBox(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_known": {}, "_history": StateHistory(), "failed": None}
-
-
-_uncompiled: list[Callable[..., Any]] = []
-"""The forward pass of a box out of the compiler's sight: its calls are Python's, and a compiled model breaks its graph
-here. Made where there is a compiler; importing it takes seconds."""
 
 
 def _failed(call: BoxCall, given: Sequence[Tensor]) -> Tensor | None:

@@ -27,8 +27,8 @@ from hzo.errors import (
     QueryError,
     TraceError,
 )
-from hzo.execution import contained, counting, with_parameters
-from hzo.external.guard import Guarded, rows_of
+from hzo.execution import contained, counting, full_float32, with_parameters
+from hzo.external.guard import Guarded, divided, rows_of
 from hzo.external.randomness import Randomness, randomness
 from hzo.external.signature import Structure, flatten
 from hzo.external.state import Saved, StateKey, floating
@@ -164,6 +164,7 @@ class BoxCall:
 
     # -- the forward pass ---
 
+    @full_float32()
     def forward(self, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run the part; tensors that it returns, then numbers of its state that it changed."""
         leaves = [t.detach() for t in leaves]
@@ -560,6 +561,7 @@ class BoxCall:
             # Autograd runs a backward pass outside the user's autocast.
             stack.enter_context(torch.autocast(device, dtype=dtype, enabled=dtype is not None))
             stack.enter_context(torch.no_grad())
+            stack.enter_context(full_float32())
             stack.enter_context(contained([self.stages]))
             for module, training in self.training.items():
                 module.training = training
@@ -910,11 +912,6 @@ def _real(tensor: Tensor) -> Tensor:
     if tensor.is_complex():
         return torch.view_as_real(tensor.resolve_conj())
     return tensor if tensor.is_floating_point() else tensor.double()
-
-
-def divided(rows: int, calls: int, workers: int) -> int:
-    """Samples of one call, where so many calls of ``rows`` samples each are divided until every worker has one."""
-    return -(-rows // max(1, min(rows, workers // calls)))
 
 
 def _close(a: Tensor, b: Tensor, slack: float) -> bool:

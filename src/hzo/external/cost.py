@@ -13,7 +13,8 @@ from torch import Tensor
 from hzo._options import whole
 from hzo.errors import InputError
 from hzo.execution import counting
-from hzo.external.call import BoxCall, divided
+from hzo.external.call import BoxCall
+from hzo.external.guard import divided
 from hzo.external.products import settings_of, that_move
 from hzo.external.promises import evaluations_of_test
 from hzo.external.queries import BoxSweep

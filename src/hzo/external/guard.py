@@ -43,12 +43,14 @@ class PartMemory:
         start, end: the states that the last forward pass began with and left.
         counters: whole numbers that a call changes matter to its result. inside: queries are being asked.
         scratch: for places that a call changed whether they are no state, since nothing depends on what they held.
+        apart: samples are, since queries were asked for copies of a batch.
     """
 
     start: Saved | None = None
     end: Saved | None = None
     counters: bool = False
     inside: bool = False
+    apart: bool = False
     scratch: dict[StateKey, bool] = field(default_factory=dict)
 
 
@@ -88,7 +90,7 @@ class Guarded(nn.Module):
             self._held = (f,)  # in a tuple, where nn.Module does not find its parameters
         else:
             self.f = f
-        self.hzo_marks = Marks(box=name, ignores_parameters=ignores)
+        self.hzo_marks = Marks(box=name, ignores_parameters=ignores, pooled=pool is not None)
         self.numpy = numpy
         self.batched = batched
         self.timeout = timeout
@@ -97,7 +99,7 @@ class Guarded(nn.Module):
         self.pool = pool
         self._given_state = state
         self._stream: RandomState = {}
-        self.samples: int | None = None  # of one call, where batched is False
+        self.samples: int | None = None  # of a forward pass
         # Shapes of a sample: those that come out for those that go in.
         self._shapes: dict[tuple[torch.Size, ...], list[torch.Size]] = {}
         self.remembers = PartMemory(counters=noisy)  # no repeat of a noisy part would show that they matter
@@ -137,28 +139,36 @@ class Guarded(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         samples = inputs[0].shape[0]
-        size = samples if self.batched is True else self._size()
-        pieces = [[rows_of(t, k, size) for t in inputs] for k in range(0, samples, size)]
-        if self.moves_on:
+        size = self._size(samples)
+        fixed = self.batched is not True
+        pieces = [
+            [rows_of(t, k, size if fixed else min(size, samples - k)) for t in inputs] for k in range(0, samples, size)
+        ]
+        if self.moves_on or self.pool is not None:
 
             def ask() -> list[Tensor | tuple[Tensor, ...]]:
-                return [self._call(piece, size) for piece in pieces]
+                return self._calls(pieces)
 
+            moves_on = self.moves_on
             with self.remembered():
                 results = ask()
-            self.check_split(len(pieces), lambda: pytree.tree_leaves(ask()), pytree.tree_leaves(results))
+            if moves_on:
+                self.check_split(len(pieces), lambda: pytree.tree_leaves(ask()), pytree.tree_leaves(results))
         else:
             results = []
             for piece in pieces:
                 with self.remembered():
-                    results.append(self._call(piece, size))
+                    results += self._calls([piece])
         if size == samples:
             return results[0]
         if isinstance(results[0], Tensor):
             return torch.cat(results)[:samples]  # type: ignore[arg-type]
         return tuple(torch.cat(parts)[:samples] for parts in zip(*results, strict=True))
 
-    def _size(self) -> int:
+    def _size(self, samples: int) -> int:
+        """Of one call, where so many samples are asked for."""
+        if self.batched is True:
+            return samples if self.pool is None else self._share(samples, self.pool)
         size = self.samples if self.batched is False else self.batched
         if size is None:
             raise InputError(
@@ -167,8 +177,25 @@ class Guarded(nn.Module):
             )
         return int(size)
 
-    def _call(self, inputs: Sequence[Tensor], samples: int) -> Tensor | tuple[Tensor, ...]:
-        result = self.run(tuple(inputs), {}, samples)
+    def _share(self, samples: int, pool: Pool) -> int:
+        """As many as a forward pass has, so that copies of it go to as many workers; less where some would have none.
+
+        That copies are asked for says that samples are apart; before, a forward pass stays whole.
+        """
+        whole = self.samples
+        if not whole or samples % whole:
+            return samples
+        self.remembers.apart = self.remembers.apart or samples > whole
+        divides = pool.divides if self.remembers.apart else None
+        return whole if divides is None else divided(whole, samples // whole, divides)
+
+    def _calls(self, pieces: Sequence[Sequence[Tensor]]) -> list[Tensor | tuple[Tensor, ...]]:
+        """What comes out for several pieces that do not wait for each other."""
+        results = self.run_all([(tuple(piece), {}, piece[0].shape[0]) for piece in pieces])
+        return [self._outputs(result, piece) for result, piece in zip(results, pieces, strict=True)]
+
+    def _outputs(self, result: Any, inputs: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
+        samples = inputs[0].shape[0]
         several = isinstance(result, (tuple, list))
         outputs = self._checked(result if several else (result,), inputs, samples)
         if self.floats:
@@ -493,6 +520,11 @@ def expect(stages: nn.Module, samples: int | None) -> None:
     for part in stages.modules():
         if isinstance(part, Guarded):
             part.samples = samples
+
+
+def divided(rows: int, calls: int, workers: int) -> int:
+    """Samples of one call, where so many calls of ``rows`` samples each are divided until every worker has one."""
+    return -(-rows // max(1, min(rows, workers // calls)))
 
 
 def rows_of(tensor: Tensor, start: int, size: int) -> Tensor:

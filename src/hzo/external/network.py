@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from hzo._compiler import uncompiled
 from hzo.distributed import refuse_all_wrappers
 from hzo.errors import DerivativeError, InputError, TapeError
 from hzo.external.autograd import first_derivative_only
@@ -74,20 +74,12 @@ class Recorded(nn.Module):
         run = super().forward
         if not torch.is_grad_enabled() or current_recorder() is not None:
             return run(*args, **kwargs)
-        if "torch._dynamo" not in sys.modules:
-            return _forward(self, run, args, kwargs)
-        if not _uncompiled:
-            _uncompiled.append(torch.compiler.disable(_forward))  # type: ignore[no-untyped-call]
-        return _uncompiled[0](self, run, args, kwargs)
+        return _forward(self, run, args, kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As its own class would be; read again, it is recorded as before."""
         made: Any = super().__reduce_ex__(protocol)
         return (_new, (self.hzo_class,), *made[2:])
-
-
-_uncompiled: list[Callable[..., Any]] = []
-"""The forward pass out of the compiler's sight: what is compiled runs as eager inside of a recording."""
 
 
 _derived: dict[type[nn.Module], type[Any]] = {}
@@ -110,6 +102,7 @@ def _new(cls: type[nn.Module]) -> Any:
     return object.__new__(_recorded(cls))
 
 
+@uncompiled
 def _forward(model: nn.Module, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     leaves = output_leaves((args, kwargs))
     _check_plain_mode(leaves)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from hzo.errors import InaccurateGradientWarning, NondeterministicError
-from hzo.execution import Activations, contained, counting, run_again, undone_on_error, with_parameters
+from hzo.execution import Activations, contained, counting, full_float32, run_again, undone_on_error, with_parameters
 from hzo.external.guard import Guarded, expect
 from hzo.external.part_promises import check_parts
 from hzo.external.state import Saved
@@ -108,6 +108,7 @@ class PlannedCall:
         return _backward(self, cotangents)
 
 
+@full_float32()
 def _forward(this: PlannedCall, inputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """A base pass, whose activations wait for the backward pass."""
     device = inputs[0].device.type
@@ -136,6 +137,7 @@ def _forward(this: PlannedCall, inputs: Sequence[Tensor], parameters: Sequence[T
     return tuple(leaves)
 
 
+@full_float32()
 def _backward(this: PlannedCall, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The cotangents of inputs and parameters, by a sweep; nothing is asked where all that come in are zero."""
     graph = this.chain.traced

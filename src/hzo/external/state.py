@@ -74,6 +74,10 @@ def _numbers_in(key: StateKey, slot: Slot) -> dict[StateKey, Any]:
     return found
 
 
+_PLAIN = frozenset({type(None), bool, int, float, complex, str})  # most of what attributes hold: told without a search
+_COUNTED = frozenset({bool, int, str})
+
+
 def _array(value: Any) -> bool:
     return type(value).__module__ == "numpy" and type(value).__name__ == "ndarray"
 
@@ -91,6 +95,8 @@ def _size(value: Any) -> int:
 
 def _holds(value: Any, depth: int = 0) -> bool:
     """Whether a value can be state: numbers, arrays of them, containers of these."""
+    if type(value) in _PLAIN:
+        return True
     if isinstance(value, nn.Parameter) or depth > 4:
         return False
     if isinstance(value, (list, tuple, dict, deque)):
@@ -111,6 +117,8 @@ def _counts(value: Any) -> bool:
 
 
 def _slot(space: Any, name: Any, value: Any) -> Slot:
+    if type(value) in _PLAIN:
+        return Slot(space, name, value, None, (), type(value) in _COUNTED, False)
     content: Any = None
     items: tuple[Slot, ...] = ()
     if isinstance(value, Tensor):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from hzo._options import function, positive
 from hzo.distributed import shares
 from hzo.errors import InputError, NonFiniteError, PrecisionError
-from hzo.execution import RandomState, contained, counting, devices_of, random_state, set_random_state
+from hzo.execution import RandomState, contained, counting, devices_of, full_float32, random_state, set_random_state
 from hzo.finite_differences.probes import Probe, States, decode
 from hzo.finite_differences.steps import (
     Scheme,
@@ -78,6 +79,7 @@ def vjp_rows(
     where: str = "the perturbed tensor",
     precision: torch.dtype | None = None,
     noisy: bool = False,
+    together: bool = False,
 ) -> Tensor:
     """Estimate ``Σ Jᵀ g`` over the outputs, sample by sample.
 
@@ -89,6 +91,8 @@ def vjp_rows(
         chunk: directions evaluated at once.
         precision: narrowest dtype on the way, where that is not the state's; the default step grows with it.
         noisy: what queries return differs by more than rounding, and whoever asks reckons with it.
+        together: ``run`` is asked for what is moved up and down in one call, of twice as many copies as ``chunk``:
+            nobody among several workers waits for the first half.
 
     Returns (B, n) in the accumulation dtype. Cost: probe.directions × B queries, twice that for central differences.
     Source: paper, the estimate of a node; the true gap between the rounded states as divisor: ours.
@@ -119,11 +123,10 @@ def vjp_rows(
         stop = min(start + chunk, end)
         asked = f"queries {start + 1} to {stop} of {probe.directions} that move {where}"
         try:
-            with counting.doing(f"{asked} up"):
-                above = run(states[0].moved(start, stop, upper).flatten(0, 1), stop - start)
-            if scheme == "central":
-                with counting.doing(f"{asked} down"):
-                    below = run(states[1].moved(start, stop, lower).flatten(0, 1), stop - start)
+            moved = [partial(s.moved, start, stop, to) for s, to in zip(states, (upper, lower), strict=False)]
+            above, *others = _asked(run, moved, stop - start, asked, together)
+            if others:
+                (below,) = others
             else:
                 assert base is not None
                 below = [b.unsqueeze(0) for b in base]
@@ -134,9 +137,9 @@ def vjp_rows(
                 rounding.note(above, products)  # first: decoding may write over the differences
             decode(probe, start, stop, products, result)
         except RuntimeError as error:
-            if stop - start == 1 or not _out_of_memory(error):
+            if (stop - start == 1 and not together) or not _out_of_memory(error):
                 raise
-            chunk = (stop - start) // 2  # the work of this chunk is done again in halves
+            together, chunk = False, max(1, (stop - start) // 2)  # the work of this chunk is done again in halves
             states = [States(probe, rows) for _ in states]
             continue
         start = stop
@@ -150,6 +153,21 @@ def vjp_rows(
         )
     rounding.check(where)
     return result
+
+
+def _asked(
+    run: RunCopies, moved: Sequence[Callable[[], Tensor]], copies: int, asked: str, together: bool
+) -> list[list[Tensor]]:
+    """What queries return, (copies × B, m) of every output, of states moved up and, where there are such, down."""
+    if together and len(moved) == 2:
+        with counting.doing(f"{asked} up and down"):
+            results = run(torch.cat([states().flatten(0, 1) for states in moved]), 2 * copies)
+        return [list(parts) for parts in zip(*(t.chunk(2) for t in results), strict=True)]
+    found = []
+    for way, states in zip(("up", "down"), moved, strict=False):
+        with counting.doing(f"{asked} {way}"):
+            found.append(run(states().flatten(0, 1), copies))
+    return found
 
 
 _TOLERATED: ContextVar[bool] = ContextVar("rounding tolerated", default=False)
@@ -276,7 +294,7 @@ def estimate_vjp(
     chunk = directions_per_chunk(size, memory, inputs[0].device) if batched else 1
     narrow = [precision] if precision else [g.dtype for g in cotangents]
     found: list[Tensor | None] = []
-    with contained([f] if isinstance(f, nn.Module) else []):
+    with contained([f] if isinstance(f, nn.Module) else []), full_float32():
         base = evaluate([t.clone() for t in inputs], 1, perturbed=False) if scheme == "forward" else None
         for k, tensor in enumerate(inputs):
             if not tensor.is_floating_point():

@@ -142,6 +142,8 @@ def estimate_node(state: Sweep, node: Node, at_source: dict[int, Tensor]) -> Ten
     # Repeats are copies of the batch, as directions are: as many at once as leave room for all directions.
     device, batch = next(iter(cotangents.values())).device, state.activations.batch
     chunk = directions_per_chunk(bytes_per_direction(graph, node, batch), state.memory, device)
+    together = graph.pooled(node.operations) and state.plan.scheme == "central"
+    chunk = max(1, chunk // 2) if together else chunk
     at_once = 1 if node.probe is None else min(node.repeats, max(1, chunk // max(1, node.probe.directions)))
     among = shares()
     if among is not None and node.probe is not None and node.repeats > 1:  # each has memory of its own, and all must
@@ -152,7 +154,9 @@ def estimate_node(state: Sweep, node: Node, at_source: dict[int, Tensor]) -> Ten
         if node.probe is None:
             part = _apply_rule(state, node, cotangents)
         else:
-            part = _by_differences(state, node, node.probe, cotangents, base, start, repeats, chunk // repeats)
+            part = _by_differences(
+                state, node, node.probe, cotangents, base, start, repeats, chunk // repeats, together
+            )
         total = part if total is None else total + part
     assert total is not None
     return total / node.repeats if node.repeats > 1 else total
@@ -186,13 +190,14 @@ def _by_differences(
     start: int,
     repeats: int,
     chunk: int,
+    together: bool,
 ) -> Tensor:
     """The cotangent of a node's value by finite differences of its operations, summed over some of its repeats.
 
     Args:
         at_source: cotangents of those of the node's outputs that have one. base: their unperturbed rows, for forward
             differences. start, repeats: which of the node's repeats these are; each has random numbers of its own.
-        chunk: directions at once, each in all these repeats.
+        chunk: directions at once, each in all these repeats. together: both ways of them, too.
     """
     graph, activations, batch = state.graph, state.activations, state.activations.batch
     values, outputs = graph.values, list(at_source)
@@ -232,6 +237,7 @@ def _by_differences(
             where=where,
             precision=precision,
             noisy=graph.noise is not None or state.plan.noise is not None or state.plan.mu is not None,
+            together=together,
         )
 
     def flipped(signs: Tensor) -> Tensor:

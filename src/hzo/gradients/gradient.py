@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from hzo._compiler import uncompiled
 from hzo._options import function, positive, scale_factor
 from hzo.distributed import (
     average_accumulated,
@@ -34,6 +35,7 @@ from hzo.gradients.backward_sweep import BoundaryCotangents, sweep_plan
 from hzo.gradients.parameters import ParameterGradients
 from hzo.gradients.planned_pass import planned_pass
 from hzo.plans import Plan
+from hzo.pools import one_gradient
 from hzo.reverse import accumulate, drained, gradients_by_name, gradients_of, hooked
 from hzo.tape import Ref
 from hzo.tape.marks import marks_of
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
+@uncompiled
 @torch.inference_mode(False)  # whose tensors could be neither clipped nor added to
 def backward(
     model: Chain | nn.Module,
@@ -107,6 +110,7 @@ def backward(
     return loss
 
 
+@uncompiled
 @torch.inference_mode(False)  # whose tensors could be neither clipped nor added to
 def grad_and_value(
     model: Chain | nn.Module,
@@ -289,7 +293,7 @@ def _estimate(
     refuse_wrappers(module_of(model))
     refuse_wrapped_loss(loss_fn)
     model = unwrapped(model)
-    with planned_pass(model, loss_fn, x, y, plan, task.options) as (chain, found, steps, base):
+    with one_gradient(), planned_pass(model, loss_fn, x, y, plan, task.options) as (chain, found, steps, base):
         graph = chain.traced
         # Drawn where it moves the random state on, so that the next gradient has other signs.
         seed = int(torch.randint(2**62, ())) if found.random else 0

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from hzo.errors import HzoWarning
-from hzo.execution import undone_on_error
+from hzo.execution import full_float32, undone_on_error
 from hzo.gradients.forward_pass import BasePass, RecordedLoss, carried_to_outputs, record_loss
 from hzo.gradients.trace_cache import check_plan, fitting, known_trace, made_with, signature_of, traced_for
 from hzo.plans import Plan, Schedule, schedule
@@ -60,8 +60,10 @@ def planned_pass(
     if chain is not model and (noisy or (chain is None and plan is not None and alone)):
         chain = traced_for(model, x, strict=plan is not None)  # of two copies of a single sample
     module = module_of(model)
-    with undone_on_error([module, *(() if chain is None else chain.traced.opaque_modules)]):
+    with undone_on_error([module, *(() if chain is None else chain.traced.opaque_modules)]), ExitStack() as stack:
         followed = None if chain is None else _followed(chain, fitting(chain, plan, options))
+        # The base pass, too: forward differences are taken from it.
+        stack.enter_context(full_float32(followed is None or followed.plan.queries > 0))
         recording = record_loss(
             module,
             x,

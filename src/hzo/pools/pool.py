@@ -21,7 +21,6 @@ from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
-from hashlib import sha256
 from math import ceil
 from queue import Empty, SimpleQueue
 from statistics import median
@@ -31,6 +30,8 @@ from typing import Any
 
 from hzo.errors import InputError, QueryError, QueryTimeoutError
 from hzo.pools.dask_pool import DaskExecutor, on_dask
+from hzo.pools.kept_answers import Gradient, KeptAnswers, alike, one_list, questions
+from hzo.pools.start_limit import started
 
 CallArguments = tuple[tuple[Any, ...], Mapping[str, Any]]
 
@@ -246,7 +247,7 @@ class Pool:
         self.divides = divides
         self.lost = self.hedged = 0
         self.elsewhere = False
-        self._kept: dict[bytes, list[Any]] = {}  # answers that came before an error, by their question
+        self.kept = KeptAnswers()  # of a gradient that is under way, or has failed
         self._tells = False  # whether the executor says when a call runs
         self._pace = _Pace()
 
@@ -259,10 +260,10 @@ class Pool:
     ) -> list[Any]:
         """The results of ``f`` for these calls, in order.
 
-        What was answered before an error is not asked again when the same is asked the next time, of a part that can be
-        written down (pickled) and is then the same. Calls of other processes that are short for what sending one costs
-        travel several in a message, each with arguments and result of its own; not where ``timeout`` or ``hedge`` want
-        to know how long each takes.
+        What was answered before an error is not asked again when the same is asked the next time (``kept_answers``), of
+        a part that can be written down (pickled) and is then the same. Calls of other processes that are short for what
+        sending one costs travel several in a message, each with arguments and result of its own; not where ``timeout``
+        or ``hedge`` want to know how long each takes.
 
         Args:
             timeout: seconds for one call from when it runs; where the executor does not tell, from the last answer.
@@ -272,35 +273,72 @@ class Pool:
             QueryTimeoutError: a call took longer. QueryError: its worker was lost too often, the executor is broken
             and cannot be made anew, or the call cannot be sent to it. What ``f`` raises passes through.
         """
-        asked = _Asked(f, calls, answered)
-        kept = self._kept
-        if kept:
-            found = {k: kept.get(question, []) for k, question in _questions(f, dict(enumerate(calls)))}
-            asked.results = {k: answers.pop() for k, answers in found.items() if answers}
-            for k in asked.results:
+        with one_list(self.kept) as gradient:
+            return self._ask(gradient, f, calls, timeout, answered)
+
+    def _ask(
+        self,
+        gradient: Gradient,
+        f: Callable[..., Any],
+        calls: Sequence[CallArguments],
+        timeout: float | None,
+        answered: Callable[[int], object],
+    ) -> list[Any]:
+        kept, asked = self.kept, _Asked(f, calls, answered)
+        put = questions(f, calls)
+        found = {} if put is None else kept.take(put)
+        # One of them is asked again: has the part changed where its content does not show it?
+        test = min(found) if found and not kept.checked else None
+        try:
+            self._answer(asked, [k for k in range(len(calls)) if k not in found or k == test], timeout)
+            before = {k: kept.answer(number) for k, number in found.items()}
+            if test is not None and not alike(asked.results[test], before[test]):
+                kept.clear()
+                self._answer(asked, [k for k in found if k != test], timeout)
+                found = {}
+            elif found:
+                kept.checked = True
+        except BaseException:  # nobody was told: a smaller list of the same calls finds them, too
+            kept.put_back([*found.values()])
+            self._keep(asked, put, found, used=False)
+            raise
+        numbers = [*found.values(), *self._keep(asked, put, found, used=True)]
+        gradient.numbers += [(kept, number) for number in numbers]
+        for k in found:
+            if k not in asked.results:
+                asked.results[k] = before[k]
                 answered(k)
-        asked.waiting = [k for k in reversed(range(len(calls))) if k not in asked.results]
+        return [asked.results[k] for k in range(len(calls))]
+
+    def _keep(self, asked: _Asked, put: list[bytes] | None, found: Mapping[int, int], *, used: bool) -> list[int]:
+        made = () if put is None else [(put[k], result) for k, result in asked.results.items() if k not in found]
+        numbers = (self.kept.add(question, result, used=used) for question, result in made)
+        return [number for number in numbers if number is not None]
+
+    def _answer(self, asked: _Asked, which: Sequence[int], timeout: float | None) -> None:
+        """Have these calls answered."""
+        asked.waiting = list(reversed(which))
+        wanted = len(asked.results) + len(which)
         done: SimpleQueue[Future[Any]] = SimpleQueue()
         tick = None if timeout is None and self.hedge is None else _TICK
         self._pace.begin()
         try:
-            while len(asked.results) < len(calls):
+            while len(asked.results) < wanted:
                 self._submit_waiting(asked, done, alone=tick is not None)
                 for future in _arrived(done, tick):
                     self._receive(asked, future)
                 if tick is not None:
                     self._look(asked, done, timeout)
         except BaseException:
-            self._kept = {}
-            for k, question in _questions(f, {k: calls[k] for k in asked.results}):
-                self._kept.setdefault(question, []).append(asked.results[k])
+            for future in _arrived(done, 0):  # what came meanwhile is kept, too
+                with suppress(Exception, CancelledError):
+                    if future.exception() is None:
+                        self._receive(asked, future)
             raise
         finally:
             for future in asked.running:
                 future.cancel()
-        if kept and any(not answers for answers in kept.values()):
-            self._kept = {}  # it was for this time
-        return [asked.results[k] for k in range(len(calls))]
+            asked.running, asked.began = {}, {}
 
     def ask_twice(self, f: Callable[..., Any], call: CallArguments, timeout: float | None = None) -> tuple[Any, Any]:
         """Two results of ``f`` for one call, one after the other in one worker. Raises as ``ask``."""
@@ -334,15 +372,12 @@ class Pool:
             now = left[:1]  # one by one: where one of them fails, those before it are under way
             try:
                 executor = self._working(asked)
-                on_dask = isinstance(executor, DaskExecutor)
-                now = left if on_dask else now
-                written = on_dask or isinstance(executor, ProcessPoolExecutor)
-                given = [
-                    [_written(asked.calls[k], code=on_dask) if written else asked.calls[k] for k in ks] for ks in now
-                ]
-                futures: list[Future[Any]] = (
-                    executor.submit_all(asked.run, given) if on_dask else [executor.submit(asked.run, given[0])]
-                )
+                if isinstance(executor, DaskExecutor):  # for little more than one
+                    now = left
+                    given = [[_written(asked.calls[k], code=True) for k in ks] for ks in now]
+                    futures: list[Future[Any]] = executor.submit_all(asked.run, given)
+                else:
+                    futures = [executor.submit(asked.run, self._given(asked, now[0]))]
             except (BrokenExecutor, CancelledError, OSError, RuntimeError) as error:  # RuntimeError: it was shut down
                 if isinstance(error, QueryError):
                     raise
@@ -354,11 +389,16 @@ class Pool:
                 future.add_done_callback(done.put)
             left = left[len(now) :]
 
+    def _given(self, asked: _Asked, ks: Sequence[int]) -> list[Any]:
+        """The calls of a message, written down where PyTorch would send the place of its tensors."""
+        calls = [asked.calls[k] for k in ks]
+        return [_written(call) for call in calls] if isinstance(self._executor, ProcessPoolExecutor) else calls
+
     def _working(self, asked: _Asked) -> Any:
         if self._executor is None:
             assert self.make is not None
             try:
-                self._executor = on_dask(self.make())
+                self._executor = on_dask(started(self.make, _shut_down))
             except QueryError:
                 raise
             except Exception as error:
@@ -470,7 +510,7 @@ class Pool:
             raise InputError(
                 "an executor cannot be copied; give hzo.blackbox a function that makes one (executor=lambda: …)"
             )
-        return {**self.__dict__, "_executor": None, "_kept": {}, "_pace": _Pace()}
+        return {**self.__dict__, "_executor": None, "kept": KeptAnswers(), "_pace": _Pace()}
 
 
 def _arrived(done: SimpleQueue[Future[Any]], tick: float | None) -> Iterator[Future[Any]]:
@@ -507,15 +547,6 @@ def _not_sent(error: BaseException) -> QueryError:
 
 def _said(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".rstrip(": ")
-
-
-def _questions(f: Callable[..., Any], calls: Mapping[int, CallArguments]) -> list[tuple[int, bytes]]:
-    """By what answers are found again: the part as it is now and all that it is given; nothing where it is not said."""
-    try:
-        part = pickle.dumps(f)
-        return [(k, sha256(part + pickle.dumps(call)).digest()) for k, call in calls.items()]
-    except Exception:  # of whatever kind: what cannot be written down is asked again
-        return []
 
 
 def _works(executor: Any) -> bool:

@@ -13,6 +13,7 @@ from hzo._options import function
 from hzo.distributed import averaged, refuse_wrapped_loss, refuse_wrappers, unwrapped
 from hzo.errors import InputError, NonFiniteError
 from hzo.reverse.step import LeafGradients, RecordedStep, record
+from hzo.tape.state import captured
 from hzo.tape.surroundings import refuse_transforms
 from hzo.tracing import call_arguments
 
@@ -95,8 +96,8 @@ def check_input(x: Any) -> None:
             )
         if tensor.is_meta:
             raise InputError("the input x is on the meta device and holds no numbers; give real data")
-        if tensor.layout != torch.strided:
-            continue  # sparse: what comes of it is looked at in the loss
+        if tensor.layout != torch.strided or captured(tensor):
+            continue  # what comes of a sparse one is looked at in the loss
         finite = tensor.isfinite()
         if len(tensors) > 1:
             finite |= tensor.isneginf()

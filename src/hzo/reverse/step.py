@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from hzo._compiler import Uncompiled, uncompiled
 from hzo._options import scale_factor
 from hzo.errors import DistributedError, InputError, NonFiniteError, TapeError
+from hzo.pools import backward_half
 from hzo.reverse.walk import sweep
 from hzo.rules.measured import keep_measured
 from hzo.rules.registry import LEAN
 from hzo.tape import Recorder, Tape, current_recorder
 from hzo.tape.memory import alone
+from hzo.tape.state import captured
 from hzo.tape.surroundings import recording, refuse_transforms
 
 LeafGradients = list[tuple[Tensor, Tensor]]
@@ -59,6 +62,7 @@ class RecordedStep:
         """The calls that were recorded."""
         return self._recorder.tape
 
+    @uncompiled
     def backward(
         self, loss: Tensor, *, scale: float | Tensor = 1.0, retain_graph: bool = False, keep: bool | None = None
     ) -> None:
@@ -84,7 +88,8 @@ class RecordedStep:
         """
         factor = scale_factor(scale)
         try:
-            gradients = self.gradients(loss, retain_graph=retain_graph, keep=keep)
+            with backward_half():
+                gradients = self.gradients(loss, retain_graph=retain_graph, keep=keep)
             leaves = added(drained(gradients) if factor == 1 else [(leaf, g * factor) for leaf, g in gradients])
         except BaseException as error:
             if self._began or isinstance(error, NonFiniteError):  # and not a wrong argument
@@ -101,6 +106,7 @@ class RecordedStep:
             self._failed = True
             self.undo()
 
+    @uncompiled
     def gradients(self, loss: Tensor, *, retain_graph: bool = False, keep: bool | None = False) -> LeafGradients:
         """The gradient of the loss for every leaf that requires one; ``.grad`` is left alone. Errors: ``backward``."""
         if self._failed:
@@ -161,7 +167,8 @@ class RecordedStep:
             raise InputError(f"expected a loss of floating-point numbers, got {loss.dtype}")
         if current_recorder() is self._recorder:
             raise TapeError("the recording still runs; call backward behind the with block, not inside it")
-        if not bool(loss.detach().isfinite().all()):
+        # The one time that the host waits for the device.
+        if not captured(loss) and not bool(loss.detach().isfinite().all()):
             raise NonFiniteError(f"the loss is {_shown(loss)}; {self._where_it_began()}")
         value = self._recorder.read(loss) if loss.requires_grad else None
         if value is None or (self.tape.values[value].producer < 0 and value not in self.tape.leaves):
@@ -314,8 +321,7 @@ def _can_be_added_to(grad: Tensor) -> bool:
     return dense and torch._debug_has_internal_overlap(grad) == 0
 
 
-@contextmanager
-def record(*modules: nn.Module, keep: bool = False) -> Iterator[RecordedStep]:
+def record(*modules: nn.Module, keep: bool = False) -> AbstractContextManager[RecordedStep]:
     """Record a training step, so that its gradient can be taken by forward passes.
 
     ::
@@ -335,6 +341,11 @@ def record(*modules: nn.Module, keep: bool = False) -> Iterator[RecordedStep]:
 
     Cost: one forward pass, and some microseconds a call. Source: ours.
     """
+    return Uncompiled(_recorded(modules, keep))
+
+
+@contextmanager
+def _recorded(modules: Iterable[nn.Module], keep: bool) -> Iterator[RecordedStep]:
     refuse_transforms()
     recorder = Recorder(keep, lean=LEAN)
     recorder.undo.remember_attributes(inner for module in modules for inner in module.modules())

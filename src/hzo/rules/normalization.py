@@ -41,10 +41,18 @@ def _half_difference(seen: Tensor, factor: float = 1.0) -> Tensor:
 def _measured_normalized(call: Call, gamma: Tensor, also: dict[Key, Any]) -> Tensor:
     """x̂ of a learned tensor that is scaled by an activation: what comes out for a γ of ones, less that for zeros."""
     ones = torch.ones(gamma.shape, dtype=gamma.dtype, device=call.grad.device)
-    replaced: dict[Key, Any] = {key_of(call, "bias"): None, **also} if has(call, "bias") else also
+    replaced: dict[Key, Any] = {**_no_bias(call, gamma), **also}
     above = call.measure({**replaced, key_of(call, "weight"): ones}, call.grad)[0]
     below = call.measure({**replaced, key_of(call, "weight"): torch.zeros_like(ones)}, call.grad)[0]
     return above - below  # type: ignore[no-any-return]
+
+
+def _no_bias(call: Call, gamma: Tensor) -> dict[Key, Any]:
+    """The replacement for a bias: none, or zeros for kernels of a device that ask for one."""
+    if not has(call, "bias"):
+        return {}
+    asks = any(kernel in call.op.name for kernel in ("cudnn_batch_norm", "miopen_batch_norm"))
+    return {key_of(call, "bias"): torch.zeros_like(gamma) if asks else None}
 
 
 class _Operands:
@@ -96,7 +104,7 @@ def _batch_gamma(call: Call, gamma: Tensor, training: bool, eps: float) -> Tenso
     """By channel the slope of the output on x̂, seen on two samples of one pixel."""
     axes = call.grad.dim() - 2
     probe = _ones_and_their_negatives(gamma.shape[0], axes, gamma.dtype, call.grad.device)
-    replaced: dict[Key, Any] = {key_of(call, "input"): probe, key_of(call, "bias"): None, **_statistics(call, training)}
+    replaced: dict[Key, Any] = {key_of(call, "input"): probe, **_no_bias(call, gamma), **_statistics(call, training)}
     seen: Tensor = call.measure(replaced, probe)[0].flatten(1)
     if training:
         return _half_difference(seen, sqrt(1 + eps)).to(gamma.dtype)

@@ -21,12 +21,14 @@ class Marks:
         step: the length h of differences of what goes into it, where one was declared.
         box: the name of a black box, in messages and in counts; None for any other module.
         ignores_parameters: trainable tensors that it uses get no gradient, as its user asked.
+        pooled: calls of a black box run in other workers, several at a time.
     """
 
     promises: tuple[Hashable, ...] | None = None
     step: float | None = None
     box: str | None = None
     ignores_parameters: bool = False
+    pooled: bool = False
 
 
 def marks_of(module: object) -> Marks | None:

@@ -16,6 +16,23 @@ from torch import Tensor
 RandomState = dict[str, Tensor]
 
 
+def captured(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is being captured, so that nothing is computed yet and no number can be looked at."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def used_devices() -> tuple[torch.device, ...]:
+    """Devices beside the CPU whose generators code may draw from; none while a CUDA graph is captured.
+
+    What a graph draws is drawn at every repetition; to ask for a state, or to set one, would end the capture.
+    """
+    if not torch.cuda.is_available() or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return ()
+    if torch.cuda.is_current_stream_capturing():
+        return ()
+    return tuple(torch.device("cuda", index) for index in range(torch.cuda.device_count()))
+
+
 def random_state(devices: Iterable[torch.device]) -> RandomState:
     """The state of the random generators that code on these devices may draw from; the CPU's always."""
     state = {"cpu": torch.get_rng_state()}

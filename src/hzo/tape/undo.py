@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hzo.tape.attributes import Attributes
-from hzo.tape.state import shared_restorers
+from hzo.tape.state import random_state, set_random_state, shared_restorers, used_devices
 
 
 class Undo:
@@ -23,9 +23,7 @@ class Undo:
     def __init__(self) -> None:
         self._tensors: dict[int, tuple[Tensor, Tensor, bool]] = {}
         self._generators: dict[int, Callable[[], object]] = {}
-        self._torch = torch.get_rng_state()
-        used = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        self._cuda = torch.cuda.get_rng_state_all() if used else []
+        self._torch = random_state(used_devices())
         self._sources = shared_restorers()
         self._attributes = Attributes()
 
@@ -67,6 +65,4 @@ class Undo:
                 tensor.set_(copy)  # type: ignore[call-overload]
         for back in (*self._sources, *self._generators.values()):
             back()
-        torch.set_rng_state(self._torch)
-        if self._cuda:
-            torch.cuda.set_rng_state_all(self._cuda)
+        set_random_state(self._torch)

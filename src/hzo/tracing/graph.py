@@ -341,6 +341,11 @@ class Graph:
         marks = (marks_of(self.operations[k].module) for k in operations)
         return tuple(m.box for m in marks if m is not None and m.box is not None)
 
+    def pooled(self, operations: Sequence[int]) -> bool:
+        """Whether workers run a black box among these operations: they take what is asked at once, and then idle."""
+        marks = (marks_of(self.operations[k].module) for k in operations)
+        return any(m is not None and m.pooled for m in marks)
+
     @cached_property
     def derived_from(self) -> dict[int, tuple[str, ...]]:
         """Of every value derived from parameters alone, such as a transposed weight, the names of these parameters."""

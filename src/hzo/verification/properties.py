@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hzo.execution import coarsest_product
 from hzo.finite_differences import Pattern, accumulation_dtype
 
 Evaluate = Callable[[Tensor], list[Tensor]]
@@ -45,10 +46,8 @@ class PropertyResult:
 def resolution(*tensors: Tensor) -> float:
     """The relative rounding of the coarsest tensor; matrix products on CUDA may round to TF32."""
     units = [float(torch.finfo(t.dtype).eps) for t in tensors if t.is_floating_point()]
-    if any(t.is_cuda and t.dtype == torch.float32 for t in tensors) and (
-        torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
-    ):
-        units.append(2.0**-10)
+    if any(t.is_cuda and t.dtype == torch.float32 for t in tensors):
+        units.append(coarsest_product())
     return max(units, default=0.0)
 
 

@@ -51,16 +51,20 @@ def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
 
 
 def crop_and_flip(images: Tensor, pad: int, random: torch.Generator) -> Tensor:
-    """Shift each image by up to ``pad`` pixels (black comes in at the edge) and mirror half of them."""
+    """Shift each image by up to ``pad`` pixels (black comes in at the edge) and mirror half of them.
+
+    Numbers are drawn on the CPU, so that the images are the same on any device.
+    """
     count, _, height, width = images.shape
     top = torch.randint(0, 2 * pad + 1, (count, 1), generator=random)
     left = torch.randint(0, 2 * pad + 1, (count, 1), generator=random)
     mirrored = torch.randint(0, 2, (count, 1), generator=random).bool()
-    rows = top + torch.arange(height)
+    rows = (top + torch.arange(height)).to(images.device)
     columns = torch.arange(width).expand(count, width)
-    columns = left + torch.where(mirrored, columns.flip(1), columns)
+    columns = (left + torch.where(mirrored, columns.flip(1), columns)).to(images.device)
     padded = F.pad(images, (pad, pad, pad, pad)).permute(0, 2, 3, 1)
-    picked = padded[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    every = torch.arange(count, device=images.device)
+    picked = padded[every[:, None, None], rows[:, :, None], columns[:, None, :]]
     return picked.permute(0, 3, 1, 2).contiguous()
 
 
@@ -74,11 +78,11 @@ def make_batch(
     augment: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Normalised inputs and labels; shifted and mirrored at random where ``augment`` is given."""
-    raw = split.fetch(indices)
+    raw = split.fetch(indices).to(device)
     if augment is not None and data.pad:
         raw = crop_and_flip(raw, data.pad, augment)
     # Normalised in float32 whatever the dtype of the run: bfloat16 cannot hold all of 0..255.
-    inputs = (raw.to(device).float() - data.mean.to(device)) / data.std.to(device)
+    inputs = (raw.float() - data.mean.to(device)) / data.std.to(device)
     return inputs.to(dtype), split.labels[indices].to(device)
 
 

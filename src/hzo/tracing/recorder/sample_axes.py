@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hzo.errors import QueryTimeoutError
 from hzo.tape import Operation, Tape
 from hzo.tape.operations import Ref, refs_in
 from hzo.tracing import split_samples
@@ -190,6 +191,8 @@ def _moved_results(
     try:
         kwargs = {k: _filled(tape, content, v) for k, v in op.kwargs.items()}
         return run(_filled(tape, content, op.args), kwargs)
+    except QueryTimeoutError:  # what hangs would be waited for again, with other content and by other operations
+        raise
     except Exception:  # content that it does not take: what it was given tells nothing
         return None
 
