@@ -76,6 +76,7 @@ def _numbers_in(key: StateKey, slot: Slot) -> dict[StateKey, Any]:
 
 _PLAIN = frozenset({type(None), bool, int, float, complex, str})  # most of what attributes hold: told without a search
 _COUNTED = frozenset({bool, int, str})
+_CONTAINERS = frozenset({list, tuple, dict, deque})
 
 
 def _array(value: Any) -> bool:
@@ -83,9 +84,11 @@ def _array(value: Any) -> bool:
 
 
 def _generator(value: Any) -> bool:
+    kind = type(value)
+    if kind in _PLAIN or kind in _CONTAINERS:
+        return False
     if isinstance(value, (torch.Generator, random.Random)):
         return True
-    kind = type(value)
     return kind.__module__.startswith("numpy.random") and kind.__name__ in ("Generator", "RandomState")
 
 
@@ -97,13 +100,13 @@ def _holds(value: Any, depth: int = 0) -> bool:
     """Whether a value can be state: numbers, arrays of them, containers of these."""
     if type(value) in _PLAIN:
         return True
-    if isinstance(value, nn.Parameter) or depth > 4:
+    if depth > 4:
         return False
     if isinstance(value, (list, tuple, dict, deque)):
         items = value.values() if isinstance(value, dict) else value
         return len(value) <= _OBJECTS and all(_holds(item, depth + 1) for item in items)
     if isinstance(value, Tensor) or _array(value):
-        return _size(value) <= _LARGEST
+        return not isinstance(value, nn.Parameter) and _size(value) <= _LARGEST
     scalar = type(value).__module__ == "numpy" and hasattr(value, "dtype") and not hasattr(value, "__len__")
     return value is None or scalar or isinstance(value, (bool, int, float, complex, str)) or _generator(value)
 
