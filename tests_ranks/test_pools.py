@@ -101,7 +101,8 @@ def test_a_gradient_that_is_tried_again_asks_what_is_missing(make, tmp_path):
     kept = len(model[1]._guard.pool.kept)
     found, asked = gradient()
     assert torch.equal(found, expected)
-    assert asked == whole - kept + 1 < 40
+    # Those that were under way when it failed may be answered in the second try.
+    assert whole - kept + 1 <= asked <= whole - kept + 3 < 40
     model[1].close()
 
 

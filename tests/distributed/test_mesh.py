@@ -172,3 +172,14 @@ def test_the_mesh_is_checked(single):
     model = nn.Linear(2, 1)
     hzo.backward(model, lambda out: out.sum(), x, mesh=mesh)
     assert model.weight.grad.tolist() == [[2.0, 2.0]]
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (2, 2)], ids=str)
+def test_what_a_box_asks_and_sends_is_said_before(shape):
+    """``on_mesh`` of its plan, for one that is an operation of the network and one that is called with options."""
+    of_ranks = ranks.results(meshes.box_on_mesh, shape[0] * shape[1], shape)
+    box, z = hzo.blackbox(meshes.part), torch.randn(12, 3, dtype=torch.float64)
+    for name, plan in (("operation", box.plan_for(z)), ("called", box.plan_for(z, gain=1.0))):
+        share = plan.on_mesh(*shape)
+        assert max(rank[name][0] for rank in of_ranks) == share.queries
+        assert {rank[name][1] for rank in of_ranks} == {share.words}

@@ -1,6 +1,7 @@
 """As few evaluations as the structure of a part allows, said before they are asked."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -128,17 +129,54 @@ class TestMesh:
         """``sample`` where it divides as well: less is sent; what neither divides evenly is asked by some."""
         plan = hzo.blackbox(lambda z: z.sin() * z.sum(1, keepdim=True)).plan_for(normal(3, 5))
         text = str(plan.on_mesh(1, 4))
-        assert text == "sample × query 1 × 4: 12 queries of each process, 3 samples; better 2 × 2"
+        assert text.startswith(
+            "sample × query 1 × 4: 12 queries of each process, 3 samples, 15 words in 2 exchanges, about "
+        )
+        assert text.endswith(" s; better 2 × 2")
         share = plan.on_mesh(2, 2)
         assert (share.queries, share.samples, share.best) == (12, 2, (2, 2))
-        assert plan.on_mesh(1, 8).queries == 30, "fewer directions than processes are not divided"
-        assert plan.on_mesh(1, 8).best == (2, 4)
+        assert plan.on_mesh(1, 8).queries == 6, "of fewer directions than processes some ask one"
+        assert plan.on_mesh(1, 8).best == (1, 8)
         assert "better" not in str(share)
         affine = hzo.blackbox(lambda z: z @ W, promises="affine").plan_for(normal(4, 32))
         assert affine.on_mesh(4, 1).queries == affine.queries, "one sample's answer is all samples'"
         elementwise = hzo.blackbox(torch.sin, promises="elementwise").plan_for(normal(4, 5))
         assert elementwise.on_mesh(1, 4).queries == elementwise.queries
         assert elementwise.on_mesh(1, 4).best == (4, 1)
+
+    def test_words(self):
+        """Cotangents where the box is an operation of a network, outputs where it is called with more than tensors."""
+        box = hzo.blackbox(lambda z, gain=1.0: gain * z[:, :2].sin() * z.sum(1, keepdim=True))
+        plan = box.plan_for(normal(4, 6))
+        assert [(plan.on_mesh(1, 3).words, plan.on_mesh(2, 3).words, plan.on_mesh(4, 1).words)] == [(24, 12, 0)]
+        assert [plan.on_mesh(*shape).exchanges for shape in ((1, 1), (1, 3), (2, 2))] == [0, 2, 2]
+        called = box.plan_for(normal(4, 6), gain=2.0)
+        assert [called.on_mesh(1, 3).words, called.on_mesh(2, 3).words] == [2 * 6 * 4 * 2, 2 * 6 * 2 * 2]
+        assert called.on_mesh(1, 8).queries == called.queries, "fewer directions than processes are not divided"
+        layer = hzo.blackbox(nn.Linear(6, 2).double()).plan_for(normal(4, 6))
+        assert layer.on_mesh(2, 1).words == 14, "gradients of its own parameters"
+        assert layer.on_mesh(1, 2).words == 24 + 14
+
+    def test_seconds(self):
+        """From the time of one call, with what a link takes; which then decides."""
+        plan = hzo.blackbox(lambda z: z.sin() * z.sum(1, keepdim=True)).plan_for(normal(4, 6))
+        plan = replace(plan, seconds_of_sample=0.1)
+        assert plan.on_mesh(1, 1).seconds == pytest.approx(0.1 * (48 + 4))
+        assert plan.on_mesh(2, 2).seconds == pytest.approx(0.1 * (12 + 2))
+        assert plan.on_mesh(2, 2, link=(0.5, 10.0)).seconds == pytest.approx(0.1 * (12 + 2) + 2 * 0.5 + 12 / 10)
+        assert plan.on_mesh(3, 1).best == (1, 3), "two samples of each ask more than a third of the directions"
+        assert plan.on_mesh(3, 1, link=(9.0, 10.0)).best == (3, 1)
+
+    def test_a_list_of_parts(self):
+        """What ``hzo.plan(mesh=)`` says of it."""
+        parts = [lambda z: z[:, :2].sin() * z.sum(1, keepdim=True), lambda z: z.cumsum(1)]
+        plan = hzo.blackbox(parts).plan_for(normal(4, 6))
+        share = plan.on_mesh(2, 2)
+        assert share.here.queries == plan.queries // 4
+        assert (share.here.batch, share.best.along_sample) == (2, 4)
+        assert 0 < share.here.words < share.here.words + share.here.exchanges
+        with pytest.raises(InputError, match="at most as many processes along sample as there are samples, 4, got 5"):
+            plan.on_mesh(5, 1)
 
     def test_numbers_that_are_none(self):
         plan = hzo.blackbox(torch.sin).plan_for(normal(3, 2))

@@ -96,30 +96,3 @@ def test_differences_do_not_round_to_tf32(scheme):
     found = grads(model)
     assert cosine(found, autograd(model, x, y)) >= (0.9999 if scheme == "central" else 0.99)
     assert torch.backends.cudnn.allow_tf32
-
-
-@pytest.mark.parametrize("method", ["hzo", "backprop"])
-def test_training_by_a_graph(method):
-    """The same weights as without: batches of other numbers, statistics of a norm, and another shape in between."""
-    from hzo_lab.training.config import TrainConfig
-    from hzo_lab.training.methods import bind_method
-
-    ends = []
-    for graph in (False, True):
-        torch.manual_seed(0)
-        conv = torch.nn.Conv2d(3, 4, 3)
-        model = torch.nn.Sequential(conv, torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Flatten())
-        model.append(torch.nn.Linear(4 * 6 * 6, 3)).cuda()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        config = TrainConfig(method=method, tree="planned", assume="structure", device="cuda", graph=graph)
-        x, y = torch.randn(7, 12, 3, 8, 8, device="cuda"), torch.randint(3, (7, 12), device="cuda")
-        gradient = bind_method(config, model, F.cross_entropy, x[0]).gradient
-        losses = []
-        for step in range(7):
-            optimizer.zero_grad(set_to_none=True)
-            size = 5 if step == 5 else 12
-            losses.append(gradient(x[step][:size], y[step][:size], torch.Generator()))
-            optimizer.step()
-        ends.append((*losses, *(t.clone() for t in model.state_dict().values())))
-    for a, b in zip(*ends, strict=True):
-        assert torch.allclose(a.float(), b.float(), atol=1e-5)

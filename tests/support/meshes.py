@@ -21,6 +21,51 @@ def network(norm=False, dropout=0.0, box=False):
     return nn.Sequential(*layers).double()
 
 
+class Called(nn.Module):
+    """A box that is called with more than tensors: no operation of a plan."""
+
+    def __init__(self, box):
+        super().__init__()
+        self.box = box
+
+    def forward(self, z):
+        return self.box(z, gain=1.0)
+
+
+def part(z, gain=1.0):
+    return gain * z.cumsum(1).sin()
+
+
+def box_on_mesh(rank, shape):
+    """For a box that is an operation of a network and one that is not: queries here, words and exchanges for it."""
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("sample", "query"))
+    at, found, sent = mesh.get_local_rank("sample"), {}, []
+    shares = mesh_of_processes.Shares
+    sum_, joined = shares.sum_, shares.joined
+    shares.sum_ = lambda here, tensor, where: (sent.append(tensor.numel()), sum_(here, tensor, where))[1]
+
+    def noted(here, parts, count, where):
+        result = joined(here, parts, count, where)
+        sent.append(sum(t.numel() for t in result))
+        return result
+
+    shares.joined = noted
+    for name, around in (("operation", nn.Identity), ("called", Called)):
+        torch.manual_seed(0)
+        box = hzo.blackbox(part, name="box")
+        model = nn.Sequential(nn.Linear(5, 3), around() if around is nn.Identity else around(box)).double()
+        if around is nn.Identity:
+            model.append(box)
+        x, y = batch(slice(6 * at, 6 * at + 6) if shape[0] > 1 else slice(None))
+        for _ in range(2):  # the first time it is tested that samples are apart
+            sent.clear()
+            with hzo.count_queries() as counted:
+                hzo.backward(model, cross_entropy, x, y, mesh=mesh)
+        found[name] = counted.boxes.get("box", 0), sum(sent)  # of three directions one of four processes asks none
+    shares.sum_, shares.joined = sum_, joined
+    return found
+
+
 def batch(rows):
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(12, 5, dtype=torch.float64, generator=generator)

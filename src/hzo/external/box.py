@@ -518,6 +518,7 @@ class BlackBox(nn.Module):
                 elements=sum(t[0].numel() for t in x if t.is_floating_point()),
                 parts=len(chain.traced.operations),
                 seconds=seconds_of_plan(chain, plan, x),
+                graph=chain.traced,
             )
         self._know(args, kwargs)
         with torch.no_grad():

@@ -135,6 +135,12 @@ class BoxCall:
     def count(self) -> int:
         return len(self.positions)
 
+    @property
+    def tensors_alone(self) -> bool:
+        """Whether it was called with tensors by position and nothing else."""
+        args, kwargs = self.structure.build(list(range(len(self.constants))))
+        return not kwargs and len(args) == self.count and all(type(arg) is int for arg in args)
+
     def again(self) -> BoxCall:
         """A call of the same part with the same structure, which has not run yet."""
         return BoxCall(

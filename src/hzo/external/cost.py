@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from math import ceil
+from dataclasses import dataclass, field
+from math import ceil, prod
 from time import perf_counter
 from typing import Any
 
@@ -19,7 +19,9 @@ from hzo.external.products import settings_of, that_move
 from hzo.external.promises import evaluations_of_test
 from hzo.external.queries import BoxSweep
 from hzo.external.sites import Site, SiteMethod, method_of, site_of
-from hzo.plans import Plan
+from hzo.planner import as_mesh, with_mesh
+from hzo.plans import MeshCost, Plan
+from hzo.tracing import Graph
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class SitePlan:
     Attributes:
         name: of the input. elements: of one sample, or of the whole where it has none. how: in words.
         directions: perturbations. queries: evaluations of one sample. alike: one sample is moved for all, since the
-            part is affine.
+            part is affine. apart: it has the batch in front; elements are those of one sample.
     """
 
     name: str
@@ -38,6 +40,7 @@ class SitePlan:
     directions: int
     queries: int
     alike: bool = False
+    apart: bool = True
 
 
 @dataclass(frozen=True)
@@ -46,20 +49,29 @@ class BoxShare:
 
     Attributes:
         mesh: processes along ``sample`` and along ``query``. samples: of the forward pass of a process, at most.
-        queries: evaluations of one sample that it asks, at most. best: the mesh of as many processes that asks least;
-            of several that ask as little the one with most along ``sample``, where less is sent.
+        queries: evaluations of one sample that it asks, at most.
+        words, exchanges: numbers that are sent for the box, and how often processes wait for each other; those of the
+            gradient as a whole are not among them, but for the gradient of the box's own parameters.
+        seconds: of its forward pass and its queries, from the time of one call here; of exchanges, too, where a link is
+            known.
+        best: the mesh of as many processes that takes least: seconds where a link is known, else queries; of several
+            that take as little the one with most along ``sample``, where less is sent.
     """
 
     mesh: tuple[int, int]
     samples: int
     queries: int
+    words: int
+    exchanges: int
+    seconds: float
     best: tuple[int, int]
 
     def __str__(self) -> str:
         sample, query = self.mesh
         advice = "" if self.mesh == self.best else f"; better {self.best[0]} × {self.best[1]}"
         return (
-            f"sample × query {sample} × {query}: {self.queries} queries of each process, {self.samples} samples{advice}"
+            f"sample × query {sample} × {query}: {self.queries:,} queries of each process, {self.samples:,} samples, "
+            f"{self.words:,} words in {self.exchanges:,} exchanges, about {self.seconds:.3g} s{advice}"
         )
 
 
@@ -70,7 +82,10 @@ class BoxPlan:
     Attributes:
         name: of the box. batch: samples of the forward pass; 1 for a part without a batch.
         sites: the inputs. calls: of the callable, the test of determinism included, and those of what was inferred.
-        seconds: for all of it, from the time of one call here.
+        seconds: for all of it, from the time of one call here. seconds_of_sample: of one evaluation of one sample.
+        outputs: numbers that one sample makes, or the whole where there is no batch.
+        operation: it is called with tensors alone: one operation of a network that hzo differentiates, whose
+            cotangents processes add up. Else they tell each other what queries returned.
     """
 
     name: str
@@ -78,6 +93,9 @@ class BoxPlan:
     sites: tuple[SitePlan, ...]
     calls: int
     seconds: float
+    seconds_of_sample: float = 0.0
+    outputs: int = 0
+    operation: bool = True
 
     @property
     def queries(self) -> int:
@@ -89,34 +107,56 @@ class BoxPlan:
         """What differences element by element would ask."""
         return sum(2 * site.elements * self.batch for site in self.sites)
 
-    def on_mesh(self, sample: int, query: int) -> BoxShare:
+    def on_mesh(self, sample: int, query: int, *, link: tuple[float, float] | None = None) -> BoxShare:
         """What each process asks where the batch is divided among ``sample`` and its queries among ``query`` processes.
+
+        Args:
+            link: seconds that an exchange takes, and words sent in a second.
 
         Raises:
             InputError: numbers that are none; more processes along ``sample`` than there are samples.
         """
         sample, query = whole("sample", sample), whole("query", query)
-        if sample > self.batch:
-            raise InputError(
-                f"expected at most as many processes along sample as there are samples, {self.batch}, got {sample}; "
-                "put more along query"
-            )
+        mesh = as_mesh((sample, query), link, 0)
+        assert mesh is not None
+        _check_samples(sample, self.batch)
         processes = sample * query
-        possible = [s for s in range(1, min(processes, self.batch) + 1) if processes % s == 0]
-        best = min(possible, key=lambda s: (self._queries_of_each(s, processes // s), -s))
-        rows = ceil(self.batch / sample)
-        return BoxShare((sample, query), rows, self._queries_of_each(sample, query), (best, processes // best))
 
-    def _queries_of_each(self, sample: int, query: int) -> int:
-        asked, rows = 0, ceil(self.batch / sample)
+        def price(ways: int) -> tuple[float, int]:
+            queries, words, exchanges = self._of_each(ways, processes // ways)
+            return queries if mesh.link is None else self._seconds(ways, queries, words, exchanges, mesh.link), -ways
+
+        best = min((s for s in range(1, min(processes, self.batch) + 1) if processes % s == 0), key=price)
+        queries, words, exchanges = self._of_each(sample, query)
+        seconds = self._seconds(sample, queries, words, exchanges, mesh.link)
+        rows = ceil(self.batch / sample)
+        return BoxShare((sample, query), rows, queries, words, exchanges, seconds, (best, processes // best))
+
+    def _of_each(self, sample: int, query: int) -> tuple[int, int, int]:
+        """Queries, words and exchanges of a process."""
+        queries = words = exchanges = 0
+        rows = ceil(self.batch / sample)
         for site in self.sites:
             if not site.directions:
                 continue
-            # Directions that are fewer than the processes are not divided: each asks them all.
-            own = ceil(site.directions / query) if site.directions >= query else site.directions
-            samples = 1 if site.alike else rows / self.batch
-            asked += ceil(site.queries * own / site.directions * samples)
-        return asked
+            # One direction is asked by all. So are fewer than there are processes, where results are exchanged.
+            divided = site.directions > 1 if self.operation else query <= site.directions
+            own = ceil(site.directions / query) if divided else site.directions
+            asked = site.queries * (1 if site.alike else rows / self.batch)
+            queries += ceil(asked * own / site.directions)
+            if divided and query > 1:
+                words += site.elements * (rows if site.apart else 1) if self.operation else ceil(asked) * self.outputs
+                exchanges += 2
+            if sample > 1 and site.name.startswith("parameter "):
+                words += site.elements
+        return queries, words, exchanges
+
+    def _seconds(
+        self, sample: int, queries: int, words: int, exchanges: int, link: tuple[float, float] | None
+    ) -> float:
+        passes = ceil(self.batch / sample) * (1 if self.operation else 2)  # forward, and the test that it repeats
+        between = 0.0 if link is None else exchanges * link[0] + words / link[1]
+        return (queries + passes) * self.seconds_of_sample + between
 
     def __str__(self) -> str:
         lines = [
@@ -137,6 +177,7 @@ class ChainPlan:
     Attributes:
         name: of its parts. plan: the tree that is followed, as of ``hzo.plan``. elements: of a sample of the inputs.
         parts: operations of the chain. seconds: of queries and the test of determinism, from the time of each part.
+        graph: of the chain.
     """
 
     name: str
@@ -144,6 +185,20 @@ class ChainPlan:
     elements: int
     parts: int
     seconds: float
+    graph: Graph = field(repr=False, compare=False)
+
+    def on_mesh(self, sample: int, query: int, *, link: tuple[float, float] | None = None) -> MeshCost:
+        """What each process asks and sends, ``hzo.plan(mesh=)``, without seconds; arguments as of ``BoxPlan.on_mesh``.
+
+        Raises:
+            InputError: numbers that are none; more processes along ``sample`` than there are samples.
+        """
+        mesh = as_mesh((whole("sample", sample), whole("query", query)), link, 0)
+        assert mesh is not None
+        _check_samples(sample, self.plan.batch)
+        found = with_mesh(self.graph, self.plan, mesh).mesh
+        assert found is not None
+        return found
 
     @property
     def coordinate_equivalents(self) -> float:
@@ -160,6 +215,14 @@ class ChainPlan:
             f"{self.name}: {self.plan.queries:,} queries of some of {self.parts} parts, "
             f"{self.plan.forward_equivalents:,.2f} passes of all, about {self.seconds:.3g} s a backward pass "
             f"({self.plan.batch} samples; element by element {self.coordinate_equivalents:,.0f} passes)\n{self.plan}"
+        )
+
+
+def _check_samples(sample: int, batch: int) -> None:
+    if sample > batch:
+        raise InputError(
+            f"expected at most as many processes along sample as there are samples, {batch}, got {sample}; put more "
+            "along query"
         )
 
 
@@ -203,6 +266,7 @@ def plan_of_call(call: BoxCall, leaves: Sequence[Tensor], wanted: Sequence[bool]
                 method.directions * draws,
                 method.queries * draws,
                 method.alike,
+                site.apart,
             )
         )
         calls += draws * _calls(call, site, method)
@@ -210,7 +274,11 @@ def plan_of_call(call: BoxCall, leaves: Sequence[Tensor], wanted: Sequence[bool]
     samples = sum(site.queries for site in sites) + tests * call.layout.batch
     per_sample = seconds / call.layout.batch
     # What is folded into one call takes less than that where the part computes samples at once.
-    return BoxPlan(guard.name, call.layout.batch, tuple(sites), calls + tests * once, per_sample * samples)
+    numbers = sum(prod(shape) for shape in call.sample_shapes(outputs, apart=True))
+    return BoxPlan(
+        guard.name, call.layout.batch, tuple(sites), calls + tests * once, per_sample * samples, per_sample, numbers,
+        call.tensors_alone,
+    )  # fmt: skip
 
 
 def _words(method: SiteMethod) -> str:

@@ -61,10 +61,20 @@ def default_step(
     return torch.maximum(steps, _resolved(rows, unit).to(steps))
 
 
+_ROUNDINGS = 64  # what the outputs of a segment carry of rounding, and what a cotangent sums over, in units of one
+
+
 def relative_step(scheme: Scheme, dtype: torch.dtype) -> float:
-    """The share of the scale that balances the errors of a difference in this dtype."""
-    share: float = float(torch.finfo(dtype).eps) ** (1 / 3 if scheme == "central" else 1 / 2)
-    return share
+    """The share of the scale that balances the errors of a difference in this dtype.
+
+    Curvature adds an error of h² to a central difference and of h to a forward one; rounding one of ε / h, where ε is
+    more than that of one number: outputs carry the rounding of all that made them, and a cotangent sums over those
+    that the moved element hardly changes, too. On networks of ``hzo train`` forward steps of 8 √ε leave 1 − cosine of
+    the gradient at 1e-6 to 6e-4 in float32, where √ε leaves 4e-5 to 4e-2. Source: ours.
+    """
+    unit = float(torch.finfo(dtype).eps)
+    share: float = unit ** (1 / 3)
+    return share if scheme == "central" else min((_ROUNDINGS * unit) ** (1 / 2), share)
 
 
 def scaled_step(

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
+_MOST = 10**7  # processes
+
+
 @dataclass(frozen=True)
 class Mesh:
     """Processes that share a gradient: so many along ``sample``, and so many along ``query`` for each of these.
@@ -42,7 +45,7 @@ def as_mesh(mesh: DeviceMesh | Sequence[int] | None, link: Sequence[float] | Non
         words: how much is sent to try a link.
 
     Raises:
-        InputError: neither; a link that is not two positive numbers, or one without a mesh.
+        InputError: neither; more processes than anybody has; a link that is not two positive numbers, or has no mesh.
     """
     if link is not None and (mesh is None or not isinstance(link, (tuple, list)) or len(link) != 2):
         raise InputError(
@@ -59,6 +62,8 @@ def as_mesh(mesh: DeviceMesh | Sequence[int] | None, link: Sequence[float] | Non
                 "expected mesh to be a torch.distributed.DeviceMesh, or its numbers of processes along sample and "
                 f"query, (2, 4); got {mesh!r}"
             )
+        if mesh[0] * mesh[1] > _MOST:
+            raise InputError(f"expected a mesh of at most {_MOST:,} processes, got {mesh[0]} × {mesh[1]}")
         return Mesh(mesh[0], mesh[1], known)
     here = Shares(mesh, timeout=600.0)
     return Mesh(here.size("sample"), here.size("query"), known or here.link(words))

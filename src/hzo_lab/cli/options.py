@@ -54,9 +54,6 @@ Decay = Annotated[float | None, typer.Option(help="Weight decay. Default: 0.0005
 ScheduleName = Annotated[str | None, choice(names.SCHEDULES, ". Default: one-cycle.")]
 Seed = Annotated[int | None, typer.Option(help="Of weights, order, augmentation and directions. Default: 0.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, … Default: cpu.")]
-Graph = Annotated[
-    bool | None, typer.Option(help="Repeat gradients by a CUDA graph: no waiting for Python. Default: no.")
-]
 DType = Annotated[str | None, choice(names.DTYPES, ". Default: float32.", "--dtype")]
 Threads = Annotated[int | None, typer.Option(help="Threads of the CPU. Default: 1 for digits, all for images.")]
 CosineEvery = Annotated[

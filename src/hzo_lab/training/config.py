@@ -41,7 +41,6 @@ class TrainConfig:
         epochs: passes over the training data; the learning rate's schedule ends with them.
         budget: forward equivalents to spend instead; the schedule ends with them, and ``epochs`` is not
             looked at.
-        graph: repeat each gradient by a CUDA graph of it; for hzo and backprop, on a CUDA device.
         threads: of the CPU; sums round by how they are shared out, so a resumed run uses as many as it began with.
         lr: the highest learning rate of the schedule.
         log_every, cosine_every: in steps; 0 turns the cosine with backprop off.
@@ -72,7 +71,6 @@ class TrainConfig:
     schedule: str = "one-cycle"
     seed: int = 0
     device: str = "cpu"
-    graph: bool = False
     dtype: str = "float32"
     threads: int = 1
     log_every: int = 5

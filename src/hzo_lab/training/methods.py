@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,12 @@ import hzo
 from hzo.baselines import BASELINES
 from hzo.errors import InputError
 from hzo_lab.training.config import TrainConfig
-from hzo_lab.training.graph import Gradient, repeated
+
+
+class Gradient(Protocol):
+    """Adds a batch's gradient to ``.grad`` and returns the loss; draws what is random from ``generator``."""
+
+    def __call__(self, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -61,27 +66,18 @@ def bind_method(
 ) -> Method:
     """Bind ``config.method`` to a model; ``x`` is a batch of the size that it will be trained with."""
     if config.method == "hzo":
-        method = _hzo(config, model, loss_fn, x)
-    elif config.method in BASELINES:
-        method = _baseline(config, model, loss_fn)
-    else:
+        chain = hzo.trace(model, x)
+        plan = make_plan(config, chain)
+        memory = CHUNK_BYTES.get(x.device.type, CHUNK_BYTES["cpu"])
+
+        def by_hzo(x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:  # noqa: ARG001
+            return hzo.backward(chain, loss_fn, x, y, plan=plan, memory=memory)
+
+        return Method("hzo", by_hzo, passes=REVERSE_SWEEP if plan.adjoints else 0, plan=plan, chain=chain)
+
+    known = BASELINES.get(config.method)
+    if known is None:
         raise InputError(f"expected a method of the names hzo, {', '.join(BASELINES)}, got {config.method!r}.")
-    return _by_graph(method, model, loss_fn, x) if config.graph else method
-
-
-def _hzo(config: TrainConfig, model: nn.Module, loss_fn: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Method:
-    chain = hzo.trace(model, x)
-    plan = make_plan(config, chain)
-    memory = CHUNK_BYTES.get(x.device.type, CHUNK_BYTES["cpu"])
-
-    def by_hzo(x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:  # noqa: ARG001
-        return hzo.backward(chain, loss_fn, x, y, plan=plan, memory=memory)
-
-    return Method("hzo", by_hzo, passes=REVERSE_SWEEP if plan.adjoints else 0, plan=plan, chain=chain)
-
-
-def _baseline(config: TrainConfig, model: nn.Module, loss_fn: Callable[[Tensor, Tensor], Tensor]) -> Method:
-    known = BASELINES[config.method]
     draws = known.passes is not None
 
     def by_baseline(x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
@@ -90,29 +86,3 @@ def _baseline(config: TrainConfig, model: nn.Module, loss_fn: Callable[[Tensor, 
         return loss
 
     return Method(config.method, by_baseline, passes=REVERSE_SWEEP if known.reverse else 0)
-
-
-def _by_graph(method: Method, model: nn.Module, loss_fn: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Method:
-    """The same method, its gradients repeated by a CUDA graph."""
-    if x.device.type != "cuda":
-        raise InputError(
-            f"a CUDA graph repeats gradients on a CUDA device, this is {x.device}: give --device cuda, or leave out "
-            "--graph."
-        )
-    if method.plan is None:
-        if method.name != "backprop":
-            raise InputError(
-                f"a CUDA graph repeats gradients by hzo and backprop, not {method.name}: leave out --graph."
-            )
-        return replace(method, gradient=repeated(method.gradient, model, x.shape))
-    if method.plan.queries:
-        raise InputError(
-            "a CUDA graph repeats gradients that look at nothing on the way, and queries are looked at: give "
-            "--tree planned --assume structure, or leave out --graph."
-        )
-
-    # The same rules from a recording, without the plan's look-ups.
-    def by_tape(x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:  # noqa: ARG001
-        return hzo.backward(model, loss_fn, x, y)
-
-    return replace(method, gradient=repeated(by_tape, model, x.shape))

@@ -213,6 +213,9 @@ def test_a_mesh_is_reckoned_with(command, tmp_path):
         code, _, err = command(*SMALL, "--mesh", mesh)
         assert code == 2
         assert "mesh to be" in err
+    code, _, err = command(*SMALL, "--mesh", "99999999999999999999x1")
+    assert code == 2
+    assert "at most 10,000,000 processes, got 99999999999999999999 × 1" in " ".join(err.split())
 
 
 def test_the_verdict_on_a_gradient(command):

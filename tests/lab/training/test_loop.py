@@ -261,10 +261,3 @@ def test_the_summary_says_where_it_ran(tmp_path):
     assert summary["environment"]["torch"] == torch.__version__
     assert summary["finished"] is False
     assert (tmp_path / "run" / summary["checkpoint"]).is_dir()
-
-
-@pytest.mark.parametrize("changes", [{}, {"method": "spsa"}, {"tree": "bisect"}])
-def test_a_graph_needs_a_cuda_device(changes, tmp_path):
-    with pytest.raises(InputError, match="CUDA"):
-        start(replace(SMALL, graph=True, **changes), tmp_path / "run", DIGITS)
-    assert not (tmp_path / "run").exists()
