@@ -147,8 +147,9 @@ def test_one_sample_under_a_plan_for_more_says_what_it_costs():
     chain = hzo.trace(model, x)
     plan = hzo.plan(chain, tree="bisect", assume="nothing")
     said = "planned anew, and takes 120 stage evaluations where the plan says 132 for one sample"
-    with pytest.warns(hzo.errors.HzoWarning, match=said):
+    with pytest.warns(hzo.errors.HzoWarning, match=said) as warned:
         hzo.backward(chain, F.cross_entropy, x[:1], y[:1], plan=plan)
+    assert [warning.filename for warning in warned] == [__file__]  # where the user called, and no line of hzo's own
     found = model.a.weight.grad
     model.zero_grad()
     F.cross_entropy(model(x[:1]), y[:1]).backward()

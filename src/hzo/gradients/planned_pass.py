@@ -115,7 +115,7 @@ def _warn_of_cost(given: Plan | None, made: Plan) -> None:
             f"takes {made.stage_evaluations} stage evaluations where the plan says {predicted} for one "
             "sample. Plan for one sample, hzo.plan(hzo.trace(model, x)), or leave a last single sample out",
             HzoWarning,
-            stacklevel=7,
+            stacklevel=11,
         )
 
 
