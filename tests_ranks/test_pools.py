@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from functools import partial
 from pathlib import Path
 
@@ -99,10 +100,10 @@ def test_a_gradient_that_is_tried_again_asks_what_is_missing(make, tmp_path):
     with pytest.raises(QueryError, match="once"):
         gradient()
     kept = len(model[1]._guard.pool.kept)
+    time.sleep(2)  # what was under way, several calls in a message, is of the first try
     found, asked = gradient()
     assert torch.equal(found, expected)
-    # Those that were under way when it failed may be answered in the second try.
-    assert whole - kept + 1 <= asked <= whole - kept + 3 < 40
+    assert asked == whole - kept + 1 < 40
     model[1].close()
 
 
