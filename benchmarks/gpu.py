@@ -1,6 +1,6 @@
 """What a gradient from the tape costs beside backprop's on a GPU: time, time of kernels, memory, waits of the host.
 
-    python benchmarks/cuda.py [--rounds 15] [--only resnet20,gpt] [--out results/benchmarks/cuda.json]
+    python benchmarks/gpu.py [--rounds 15] [--only resnet20,gpt] [--out results/benchmarks/gpu.json]
 
 Interleaved rounds in one process; medians of seconds between two synchronisations of the device, at float32 (matrix
 products not rounded to TF32) and under ``torch.autocast`` to bfloat16. "Busy" is the time of the kernels alone, by
@@ -239,7 +239,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", default="", help="parts of names, with commas between")
     parser.add_argument("--compile", default="ResNet-20", help="part of the names to try torch.compile on")
-    parser.add_argument("--out", type=Path, default=Path("results/benchmarks/cuda.json"))
+    parser.add_argument("--out", type=Path, default=Path("results/benchmarks/gpu.json"))
     options = parser.parse_args()
     found: dict[str, Any] = {}
     for name in PROBLEMS:
