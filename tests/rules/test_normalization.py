@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import hzo
 from hzo import count_queries
 from hzo.reverse import record
 from hzo.tape.functions import out_of_place
@@ -360,3 +361,24 @@ def test_penalties_by_cudnn():
     found = by_hand(aten.cudnn_batch_norm_backward.default, given, out, cotangents)
     for k, e in enumerate(expected):
         assert torch.allclose(found[k], e, rtol=1e-9, atol=1e-12)
+
+
+WRITING = {
+    "native": lambda x, w, b, m, v: torch.batch_norm(x, w, b, m, v, True, 0.1, 1e-5, False),
+    "legit": lambda x, w, b, m, v: aten._native_batch_norm_legit(x, w, b, m, v, True, 0.1, 1e-5)[0],
+    "with update": lambda x, w, b, m, v: aten._batch_norm_with_update(x, w, b, m, v, 0.1, 1e-5)[0],
+}
+
+
+@pytest.mark.parametrize("kind", WRITING)
+def test_what_a_batch_norm_made_is_not_held(kind):
+    """Neither its rule nor that of the ReLU behind it reads it: cuDNN's is recorded like these."""
+    x, gamma = torch.randn(6, 4, 5, 5, requires_grad=True), torch.rand(4, requires_grad=True)
+    y = x
+    with hzo.record() as tape:
+        for _ in range(4):
+            y = torch.relu(WRITING[kind](y, gamma, torch.zeros(4, requires_grad=True), torch.zeros(4), torch.ones(4)))
+        loss = y.square().mean()
+    held = [t for t in tape.tape.tensors if t is not None and t.shape == x.shape]
+    assert len({t.data_ptr() for t in held}) <= 1 + 4 + 2  # x, what ReLU returned, what was made last
+    tape.backward(loss)
