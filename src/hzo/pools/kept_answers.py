@@ -3,8 +3,8 @@
 A gradient asks several times: the forward pass, tests, the queries of each node. Where it fails, what was answered
 until then is kept until a gradient succeeds, under the content of the question: the part as it was, with its weights,
 and all that it was given. A try uses an answer once, so that a question that is put twice, to see whether the part
-repeats, has two. And one of them is asked again before any is used: where a device was reset in between, or a reading
-is never the same twice, none of them is.
+repeats, has two. And some of them are asked again before any other is used: where a device was reset in between, or a
+reading is never the same twice, none of them is. Several, since one may not tell: a blank image with another gain.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 import pickle
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from hashlib import sha256
@@ -24,6 +24,7 @@ from torch import Tensor
 from hzo.errors import HzoError, QueryError, QueryTimeoutError
 
 _MOST = 2**28  # bytes of answers that are kept
+_TESTS = 8  # answers that are asked again
 _AROUND = 200  # bytes for the place of one
 _LARGEST = 2**24  # bytes of a part, or of what it is given, that are read to find an answer again
 
@@ -37,12 +38,12 @@ class KeptAnswers:
     """Answers by their questions, each to be used once in a try.
 
     Attributes:
-        checked: one of them was asked again in this try, and came out as before. swept: autograd's backward pass has
-            begun; whatever a forward pass asks now belongs to another try.
+        untested: so many are still to be asked again in this try, before one is used that was not. swept: autograd's
+            backward pass has begun; whatever a forward pass asks now belongs to another try.
     """
 
     def __init__(self, most: int = _MOST) -> None:
-        self.checked = self.swept = False
+        self.untested, self.swept = _TESTS, False
         self._most, self._bytes, self._next = most, 0, 0
         self._entries: dict[int, _Entry] = {}  # in the order in which they came
         self._unused: dict[bytes, deque[int]] = {}  # by question, those that this try has not used
@@ -59,9 +60,20 @@ class KeptAnswers:
                 found[k] = numbers.popleft()
         return found
 
-    def answer(self, number: int) -> Any:
-        """The answer of an entry."""
-        return pickle.loads(self._entries[number].answer)
+    def to_test(self, places: Iterable[int]) -> list[int]:
+        """Which of these are asked again: as many as are still to be, spread over all of them."""
+        among, count = sorted(places), self.untested
+        if len(among) <= count:
+            return among
+        return [among[k * (len(among) - 1) // max(1, count - 1)] for k in range(count)]
+
+    def answers(self, found: Mapping[int, int]) -> dict[int, Any]:
+        """The answers of entries by the same keys; not of those that cannot be read, or that another thread let go."""
+        answers = {}
+        for k, number in found.items():
+            with suppress(Exception):  # of whatever kind, as what an object is made of raises it
+                answers[k] = pickle.loads(self._entries[number].answer)
+        return answers
 
     def add(self, question: bytes, answer: Any, *, used: bool) -> int | None:
         """Keep an answer, in place of the oldest ones where there is no room; None where it cannot be written down.
@@ -99,14 +111,14 @@ class KeptAnswers:
 
     def again(self) -> None:
         """A try has ended without a gradient: the next one may use all that there is."""
-        self.checked = self.swept = False
+        self.untested, self.swept = _TESTS, False
         self._unused = {}
         for number, entry in self._entries.items():
             self._unused.setdefault(entry.question, deque()).append(number)
 
     def clear(self) -> None:
         """A gradient has succeeded, or what was answered is in doubt."""
-        self.checked = self.swept = False
+        self.untested, self.swept = _TESTS, False
         self._entries, self._unused, self._bytes = {}, {}, 0
 
 

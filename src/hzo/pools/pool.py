@@ -287,17 +287,18 @@ class Pool:
         kept, asked = self.kept, _Asked(f, calls, answered)
         put = questions(f, calls)
         found = {} if put is None else kept.take(put)
-        # One of them is asked again: has the part changed where its content does not show it?
-        test = min(found) if found and not kept.checked else None
+        before = kept.answers(found)  # now: another thread's gradient may succeed meanwhile, and nothing is kept then
+        found = {k: number for k, number in found.items() if k in before}
+        # Some of them are asked again: has the part changed where its content does not show it?
+        tests = kept.to_test(found)
         try:
-            self._answer(asked, [k for k in range(len(calls)) if k not in found or k == test], timeout)
-            before = {k: kept.answer(number) for k, number in found.items()}
-            if test is not None and not alike(asked.results[test], before[test]):
+            self._answer(asked, [k for k in range(len(calls)) if k not in found or k in tests], timeout)
+            if not all(alike(asked.results[k], before[k]) for k in tests):
                 kept.clear()
-                self._answer(asked, [k for k in found if k != test], timeout)
+                self._answer(asked, [k for k in found if k not in tests], timeout)
                 found = {}
-            elif found:
-                kept.checked = True
+            else:
+                kept.untested -= len(tests)
         except BaseException:  # nobody was told: a smaller list of the same calls finds them, too
             kept.put_back([*found.values()])
             self._keep(asked, put, found, used=False)
