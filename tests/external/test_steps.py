@@ -79,6 +79,19 @@ class TestForEachElement:
         x = 10 ** torch.linspace(-3, 3, 40, dtype=dtype)[:, None]
         assert error(gradient(hzo.blackbox(torch.log), x), 1 / x) <= (TOLERANCE if dtype == torch.float64 else 1e-2)
 
+    @pytest.mark.parametrize("scheme", ["forward", "central"])
+    @pytest.mark.parametrize(("dtype", "mask"), [(torch.bfloat16, -1e9), (torch.float16, -1e4)])
+    def test_many_masks_in_half_precision(self, dtype, mask, scheme):
+        """Where most numbers are masks, these are not the size from which longer steps are taken."""
+        torch.manual_seed(0)
+        x = torch.randn(4, 6)
+        x[:, 2:] = mask
+        x = x.to(dtype)
+        wanted, given = x.double().requires_grad_(), x.clone().requires_grad_()
+        torch.softmax(wanted, -1).square().sum().backward()
+        hzo.blackbox(lambda z: torch.softmax(z, -1), scheme=scheme)(given).square().sum().backward()
+        assert float((given.grad - wanted.grad).norm() / wanted.grad.norm()) < 0.25
+
     @pytest.mark.parametrize("mask", [-1e9, float(torch.finfo(torch.float32).min)])
     def test_masks_set_nobodys_step(self, mask):
         x = normal(6, 5)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hzo.errors import InputError, NonFiniteError, StepError
+from hzo.finite_differences.scales import masks
 from hzo.finite_differences.steps import Scheme, accumulation_dtype, check_values_survive
 
 _LOOKED_AT = 32
@@ -47,9 +48,9 @@ def element_scale(rows: Tensor, precision: torch.dtype | None = None) -> Tensor:
 
 
 def _sizes(rows: Tensor, precision: torch.dtype | None) -> tuple[Tensor, Tensor, float]:
-    """Of each element; of a middle one; and the share of that which rounding lets a step be made for."""
+    """Of each element; of a middle one that is no mask; and the share of that which rounding lets a step be made for."""
     size = rows.detach().abs().to(accumulation_dtype(rows.dtype))
-    whole = _middle(size.reshape(1, -1), 1)[0] if size.numel() else size.new_ones(1, 1)
+    whole = _middle(size.masked_fill(masks(size), 0).reshape(1, -1), 1)[0] if size.numel() else size.new_ones(1, 1)
     whole = torch.where(whole.isfinite(), whole, torch.ones_like(whole))
     unit = float(torch.finfo(precision or rows.dtype).eps)
     return size, whole, min(1.0, max(1e-4, 1e3 * unit ** (2 / 3)))  # where rounding costs a thousandth
