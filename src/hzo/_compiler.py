@@ -11,6 +11,8 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+from hzo.errors import TapeError
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -34,13 +36,17 @@ def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
 
 
 class Uncompiled(AbstractContextManager[R]):
-    """A context manager whose entry and exit the compiler does not look into; the block itself it may."""
+    """A context manager, entered once; the compiler does not look into entry and exit, but may into the block itself."""
 
     def __init__(self, manager: AbstractContextManager[R]) -> None:
         self._manager = manager
+        self._entered = False
 
     @uncompiled
     def __enter__(self) -> R:
+        if self._entered:
+            raise TapeError("this recording was entered before; make a new one for each step, with hzo.record()")
+        self._entered = True
         return self._manager.__enter__()
 
     @uncompiled

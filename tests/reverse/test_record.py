@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import hzo
-from hzo.errors import TapeError
+from hzo.errors import InputError, TapeError
 
 SEED = 1
 X = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -532,3 +532,19 @@ def test_a_loss_that_is_changed_in_place_behind_the_block_is_an_error(change):
     with pytest.raises(TapeError, match="inside of the with block"):
         tape.backward(loss)
     assert model.weight.grad is None
+
+
+def test_a_recording_is_entered_once():
+    layer, x = nn.Linear(2, 2), torch.randn(3, 2)
+    recording = hzo.record(layer)
+    with recording as tape:
+        loss = layer(x).square().sum()
+    tape.backward(loss)
+    with pytest.raises(TapeError, match="make a new one for each step"), recording:
+        pass
+
+
+@pytest.mark.parametrize("given", [3, nn.Linear(2, 2).parameters()])
+def test_what_is_no_module_is_refused(given):
+    with pytest.raises(InputError, match="expected modules"):
+        hzo.record(given)

@@ -48,7 +48,7 @@ def element_scale(rows: Tensor, precision: torch.dtype | None = None) -> Tensor:
 
 
 def _sizes(rows: Tensor, precision: torch.dtype | None) -> tuple[Tensor, Tensor, float]:
-    """Of each element; of a middle one that is no mask; and the share of that which rounding lets a step be made for."""
+    """Of each element; of a middle one of no mask; and the share of that which rounding lets a step be made for."""
     size = rows.detach().abs().to(accumulation_dtype(rows.dtype))
     whole = _middle(size.masked_fill(masks(size), 0).reshape(1, -1), 1)[0] if size.numel() else size.new_ones(1, 1)
     whole = torch.where(whole.isfinite(), whole, torch.ones_like(whole))

@@ -339,8 +339,18 @@ def record(*modules: nn.Module, keep: bool = False) -> AbstractContextManager[Re
         modules: whose state is put back as well, whether or not they are called as modules.
         keep: keep what code writes over in place; for plans that run calls again.
 
+    Raises:
+        InputError: something else than modules was given.
+        TapeError: the same recording is entered twice: each step has a new one.
+
     Cost: one forward pass, and some microseconds a call. Source: ours.
     """
+    for module in modules:
+        if not isinstance(module, nn.Module):
+            raise InputError(
+                f"expected modules, whose state is put back where the block raises, got {type(module).__name__}; what "
+                "is recorded need not be named: with hzo.record() as tape: …"
+            )
     return Uncompiled(_recorded(modules, keep))
 
 
