@@ -36,7 +36,7 @@ def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
 
 
 class Uncompiled(AbstractContextManager[R]):
-    """A context manager, entered once; the compiler does not look into entry and exit, but may into the block itself."""
+    """A context manager, entered once; the compiler does not look into entry and exit, but may into the block."""
 
     def __init__(self, manager: AbstractContextManager[R]) -> None:
         self._manager = manager
