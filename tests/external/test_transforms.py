@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import hzo
 from hzo.errors import DerivativeError, TraceError
@@ -223,6 +224,11 @@ def test_a_second_derivative_around_the_part_is_no_second_derivative_of_it():
 def test_a_trace_without_values_is_refused():
     with pytest.raises(DerivativeError, match="in a trace without values"):
         linearize(hzo.blackbox(torch.sin), normal(4, 3))
+
+
+def test_traces_without_values_and_without_a_gradient_are_refused():
+    with pytest.raises(DerivativeError, match="without values"):
+        make_fx(hzo.blackbox(torch.sin))(normal(4, 3))
 
 
 def test_a_state_of_its_own_is_refused_where_slices_would_share_it():

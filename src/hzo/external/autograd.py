@@ -47,7 +47,7 @@ class _Spec:
 class _Part(torch.autograd.Function):
     @staticmethod
     def forward(call: BoxCall, *leaves: Tensor) -> tuple[Tensor, ...]:
-        _check_untraced(call)
+        check_untraced(call)
         with forward_half():
             if not call.base:
                 return call.forward(leaves)
@@ -145,7 +145,7 @@ class _Vjp(torch.autograd.Function):
     def forward(spec: _Spec, *tensors: Tensor) -> tuple[Tensor, ...]:
         leaves, given = tensors[: spec.leaves], tensors[spec.leaves :]
         call, count = spec.call, spec.many or 1
-        _check_untraced(call)
+        check_untraced(call)
         many: list[list[Tensor | None]] = [[None] * len(call.base) for _ in range(count)]
         for o, g in zip(spec.given, given, strict=True):
             for v in range(count):
@@ -208,7 +208,7 @@ class _Jvp(torch.autograd.Function):
     def forward(spec: _Spec, *tensors: Tensor) -> tuple[Tensor, ...]:
         leaves, given = tensors[: spec.leaves], tensors[spec.leaves :]
         call, count = spec.call, spec.many or 1
-        _check_untraced(call)
+        check_untraced(call)
         many: list[list[Tensor | None]] = [[None] * spec.leaves for _ in range(count)]
         for k, t in zip(spec.wanted, given, strict=True):
             for v in range(count):
@@ -316,7 +316,7 @@ def _at_the_end(of_all: Callable[[], None]) -> None:
         of_all()
 
 
-def _check_untraced(call: BoxCall) -> None:
+def check_untraced(call: BoxCall) -> None:
     """A trace without values (make_fx, torch.func.linearize, FakeTensor) cannot run a part that needs them."""
     for mode in _get_current_dispatch_mode_stack():
         if type(mode).__name__ in ("ProxyTorchDispatchMode", "FakeTensorMode"):

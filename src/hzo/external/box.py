@@ -21,7 +21,7 @@ from hzo._options import one_of, positive, shown, whole
 from hzo.distributed import refuse_all_wrappers
 from hzo.errors import InputError
 from hzo.execution import counting
-from hzo.external.autograd import through, through_planned
+from hzo.external.autograd import check_untraced, through, through_planned
 from hzo.external.call import BoxCall, OnFailure, Settings
 from hzo.external.cost import BoxPlan, ChainPlan, plan_of_call
 from hzo.external.guard import Guarded, expect, followed, innermost, vmapped
@@ -398,6 +398,7 @@ class BlackBox(nn.Module):
         if _transformed((*tensors, *parameters)):
             found = through(call, [*tensors, *parameters])
         else:
+            check_untraced(call)
             with torch.no_grad():
                 found = call.plain([*tensors, *parameters])
         self.failed = _failed(call, [*tensors, *parameters])
