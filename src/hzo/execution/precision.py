@@ -33,7 +33,7 @@ _WITHOUT_A_SWITCH = (_mkldnn.conv, _mkldnn.rnn)
 _UNITS = {"tf32": 2.0**-10, "bf16": 2.0**-7}
 
 _lock = threading.Lock()
-_inside: list[int] = []  # ids of threads
+_inside: list[None] = []  # one for each that is inside
 _put_back: list[Callable[[], None]] = []
 
 
@@ -59,12 +59,12 @@ def full_float32(wanted: bool = True) -> Iterator[None]:
     with _lock:
         if not _inside:
             _lower()
-        _inside.append(threading.get_ident())
+        _inside.append(None)
     try:
         yield
     finally:
         with _lock:
-            _inside.remove(threading.get_ident())
+            _inside.pop()
             while not _inside and _put_back:
                 _put_back.pop()()
 
