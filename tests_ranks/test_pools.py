@@ -103,7 +103,7 @@ def test_a_gradient_that_is_tried_again_asks_what_is_missing(make, tmp_path):
     time.sleep(2)  # what was under way, several calls in a message, is of the first try
     found, asked = gradient()
     assert torch.equal(found, expected)
-    assert asked == whole - kept + 1 < 40
+    assert asked == whole - kept + min(8, kept) < 40  # eight of them are asked again, to see whether they still hold
     model[1].close()
 
 
