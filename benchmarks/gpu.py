@@ -29,14 +29,13 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import hzo
-from gradients import Loss, by_backprop, by_hzo, flat_gradient
+from gradients import Loss, by_backprop, by_hzo, flat_gradient, medians
 from hzo_lab import networks
 from hzo_lab.training.models import build
-from price import Gpt, by_keeping, by_reading
+from price import METHODS, Gpt, Problem
 from record import write
 
 DEVICE = torch.device("cuda")
-Problem = tuple[nn.Module, Callable[[nn.Module], Tensor]]
 
 
 def on_images(model: nn.Module, batch: int, size: int) -> Problem:
@@ -65,13 +64,6 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "MLP 16x2048, batch 512": lambda: mlp(2048, 512),
 }
 
-METHODS: dict[str, Callable[[nn.Module, Loss], None]] = {
-    "backprop": by_backprop,
-    "hzo": by_hzo,
-    "weights kept": by_keeping,
-    "weights read": by_reading,
-}
-
 
 def seconds(run: Callable[[], object]) -> float:
     torch.cuda.synchronize()
@@ -79,16 +71,6 @@ def seconds(run: Callable[[], object]) -> float:
     run()
     torch.cuda.synchronize()
     return time.perf_counter() - start
-
-
-def medians(runs: dict[str, Callable[[], object]], rounds: int, before: Callable[[str], None]) -> dict[str, float]:
-    """Median seconds of each. They take turns."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            before(name)
-            times[name].append(seconds(run))
-    return {name: statistics.median(taken) for name, taken in times.items()}
 
 
 def busy(run: Callable[[], object]) -> float:
@@ -169,7 +151,7 @@ def compiled(model: nn.Module, loss: Loss, rounds: int, before: Callable[[str], 
             run(model, loss)
         torch.cuda.synchronize()
         warm = time.perf_counter() - start
-        taken = medians({"compiled": lambda: run(model, loss)}, rounds, before)
+        taken = medians({"compiled": lambda: run(model, loss)}, rounds, before, seconds)
         return {"seconds": taken["compiled"], "seconds of the first three": warm}
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"[:600]}
@@ -201,7 +183,7 @@ def measure(name: str, dtype: torch.dtype, rounds: int, compile_too: bool) -> di
     for method, run in runs.items():  # warm
         before(method)
         run()
-    median = medians({**runs, "forward": forward, "recorded forward": recorded}, rounds, before)
+    median = medians({**runs, "forward": forward, "recorded forward": recorded}, rounds, before, seconds)
     result: dict[str, Any] = {
         "seconds": median,
         "time over backprop": median["hzo"] / median["backprop"],

@@ -32,17 +32,23 @@ def seconds(run: Callable[[], object]) -> float:
     return time.thread_time() - start
 
 
-def medians(runs: Mapping[str, Callable[[], object]], rounds: int, before: Callable[[str], None]) -> dict[str, float]:
+def medians(
+    runs: Mapping[str, Callable[[], object]],
+    rounds: int,
+    before: Callable[[str], None],
+    clock: Callable[[Callable[[], object]], float] = seconds,
+) -> dict[str, float]:
     """Median seconds of each. They take turns, so that what else the machine does falls on all of them.
 
     Args:
         before: called with the name of what runs next; not timed.
+        clock: the seconds that a run takes.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
             before(name)
-            times[name].append(seconds(run))
+            times[name].append(clock(run))
     return {name: statistics.median(taken) for name, taken in times.items()}
 
 
